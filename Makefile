@@ -1,0 +1,30 @@
+# Two commands do everything: `make figures` and `make test`. Each makes the environment in .venv/ on first use.
+PYTHON ?= python3
+PROFILE ?= quick
+SET ?= paper
+RUN = $$($(PYTHON) -m dlm_core env | tail -n 1) -m dlm_core
+
+.PHONY: help figures test lab bench env clean
+
+help:
+	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
+	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
+	@echo 'make test      pytest, then every notebook under the smoke profile through nbval'
+	@echo 'make lab       JupyterLab on the notebooks'
+	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings'
+	@echo 'make env       the environment alone, in .venv/ (made on first use by all of these)'
+	@echo 'make clean     remove build/, the store of finished trials and caches'
+	@echo 'The same without make: python -m dlm_core --help'
+
+figures: env
+	@$(RUN) figures --profile '$(PROFILE)' --set '$(SET)' $(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs '$(JOBS)') \
+	  $(if $(OUT),--out '$(OUT)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)')
+
+test lab bench: env
+	@$(RUN) $@
+
+env:
+	@$(PYTHON) -m dlm_core env
+
+clean:
+	@$(PYTHON) -m dlm_core clean

@@ -1,0 +1,124 @@
+"""python -m dlm_core: everything that make does, and an attack on two snapshots of your own."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dlm_core import environment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def main(arguments=None):
+    options = _parser().parse_args(arguments)
+    try:
+        return options.act(options) or 0
+    except (ValueError, ConnectionError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished trials are kept, the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m dlm_core", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, act, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(act=act)
+        return sub
+
+    command("env", lambda o: print(environment.ensure()), "make or update the environment in .venv/ and print its Python")
+
+    figures = command("figures", _figures, "run the notebooks: every figure and table, into figures/")
+    figures.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
+    figures.add_argument("--only", help="one notebook, by name or number; several with commas")
+    figures.add_argument("--set", default="paper", dest="chosen_set", help="paper (00 to 11, default), beyond, or all")
+    figures.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
+    figures.add_argument("--out", help="folder for figures and tables (default: figures/)")
+    figures.add_argument("--scheduler", help="tcp:// address of a Dask scheduler to run the trials on")
+    figures.add_argument("--in-place", action="store_true", help="also replace the notebooks by their executed versions")
+
+    test = command("test", _test, "run pytest, then every notebook under the smoke profile, then nbval on them")
+    test.add_argument("pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)")
+
+    command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
+    bench = command("bench", _bench, "measure speed and memory of the attacks, ours beside the released settings")
+    bench.add_argument("--images", type=int, default=20, help="bundled CIFAR-100 images to attack (default 20)")
+    clean = command("clean", _clean, "remove what make made: build/, the store of trials, caches; not the figures")
+    clean.add_argument("--all", action="store_true", help="the environment too")
+
+    attack = command("attack", _attack, "reconstruct images from two snapshots of your own (safetensors or torch files)")
+    attack.add_argument("before", help="state dict that the client received, W_t")
+    attack.add_argument("after", help="state dict that it sent back, W_t+1")
+    attack.add_argument("--model", default="lenet", help="a network of dlm_core.models (default lenet)")
+    attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
+    attack.add_argument("--num-classes", type=int, default=100)
+    attack.add_argument("--images", type=int, default=1, help="images in the client's step (default 1)")
+    attack.add_argument("--out", default="reconstruction.png", help="picture to write (default reconstruction.png)")
+    return parser
+
+
+def _figures(options):
+    from dlm_core import reproduce
+
+    chosen = {name: getattr(options, name) for name in ("only", "chosen_set", "jobs", "out", "scheduler", "in_place")}
+    return 1 if reproduce.run(options.profile, **chosen) else 0
+
+
+def _test(options):
+    if options.pytest:
+        return _run("-m", "pytest", *options.pytest)
+    build = REPOSITORY / "build" / "smoke"
+    shutil.rmtree(build, ignore_errors=True)
+    os.environ.update(DLM_STORE=str(build / "store"))
+    steps = [
+        ("-m", "pytest", "tests"),
+        ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
+        ("-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", str(build / "notebooks")),
+    ]
+    os.environ.setdefault("DLM_FIGURES", str(build))
+    codes = [_run(*step) for step in steps]
+    return max(codes)
+
+
+def _bench(options):
+    from dlm_core import bench
+
+    bench.run(options.images)
+
+
+def _clean(options):
+    for name in ("build", ".store", ".pytest_cache", ".ruff_cache", ".hypothesis", *([".venv"] if options.all else [])):
+        shutil.rmtree(REPOSITORY / name, ignore_errors=True)
+    for cache in REPOSITORY.glob("*/__pycache__"):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _attack(options):
+    from torchvision.utils import save_image
+
+    from dlm_core import attacks, federated, models
+
+    shape = tuple(int(size) for size in options.image_shape.split(","))
+    model = models.build(options.model, shape, options.num_classes)
+    seen = federated.observe(model, federated.load_weights(options.before), federated.load_weights(options.after), shape)
+    found = attacks.dlm_plus(seen, num_images=options.images, restarts=3)
+    save_image(found.images.float(), options.out)
+    print(
+        f"{found.stop_reason} after {found.evaluations} evaluations, loss {found.loss:.3g}, labels {found.labels.tolist()}"
+    )
+    print(f"reconstruction written to {options.out}; a loss far below 1 means that the update is explained by these images")
+
+
+def _run(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
