@@ -1,0 +1,44 @@
+"""How the dummy images are written down for the optimizer: a start and a map from coordinates to pixels.
+
+The choice changes no objective, only how fast an optimizer gets down it. In pixels, L-BFGS needs thousands of
+evaluations on LeNet; in scaled cosine coordinates, where natural images are roughly white, about two hundred.
+"""
+
+import math
+
+import torch
+
+
+def pixels(shape, like, generator):
+    """The released choice: start at N(0, 1) pixel by pixel, unbounded. Returns (start, to_images)."""
+    return _noise(shape, like, generator), lambda z: z
+
+
+def cosines(shape, like, generator):
+    """Images as sigmoid(C^T (a * z)): z are cosine coefficients over channel, row and column, a falls off as 1/frequency.
+
+    The sigmoid keeps pixels in (0, 1); the start is mid-grey with faint noise. Returns (start, to_images).
+    """
+    _, channels, height, width = shape
+    c, y, x = (_cosine_basis(n).to(like) for n in (channels, height, width))
+    frequency = torch.hypot(*torch.meshgrid(torch.arange(height) * 1.0, torch.arange(width) * 1.0, indexing="ij"))
+    amplitude = 1 / ((1 + frequency / 2) * (1 + torch.arange(channels))[:, None, None])
+    amplitude = (amplitude / amplitude.square().mean().sqrt()).to(like)
+
+    def to_images(z):
+        return torch.sigmoid(torch.einsum("dc,bdhw->bchw", c, y.T @ (amplitude * z) @ x))
+
+    return 0.1 * _noise(shape, like, generator), to_images
+
+
+def _noise(shape, like, generator):
+    """N(0, 1) drawn on the CPU, so that a seed means the same start on every device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _cosine_basis(n):
+    """Orthonormal DCT-II matrix [n frequencies, n samples]."""
+    k = torch.arange(n, dtype=torch.float64)
+    basis = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    return basis

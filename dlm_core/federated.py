@@ -1,0 +1,196 @@
+"""What a client does, and what the observer sees of it: two snapshots of the weights.
+
+Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step of learning rate η gives Δ = η·g.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dlm_core import check
+
+loss = F.cross_entropy  # of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an honest-but-curious observer of FedAvg holds about one client in one round.
+
+    model          the network with the weights the client received, W_t.
+    weights_after  the state dict that the client sent back, W_{t+1}.
+    image_shape    (C, H, W), as public as the architecture.
+    num_classes    width of the last layer.
+
+    Raises ValueError, naming the tensor, where the snapshots do not fit each other, hold NaN or infinity, or are identical.
+    """
+
+    model: nn.Module
+    weights_after: dict
+    image_shape: tuple
+    num_classes: int
+
+    def __post_init__(self):
+        before = self.model.state_dict()
+        _check_fit("weights_after", self.weights_after, before)
+        for label, snapshot in (("the model", before), ("weights_after", self.weights_after)):
+            for name, tensor in snapshot.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ValueError(f"{label} holds NaN or infinity in {name!r}; a snapshot must be finite")
+        if all(torch.equal(p, self.weights_after[name].to(p.device)) for name, p in self.model.named_parameters()):
+            raise ValueError("weights_after equals the model's weights: the client has not trained, nothing can leak")
+
+
+def observe(model, before, after, image_shape):
+    """An Observation from two state dicts of ``model``'s architecture, as a practitioner holds them.
+
+    Raises ValueError, naming the tensor, where ``before`` or ``after`` does not fit the model.
+    """
+    _check_fit("before", before, model.state_dict())
+    model = copy.deepcopy(model)
+    model.load_state_dict(before)
+    return Observation(model, dict(after), tuple(image_shape), last_layer(model)[0].out_features)
+
+
+def load_weights(path):
+    """Read a state dict from a safetensors file, or from a torch file without running anything in it."""
+    from safetensors.torch import load_file
+
+    try:
+        weights = (
+            load_file(path)
+            if str(path).endswith(".safetensors")
+            else torch.load(path, weights_only=True, map_location="cpu")
+        )
+    except FileNotFoundError:
+        raise ValueError(f"snapshot {str(path)!r} does not exist") from None
+    except Exception as error:
+        raise ValueError(
+            f"snapshot {str(path)!r} cannot be read as weights ({type(error).__name__}); "
+            "it takes a .safetensors file, or a torch file that holds tensors alone"
+        ) from None
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f"snapshot {str(path)!r} holds a {type(weights).__name__}, not a state dict of tensors")
+    return weights
+
+
+def weight_delta(seen):
+    """Δ = W_t - W_{t+1}, one float64 tensor per parameter in the model's order, on the model's device."""
+    return [
+        p.detach().double() - seen.weights_after[name].to(p.device).double() for name, p in seen.model.named_parameters()
+    ]
+
+
+def rounding_variance(seen):
+    """Variance that rounding W_{t+1} to its own dtype adds to each entry of Δ: ulp²/12, one tensor per parameter."""
+    variances = []
+    for name, _ in seen.model.named_parameters():
+        after = seen.weights_after[name]
+        ulp = torch.finfo(after.dtype).eps * torch.exp2(after.abs().double().clamp(min=1e-300).log2().floor())
+        variances.append(ulp.square() / 12)
+    return variances
+
+
+def last_layer(model):
+    """The final nn.Linear and the names of its (weight, bias). Raises ValueError where there is none with a bias."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or linear[-1][1].bias is None:
+        raise ValueError("the model does not end in an nn.Linear layer with bias; class scores must come from one")
+    name, module = linear[-1]
+    return module, (f"{name}.weight".lstrip("."), f"{name}.bias".lstrip("."))
+
+
+def train_locally(
+    model, images, labels, *, lr, steps=1, batch_size=None, optimizer=torch.optim.SGD, options=None, clear_gradients=True
+):
+    """Train a copy of ``model`` as a FedAvg client does and return what an observer sees of it, an Observation.
+
+    images           [N, C, H, W] in [0, 1].       labels  [N] class indices.
+    lr               learning rate η > 0.          steps   number of local optimizer steps E >= 1.
+    batch_size       images per step, taken in order and cyclically; None takes all of them in each step.
+    optimizer        a class of torch.optim; ``options`` are its further arguments, e.g. {"momentum": 0.9}.
+    clear_gradients  False reproduces the released client, whose gradients accumulate over the local steps.
+
+    The model given is left as it was. Raises ValueError for data that do not fit it, or numbers out of range;
+    FloatingPointError where the client's own training diverged.
+    """
+    check.in_range("lr", lr, 0, float("inf"), open_low=True)
+    check.at_least("steps", steps, 1)
+    num_classes = _check_data(model, images, labels)
+    batch_size = len(images) if batch_size is None else batch_size
+    check.at_least("batch_size", batch_size, 1)
+    client = _snapshot(model)
+    steppable = optimizer(client.parameters(), lr=lr, **(options or {}))
+    for step in range(steps):
+        batch = torch.arange(step * batch_size, (step + 1) * batch_size) % len(images)
+        if clear_gradients:
+            steppable.zero_grad()
+        loss(client(images[batch]), labels[batch]).backward()
+        steppable.step()
+    weights_after = {name: tensor.detach().clone() for name, tensor in client.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in weights_after.values()):
+        raise FloatingPointError(f"the client's training diverged within {steps} steps at lr {lr:g}; lower lr")
+    return Observation(_snapshot(model), weights_after, tuple(images.shape[1:]), num_classes)
+
+
+def average(snapshots, sizes):
+    """FedAvg's server step (McMahan et al. 2017, algorithm 1): the mean of the clients' state dicts weighted by ``sizes``."""
+    total = float(sum(sizes))
+    mean = {}
+    for name, first in snapshots[0].items():
+        stacked = torch.stack([snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)])
+        mean[name] = stacked.sum(0).to(first.dtype)
+    return mean
+
+
+def rounds(model, clients, *, number, **training):
+    """FedAvg: yield, for each of ``number`` rounds, (model after the round, the clients' Observations of it).
+
+    clients   a list of (images, labels); each trains locally from the round's model with ``training``,
+              the keyword arguments of ``train_locally``.
+    """
+    check.at_least("number", number, 1)
+    model = _snapshot(model)
+    for _ in range(number):
+        seen = [train_locally(model, images, labels, **training) for images, labels in clients]
+        model = _snapshot(model)
+        model.load_state_dict(average([each.weights_after for each in seen], [len(labels) for _, labels in clients]))
+        yield model, seen
+
+
+def _snapshot(model):
+    """A copy that shares nothing with ``model``; deep copies of parameters carry no gradients, so no trace of the data."""
+    return copy.deepcopy(model)
+
+
+def _check_fit(argument, weights, expected):
+    odd = sorted(weights.keys() ^ expected.keys())
+    if odd:
+        where = argument if odd[0] in weights else "the model"
+        raise ValueError(f"{argument} does not fit the model: {odd[0]!r} is only in {where}")
+    for name, tensor in expected.items():
+        for what in ("shape", "dtype"):
+            here, there = getattr(weights[name], what), getattr(tensor, what)
+            if here != there:
+                raise ValueError(f"{argument}[{name!r}] has {what} {_plain(here)}; the model's has {_plain(there)}")
+
+
+def _check_data(model, images, labels):
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; it takes {len(images)} class indices"
+        )
+    if not images.isfinite().all():
+        raise ValueError("images holds NaN or infinity; pixels lie in [0, 1]")
+    num_classes = last_layer(model)[0].out_features
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to {num_classes - 1}")
+    return num_classes
+
+
+def _plain(value):
+    return list(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,42 @@
+"""Which classes the client's images have, read off the last layer's update without knowing the learning rate."""
+
+import torch
+from torch.nn import functional as F
+
+from dlm_core.federated import last_layer, weight_delta
+
+
+def infer(seen, num_images=1):
+    """Return ``num_images`` class indices [B], ascending, found from Δ alone.
+
+    For one image the bias update η(p - e_y) has a single negative entry, the label (iDLG, Zhao et al. 2020). For B
+    images Δ_b = η(p̄ - c/B) with c the counts per class. p̄ is the model's output for the mean feature h̄, which is the
+    mean of the weight update's rows scaled by the bias update; η and c then follow by turns, c rounded to B in all.
+
+    Raises ValueError where the model does not end in a linear layer with bias.
+    """
+    layer, names = last_layer(seen.model)
+    deltas = dict(zip(dict(seen.model.named_parameters()), weight_delta(seen)))
+    d_weight, d_bias = (deltas[name] for name in names)
+    if num_images == 1:
+        return d_bias.argmin()[None]
+    h = d_weight.T @ d_bias / d_bias.square().sum()
+    p = F.linear(h, layer.weight.double(), layer.bias.double()).softmax(0)
+    counts = torch.zeros_like(p)
+    present = d_bias < 0  # certain: a class without images has Δ_b = η p̄ > 0
+    eta = d_bias[~present].sum() / p[~present].sum()
+    for _ in range(10):
+        counts = _round_to(num_images * (p - d_bias / eta), num_images)
+        residual = p - counts / num_images
+        eta = (residual @ d_bias / residual.square().sum()).clamp(min=torch.finfo(p.dtype).tiny)
+    return torch.repeat_interleave(torch.arange(len(counts), device=p.device), counts.long())
+
+
+def _round_to(values, total):
+    """Non-negative whole numbers that sum to ``total``, by largest remainder."""
+    values = values.clamp(min=0)
+    values = values * (total / values.sum().clamp(min=1e-300))
+    whole = values.floor()
+    short = int(total - whole.sum())
+    whole[(values - whole).topk(short).indices] += 1
+    return whole

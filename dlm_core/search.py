@@ -1,0 +1,221 @@
+"""The one loop behind every attack: descend from a start, remember the best point, decide when to stop, start again."""
+
+import copy
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from dlm_core import check, objectives
+from dlm_core import labels as label_inference
+from dlm_core.coordinates import cosines
+from dlm_core.federated import loss as training_loss
+from dlm_core.federated import rounding_variance, weight_delta
+from dlm_core.optimizers import lbfgs
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack found.
+
+    images       [B, C, H, W] in the attacker's precision, the ones that have ``loss``.
+    labels       [B] class indices: given, inferred, or the largest of the optimised logits.
+    losses       the objective at every evaluation of the chosen restart.
+    loss         the lowest of them.
+    stop_reason  "converged" (the misfit fell to ``tolerance`` or to what rounding of the weights explains), "stalled"
+                 (no progress over ``patience`` evaluations), "diverged" (NaN, or far above the best for as long), "budget".
+    k            DLM's k, None for attacks without one.     ks  its value at every evaluation.
+    seconds      wall time of all restarts.
+    history      [(evaluation, images)] where intermediate images were asked for.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    losses: list
+    loss: float
+    stop_reason: str
+    k: float | None
+    seconds: float
+    history: list = field(default_factory=list)
+    ks: list = field(default_factory=list)
+
+    @property
+    def evaluations(self):
+        """How often the objective and its gradient were computed in the chosen restart."""
+        return len(self.losses)
+
+
+def reconstruct(
+    seen,
+    distance,
+    *,
+    scale=1.0,
+    k0=None,
+    labels="inferred",
+    num_images=1,
+    total_variation=0.0,
+    coordinates=cosines,
+    optimizer=lbfgs,
+    max_evaluations=400,
+    tolerance=1e-6,
+    patience=50,
+    restarts=1,
+    seed=0,
+    dtype=torch.float64,
+    keep_every=None,
+):
+    """Search for images whose gradient at W_t matches Δ, and return the best, a Reconstruction.
+
+    seen             Observation.
+    distance         of ``dlm_core.objectives``: (g, scale * Δ), and k where ``k0`` is given -> scalar.
+    labels           "inferred" from Δ, "optimised" as soft labels, or a tensor [B] of class indices (told).
+    num_images       B, the number of images in the client's step.
+    total_variation  weight of that prior, added to the distance.
+    coordinates      of ``dlm_core.coordinates``: start and parametrisation of the images.
+    optimizer        of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
+    max_evaluations  budget of each restart.
+    tolerance        relative misfit ‖g - d‖²/‖d‖² at which the search has converged; never below the misfit that
+                     rounding of the transmitted weights causes.
+    patience         the search has stalled when this many evaluations lower the loss by less than 5 %.
+    restarts         independent starts; the one of lowest loss is returned, the first that converges ends the search.
+    seed             of the starts.     dtype  of the attacker's arithmetic.
+    keep_every       keep the images of every so many evaluations in ``history``.
+
+    Raises ValueError for arguments outside their range.
+    """
+    counts = {"num_images": num_images, "max_evaluations": max_evaluations, "patience": patience, "restarts": restarts}
+    for name, value in {**counts, "keep_every": keep_every or 1}.items():
+        check.at_least(name, value, 1)
+    for name, value in {"total_variation": total_variation, "tolerance": tolerance}.items():
+        check.in_range(name, value, 0, math.inf)
+    began = time.perf_counter()
+    model = copy.deepcopy(seen.model).to(dtype)
+    update = [scale * layer.to(dtype) for layer in weight_delta(seen)]
+    known = _known_labels(seen, labels, num_images)
+    enough = max(tolerance, _rounding(seen)) * _unit(distance, update, k0)
+
+    def objective(variables, to_images):
+        images = to_images(variables["images"])
+        g = objectives.gradient(model, training_loss, images, variables["logits"].softmax(1) if known is None else known)
+        misfit = distance(g, update) if k0 is None else distance(g, update, k0 * variables["growth"])
+        return misfit, misfit + total_variation * objectives.total_variation(images), images
+
+    searches = []
+    for restart in range(restarts):
+        generator = torch.Generator().manual_seed(seed + 10_007 * restart)
+        start, to_images = coordinates((num_images, *seen.image_shape), update[0], generator)
+        variables = {"images": start}
+        if known is None:
+            logits = torch.randn(num_images, seen.num_classes, generator=generator, dtype=torch.float64)
+            variables["logits"] = logits.to(update[0])
+        if k0 is not None:
+            variables["growth"] = torch.ones_like(update[0].sum())  # k = k0 * growth: of order 1, as L-BFGS likes it
+        search = _Search(variables, partial(objective, to_images=to_images), enough, max_evaluations, patience, keep_every)
+        search.run(optimizer)
+        searches.append((search, to_images))
+        if search.stop_reason == "converged":
+            break
+
+    search, to_images = min(searches, key=lambda each: each[0].loss)
+    return Reconstruction(
+        images=to_images(search.best["images"]),
+        labels=search.best["logits"].argmax(1) if known is None else known,
+        losses=search.losses,
+        loss=search.loss,
+        stop_reason=search.stop_reason,
+        k=None if k0 is None else float(k0 * search.best["growth"]),
+        seconds=time.perf_counter() - began,
+        history=search.history,
+        ks=[k0 * growth for growth in search.growths],
+    )
+
+
+class _Finished(Exception):
+    """Raised inside the optimizer's closure to leave its loop at once."""
+
+
+class _Search:
+    """One descent over a dict of variables; ``objective(variables)`` returns (misfit, loss, images)."""
+
+    def __init__(self, variables, objective, enough, max_evaluations, patience, keep_every):
+        self.variables = {name: start.requires_grad_() for name, start in variables.items()}
+        self.objective, self.enough = objective, enough
+        self.max_evaluations, self.patience, self.keep_every = max_evaluations, patience, keep_every
+        self.losses, self.lowest, self.history, self.growths = [], [], [], []
+        self.loss, self.best, self.stop_reason = math.inf, self._copy(), None
+
+    def run(self, optimizer):
+        """Descend until the verdict falls."""
+        stepper = optimizer(list(self.variables.values()), self.max_evaluations)
+        try:
+            while True:
+                stepper.step(self._closure)
+        except _Finished:
+            pass
+
+    def _closure(self):
+        misfit, loss, images = self.objective(self.variables)
+        gradients = torch.autograd.grad(loss, list(self.variables.values()))
+        for variable, gradient in zip(self.variables.values(), gradients):
+            variable.grad = gradient
+        number = float(loss.detach())
+        finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
+        if self.keep_every and len(self.losses) % self.keep_every == 0:
+            self.history.append((len(self.losses), images.detach().clone()))
+        if "growth" in self.variables:
+            self.growths.append(float(self.variables["growth"].detach()))
+        if finite and number < self.loss:
+            self.loss, self.best = number, self._copy()
+        self.losses.append(number)
+        self.lowest.append(self.loss)
+        self.stop_reason = self._verdict(finite, float(misfit.detach()))
+        if self.stop_reason:
+            raise _Finished
+        return loss.detach()
+
+    def _verdict(self, finite, misfit):
+        """The reason to stop now, or None."""
+        if not finite:
+            return "diverged"
+        if misfit <= self.enough:
+            return "converged"
+        if len(self.losses) > self.patience and self.lowest[-1] > 0.95 * self.lowest[-1 - self.patience]:
+            return "diverged" if statistics.median(self.losses[-self.patience :]) > 10 * self.loss else "stalled"
+        return "budget" if len(self.losses) >= self.max_evaluations else None
+
+    def _copy(self):
+        return {name: variable.detach().clone() for name, variable in self.variables.items()}
+
+
+def _unit(distance, update, k0):
+    """The distance at which g is as far from the update as the update is long, so that misfit/unit is relative.
+
+    distance(-d, d)/4 gives it for all: ‖d‖² for the squares, 1/2 for the cosine, whose small angles count as θ²/2.
+    """
+    k = () if k0 is None else (torch.tensor(float(k0), dtype=update[0].dtype, device=update[0].device),)
+    return float(distance([-layer * (k0 or 1.0) for layer in update], update, *k)) / 4
+
+
+def _rounding(seen):
+    """The relative misfit that rounding of W_{t+1} leaves even at the true images."""
+    noise, signal = (
+        sum(float(t.sum()) for t in ts) for ts in (rounding_variance(seen), [d.square() for d in weight_delta(seen)])
+    )
+    return noise / signal
+
+
+def _known_labels(seen, labels, num_images):
+    """The labels where they are told or inferred, None where they are to be optimised."""
+    if not isinstance(labels, torch.Tensor):
+        check.one_of("labels", labels, ("inferred", "optimised"))
+        return label_inference.infer(seen, num_images) if labels == "inferred" else None
+    if labels.shape != (num_images,) or labels.is_floating_point():
+        raise ValueError(
+            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it takes {num_images} class indices"
+        )
+    if labels.min() < 0 or labels.max() >= seen.num_classes:
+        raise ValueError(f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}")
+    return labels.to(next(seen.model.parameters()).device)

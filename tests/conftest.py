@@ -1,0 +1,48 @@
+"""Shared fixtures: a small network on which attacks take a fraction of a second, and real images."""
+
+import os
+
+import pytest
+import torch
+
+from dlm_core import data, federated, models
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path, monkeypatch):
+    """No test reads or writes the user's store and figures."""
+    monkeypatch.setenv("DLM_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("DLM_FIGURES", str(tmp_path / "figures"))
+    for name in ("SCHEDULER", "DLM_JOBS", "DLM_PROGRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def digit(device):
+    """One real 8x8 digit, [1, 1, 8, 8], and its label."""
+    images, labels, *_ = data.load("digits", n=1)
+    return images.to(device), labels.to(device)
+
+
+@pytest.fixture
+def small(device):
+    """A LeNet for 8x8 digits."""
+    return models.build("lenet", (1, 8, 8), 10, seed=3).to(device)
+
+
+@pytest.fixture
+def seen(small, digit):
+    return federated.train_locally(small, *digit, lr=0.05)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Environment of a subprocess that keeps to this test's folders."""
+    return {**os.environ, "DLM_STORE": str(tmp_path / "store"), "DLM_FIGURES": str(tmp_path / "figures")}

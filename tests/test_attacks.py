@@ -1,0 +1,221 @@
+"""The shared search, and the named attacks on a small network."""
+
+import math
+
+import pytest
+import torch
+
+from dlm_core import attacks, coordinates, data, federated, labels, metrics, models, objectives, optimizers
+from dlm_core.search import reconstruct
+
+
+def psnr(found, truth):
+    return metrics.psnr(found.images, truth, data_range=1.0)
+
+
+@pytest.fixture(scope="module")
+def lenet_case():
+    """A real CIFAR-100 image through the paper's LeNet."""
+    images, truth_labels, *_ = data.load("cifar100", n=1, source="bundled")
+    return federated.train_locally(models.build("lenet", seed=0), images, truth_labels, lr=0.01), images, truth_labels
+
+
+def test_dlm_plus_recovers_a_real_image_from_two_snapshots(lenet_case):
+    seen, images, truth_labels = lenet_case
+    found = attacks.dlm_plus(seen, seed=0)
+    assert psnr(found, images) > 30
+    assert torch.equal(found.labels, truth_labels) and found.k is None and found.stop_reason == "converged"
+
+
+def test_dlm_s_k_is_one_over_eta_at_the_optimum(lenet_case):
+    seen, images, _ = lenet_case
+    found = attacks.dlm(seen, k0=70, seed=0)
+    assert found.k == pytest.approx(100, rel=0.01) and psnr(found, images) > 25
+
+
+def test_dlm_with_free_labels_collapses_to_k_zero(lenet_case):
+    seen, images, _ = lenet_case
+    found = attacks.dlm(seen, k0=100, seed=0, labels="optimised")
+    assert psnr(found, images) < 15 and abs(found.k) < 5
+
+
+def test_dlg_told_the_rate_recovers_and_told_a_tenth_of_it_does_not(lenet_case):
+    seen, images, _ = lenet_case
+    assert psnr(attacks.dlg(seen, learning_rate=0.01, seed=0), images) > 30
+    assert psnr(attacks.dlg(seen, learning_rate=0.001, seed=0, max_evaluations=200), images) < 15
+
+
+def test_inverting_gradients_runs_its_full_budget_in_the_box(seen, digit):
+    found = attacks.inverting_gradients(seen, max_evaluations=300, total_variation=1e-3)
+    assert found.evaluations == 300 and found.stop_reason in ("budget", "converged")
+    assert found.images.min() >= 0 and found.images.max() <= 1
+    assert found.loss < found.losses[0] / 5
+
+
+def test_the_returned_image_has_the_returned_loss(seen):
+    for attack, distance in ((attacks.dlm_plus, objectives.normalised_distance), (attacks.inverting_gradients, None)):
+        found = attack(seen, max_evaluations=60)
+        assert found.loss == min(found.losses) and found.evaluations == len(found.losses) <= 60
+        if distance:
+            g = objectives.gradient(seen.model.double(), federated.loss, found.images, found.labels)
+            assert float(distance(g, federated.weight_delta(seen)).detach()) == pytest.approx(found.loss, rel=1e-9)
+
+
+def test_same_seed_same_bits_and_other_seed_other_start(seen):
+    first, again, other = (attacks.dlm_plus(seen, seed=seed, max_evaluations=30) for seed in (1, 1, 2))
+    assert first.losses == again.losses and torch.equal(first.images, again.images)
+    assert first.losses[0] != other.losses[0]
+
+
+def test_the_attack_leaves_the_observation_and_the_global_generator_alone(seen):
+    before = [p.detach().clone() for p in seen.model.parameters()]
+    state = torch.get_rng_state()
+    attacks.dlm_plus(seen, max_evaluations=10)
+    assert all(torch.equal(a, b) for a, b in zip(before, seen.model.parameters()))
+    assert torch.equal(torch.get_rng_state(), state) and seen.model[0].weight.dtype == torch.float32
+
+
+def test_stops_when_converged_and_not_before(seen):
+    loose, tight = (attacks.dlm_plus(seen, tolerance=tolerance, max_evaluations=300) for tolerance in (1e-3, 1e-6))
+    assert loose.stop_reason == "converged" and loose.evaluations < tight.evaluations
+    unit = sum(
+        float((d / objectives.mean_norm(delta)).square().sum()) for delta in [federated.weight_delta(seen)] for d in delta
+    )
+    assert loose.loss <= 1e-3 * unit < loose.losses[-2]
+
+
+def test_never_fits_below_the_rounding_of_the_weights(small, digit):
+    fine = federated.train_locally(small, *digit, lr=1e-6)
+    relative = sum(float(v.sum()) for v in federated.rounding_variance(fine)) / sum(
+        float(d.square().sum()) for d in federated.weight_delta(fine)
+    )
+    found = attacks.dlm_plus(fine, tolerance=0.0, max_evaluations=2000, patience=2000)
+    assert relative > 1e-5 and found.stop_reason == "converged"
+
+
+def test_stalled_budget_and_diverged(seen):
+    def flat(g, d):
+        return sum((a * 0).sum() for a in g) + sum(x.square().sum() for x in d)
+
+    found = reconstruct(seen, flat, patience=7)
+    assert found.stop_reason == "stalled" and found.evaluations == 8
+    assert attacks.dlm_plus(seen, max_evaluations=5).stop_reason == "budget"
+
+    calls = []
+
+    def breaks(g, d):
+        calls.append(1)
+        return objectives.squared_distance(g, d) * (math.nan if len(calls) > 5 else 1.0)
+
+    found = reconstruct(seen, breaks)
+    assert found.stop_reason == "diverged" and found.evaluations == 5  # the first call measures the unit
+    assert found.images.isfinite().all() and math.isfinite(found.loss)
+
+
+def test_jumping_away_for_good_is_divergence(seen):
+    calls = []
+
+    def away(g, d):
+        calls.append(1)
+        return objectives.squared_distance(g, d) * (1e6 if len(calls) > 4 else 1.0)
+
+    found = reconstruct(seen, away, patience=10, optimizer=optimizers.adam)
+    assert found.stop_reason == "diverged"
+
+
+def test_restarts_are_chosen_by_attack_loss(seen):
+    single = [attacks.dlm_plus(seen, seed=10_007 * i, max_evaluations=20) for i in range(3)]
+    found = attacks.dlm_plus(seen, seed=0, max_evaluations=20, restarts=3)
+    assert found.loss == min(each.loss for each in single)
+    assert found.losses in [each.losses for each in single]
+
+
+def test_history_on_request(seen):
+    found = attacks.dlm_plus(seen, max_evaluations=21, keep_every=10)
+    assert [evaluation for evaluation, _ in found.history] == [0, 10, 20]
+    assert found.history[0][1].shape == found.images.shape
+    assert attacks.dlm_plus(seen, max_evaluations=5).history == []
+
+
+def test_attacker_precision_and_label_modes(seen, digit):
+    found = attacks.dlm_plus(seen, max_evaluations=10, dtype=torch.float32)
+    assert found.images.dtype == torch.float32
+    assert attacks.dlm_plus(seen, max_evaluations=10).images.dtype == torch.float64
+    given = attacks.dlm_plus(seen, labels=torch.tensor([7]), max_evaluations=5)
+    assert given.labels.tolist() == [7]
+    assert attacks.idlg(seen, learning_rate=0.05, max_evaluations=5).labels.tolist() == digit[1].tolist()
+
+
+@pytest.mark.parametrize("parametrisation", [coordinates.pixels, coordinates.cosines])
+def test_start_is_the_seed_s_and_cosines_keep_the_box(parametrisation, device):
+    like = torch.zeros((), dtype=torch.float64, device=device)
+    start, to_images = parametrisation((2, 3, 5, 7), like, torch.Generator().manual_seed(0))
+    again, _ = parametrisation((2, 3, 5, 7), like, torch.Generator().manual_seed(0))
+    assert torch.equal(start, again) and to_images(start).shape == (2, 3, 5, 7)
+    if parametrisation is coordinates.cosines:
+        assert to_images(20 * start).min() > 0 and to_images(20 * start).max() < 1
+        assert (to_images(0 * start) == 0.5).all()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_labels_of_a_batch_by_count(count):
+    images, truth, *_ = data.load("cifar100", n=count, source="bundled")
+    truth = truth.clone()
+    truth[1] = truth[0]  # a class twice
+    seen = federated.train_locally(models.build("lenet", seed=1), images, truth, lr=0.01)
+    assert labels.infer(seen, count).tolist() == sorted(truth.tolist())
+
+
+def test_label_of_one_image_is_the_only_negative_bias_entry(seen, digit):
+    assert (federated.weight_delta(seen)[-1] < 0).sum() == 1
+    assert labels.infer(seen).tolist() == digit[1].tolist()
+
+
+def test_a_batch_of_two_comes_back():
+    images, truth, *_ = data.load("digits", n=2)
+    seen = federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=3), images, truth, lr=0.05)
+    found = attacks.dlm_plus(seen, num_images=2, max_evaluations=1000)
+    order = metrics.match(found.images, images)
+    assert metrics.psnr(found.images[order], images, data_range=1.0) > 20
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"labels": "guessed"}, "labels 'guessed' is unknown: choose from inferred, optimised"),
+        ({"labels": torch.tensor([10])}, r"labels is \[10\]; the model has classes 0 to 9"),
+        ({"labels": torch.tensor([1, 2])}, r"labels has shape \[2\]"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"max_evaluations": 0}, "max_evaluations is 0"),
+        ({"restarts": -1}, "restarts is -1"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"total_variation": math.nan}, "total_variation is nan"),
+        ({"keep_every": 2.5}, "keep_every is 2.5"),
+    ],
+)
+def test_bad_options_are_named(seen, options, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.dlm_plus(seen, **options)
+
+
+def test_bad_told_values_are_named(seen):
+    with pytest.raises(ValueError, match="learning_rate is 0;"):
+        attacks.dlg(seen, learning_rate=0)
+    with pytest.raises(ValueError, match="k0 is -5;"):
+        attacks.dlm(seen, k0=-5)
+
+
+def test_models_without_a_biased_last_layer_are_refused(digit):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False)).to(digit[0].device)
+    with pytest.raises(ValueError, match="does not end in an nn.Linear layer with bias"):
+        federated.train_locally(model, *digit, lr=0.1)
+
+
+def test_batch_norm_in_train_mode_is_attackable(device):
+    images, truth, *_ = data.load("digits", n=2)
+    seen = federated.train_locally(
+        models.build("resnet18_bn", (1, 8, 8), 10).to(device), images.to(device), truth.to(device), lr=0.1
+    )
+    stats = seen.model[1].running_mean.clone()
+    found = attacks.dlm_plus(seen, num_images=2, max_evaluations=3)
+    assert math.isfinite(found.loss) and torch.equal(seen.model[1].running_mean, stats)
