@@ -1,0 +1,225 @@
+"""A trial is a value, and running it is a pure function of it."""
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dlm_core import attacks, check, coordinates, data, defenses, federated, metrics, models, optimizers, search
+
+
+def grey(seen, *, num_images=1, seed=0):
+    """The trivial baseline: a mid-grey image, the best guess of an observer who looks at nothing."""
+    images = torch.full((num_images, *seen.image_shape), 0.5)
+    return search.Reconstruction(images, torch.zeros(num_images, dtype=torch.int64), [], float("nan"), "baseline", None, 0.0)
+
+
+def noise(seen, *, num_images=1, seed=0):
+    """The other one: uniform noise in [0, 1]."""
+    images = torch.rand((num_images, *seen.image_shape), generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(grey(seen, num_images=num_images), images=images)
+
+
+ATTACKS = {
+    "grey": grey,
+    "noise": noise,
+    "dlg": attacks.dlg,
+    "idlg": attacks.idlg,
+    "inverting_gradients": attacks.inverting_gradients,
+    "dlm": attacks.dlm,
+    "dlm_plus": attacks.dlm_plus,
+}
+DEFENCES = {"noise": defenses.noise, "sparsify": defenses.sparsify}
+# Names that stand for functions inside attack_options and client, so that a trial stays plain data.
+PARTS = {
+    "pixels": coordinates.pixels,
+    "cosines": coordinates.cosines,
+    "lbfgs": optimizers.lbfgs,
+    "released_lbfgs": optimizers.released_lbfgs,
+    "adam": optimizers.adam,
+    "signed_adam": optimizers.SignedAdam,
+}
+OPTIMIZERS = {name.lower(): getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "RMSprop")}
+PROFILES = ("smoke", "quick", "paper")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One client, one observation, one attack: plain data, so that it can be compared, stored and sent to a worker.
+
+    dataset, source  of ``data.load``.            index    of the first image.      batch    images per client, from index on.
+    model            of ``models.build``, with ``model_options``.
+    trained          FedAvg rounds the model went through before, on images of the data set that are not attacked.
+    client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name).
+    attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels.
+    defence          {} or {"name": "noise" or "sparsify", …} with the keyword arguments of ``defenses.defend``.
+    seed             of the model's weights, the attack's start and the defence's noise.
+    """
+
+    attack: str = "dlm_plus"
+    attack_options: dict = field(default_factory=dict)
+    dataset: str = "cifar100"
+    source: str = "bundled"
+    index: int = 0
+    batch: int = 1
+    model: str = "lenet"
+    model_options: dict = field(default_factory=dict)
+    trained: int = 0
+    client: dict = field(default_factory=lambda: {"lr": 0.01})
+    defence: dict = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        check.one_of("attack", self.attack, ATTACKS)
+        check.one_of("model", self.model, models.NETWORKS)
+        check.one_of("data set", self.dataset, data.NAMES)
+        check.at_least("index", self.index, 0)
+        check.at_least("batch", self.batch, 1)
+        check.at_least("seed", self.seed, 0)
+        check.at_least("trained", self.trained, 0)
+        check.in_range("lr", self.client.get("lr"), 0, float("inf"), open_low=True)
+        if self.defence:
+            check.one_of("defence", self.defence.get("name"), DEFENCES)
+        for part in ("optimizer", "coordinates"):
+            if part in self.attack_options:
+                check.one_of(part, self.attack_options[part], PARTS)
+        if "optimizer" in self.client:
+            check.one_of("client optimizer", self.client["optimizer"], OPTIMIZERS)
+
+    @property
+    def key(self):
+        """Names the trial's result: a digest of the trial and of the code and data that produce it."""
+        described = json.dumps([asdict(self), code_version("trials"), data.digest(self.dataset)], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+    def __hash__(self):
+        return hash(self.key)
+
+
+def observe(trial):
+    """The client's side of a trial: returns (Observation after the defence, true images, true labels)."""
+    truth = data.load(trial.dataset, indices=range(trial.index, trial.index + trial.batch), source=trial.source)
+    model = models.build(trial.model, truth.images.shape[1:], truth.num_classes, seed=trial.seed, **trial.model_options)
+    if trial.trained:
+        model = train(model, trial)
+    client = dict(trial.client)
+    if "optimizer" in client:
+        client["optimizer"] = OPTIMIZERS[client["optimizer"]]
+    seen = federated.train_locally(model, truth.images, truth.labels, **client)
+    if trial.defence:
+        options = dict(trial.defence)
+        seen = defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed, **options)
+    return seen, truth.images, truth.labels
+
+
+def train(model, trial):
+    """``model`` after ``trial.trained`` rounds of FedAvg: 5 clients, up to 1,000 images, 10 Adam steps of 32 images each."""
+    everything = data.load(trial.dataset, source=trial.source)
+    attacked = range(trial.index, trial.index + trial.batch)
+    others = [i for i in range(min(len(everything.labels), 1000 + trial.batch)) if i not in attacked]
+    clients = [(everything.images[others[c::5]], everything.labels[others[c::5]]) for c in range(5)]
+    settings = {"lr": 0.01, "steps": 10, "batch_size": 32, "optimizer": torch.optim.Adam}
+    *_, (model, _) = federated.rounds(model, clients, number=trial.trained, **settings)
+    return model
+
+
+def attack(trial, seen, labels):
+    """The observer's side: ``labels`` are used only where the trial says that the attack is told them."""
+    options = {
+        name: PARTS[value] if name in ("optimizer", "coordinates") else value for name, value in trial.attack_options.items()
+    }
+    if options.get("labels") == "given":
+        options["labels"] = labels
+    return ATTACKS[trial.attack](seen, seed=trial.seed, num_images=trial.batch, **options)
+
+
+def run_trial(trial):
+    """Return the trial's record: a dict of plain numbers and strings, and under "arrays" tensors (images, losses, history).
+
+    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or an attack that diverges
+    numerically is a result, not an error: its record says "client diverged" or "diverged".
+    """
+    with one_thread():
+        try:
+            seen, images, labels = observe(trial)
+        except FloatingPointError:
+            return {"stop_reason": "client diverged", "arrays": {}}
+        found = attack(trial, seen, labels)
+        return {**judge(found, images, labels), "arrays": arrays(found)}
+
+
+def judge(found, images, labels):
+    """Compare a reconstruction with the truth; images of a batch are matched first. This is the only place where truth enters."""
+    order = metrics.match(found.images, images) if len(images) > 1 else torch.tensor([0])
+    best = found.images[order]
+    psnrs = metrics.psnr(best, images, data_range=1.0, per_image=True)
+    wide = min(images.shape[-2:]) >= 32  # what LPIPS' network and the released SSIM's window take
+    history = [float(metrics.psnr(then[order], images, data_range=1.0)) for _, then in found.history]
+    return {
+        "psnr": float(psnrs.mean()),
+        "psnrs": psnrs.tolist(),
+        "ssim": float(metrics.ssim(best, images, data_range=1.0)),
+        "lpips": float(metrics.lpips(best, images, data_range=1.0)) if wide else None,
+        "exact_pixels": float(metrics.exact_pixel_rate(best, images)),
+        "released_psnr": float(metrics.released_psnr(best, images)),
+        "released_ssim": float(metrics.released_ssim(best, images)) if wide else None,
+        "labels_right": sorted(found.labels.tolist()) == sorted(labels.tolist()),
+        "loss": found.loss,
+        "stop_reason": found.stop_reason,
+        "evaluations": found.evaluations,
+        "k": found.k,
+        "seconds": found.seconds,
+        "history_evaluations": [evaluation for evaluation, _ in found.history],
+        "history_psnr": history,
+    }
+
+
+def arrays(found):
+    """The reconstruction's tensors in single precision, for figures."""
+    kept = {"images": found.images.float(), "losses": torch.tensor(found.losses)}
+    if found.ks:
+        kept["ks"] = torch.tensor(found.ks)
+    if found.history:
+        kept["history"] = torch.stack([images for _, images in found.history]).float()
+    return {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
+
+
+@cache
+def code_version(module):
+    """Digest of a dlm_core module and of those it imports, comments and docstrings aside: a new result needs a new name."""
+    seen, todo, parts = set(), [module], [torch.__version__]
+    while todo:
+        name = todo.pop()
+        if name in seen or not (path := Path(__file__).with_name(f"{name}.py")).exists():
+            continue
+        seen.add(name)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                and ast.get_docstring(node, clean=False) is not None
+            ):
+                node.body = node.body[1:]
+            if isinstance(node, ast.ImportFrom) and node.module == "dlm_core":
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlm_core."):
+                todo.append(node.module.split(".")[1])
+        parts.append(f"{name}:{ast.dump(tree)}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Sums depend on how they are split among threads; one thread gives the same bits everywhere on a machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
