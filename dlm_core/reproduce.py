@@ -1,0 +1,205 @@
+"""One command, every figure: run the notebooks through papermill, show progress, and say what came out."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+from dlm_core import check, report
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = REPOSITORY / "notebooks"
+PROFILES = ("smoke", "quick", "paper")
+SETS = ("paper", "beyond", "all")
+
+
+def catalogue():
+    """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each profile's parameters."""
+    return tomllib.loads((NOTEBOOKS / "profiles.toml").read_text(encoding="utf-8"))
+
+
+def choose(only=None, chosen_set="paper"):
+    """Names of the notebooks to run. ``only`` is a name, its number ("01") or several, comma-separated.
+
+    Raises ValueError for names that are unknown, with the near ones.
+    """
+    check.one_of("SET", chosen_set, SETS)
+    entries = catalogue()
+    if not only:
+        return [name for name, entry in entries.items() if chosen_set in ("all", entry["set"])]
+    chosen = []
+    for wanted in only.split(","):
+        wanted = wanted.strip().removesuffix(".ipynb").removeprefix("notebooks/")
+        by_number = [name for name in entries if name.split("_")[0] == wanted]
+        if not by_number:
+            check.one_of("notebook", wanted, entries)
+        chosen += by_number or [wanted]
+    return chosen
+
+
+def run(profile="quick", *, only=None, chosen_set="paper", jobs=None, out=None, scheduler=None, in_place=False):
+    """Run the chosen notebooks under ``profile``; return the names of those that failed.
+
+    out       folder for figures and tables (default figures/); executed notebooks go to its subfolder notebooks/.
+    in_place  replace the notebooks in notebooks/ by their executed versions, as they are committed.
+
+    A notebook that fails does not stop the others. Finished trials are kept in the store and never computed twice.
+    """
+    check.one_of("PROFILE", profile, PROFILES)
+    names = choose(only, chosen_set)
+    if jobs is not None:
+        check.at_least("JOBS", jobs, 1)
+    figures = Path(out or REPOSITORY / "figures").resolve()
+    os.environ["DLM_FIGURES"] = str(figures)
+    report.folder()
+    if profile == "smoke":
+        jobs = jobs or 1  # its trials are over before workers have started
+    for name, value in {"DLM_JOBS": jobs, "SCHEDULER": scheduler}.items():
+        if value:
+            os.environ[name] = str(value)
+    if os.environ.get("SCHEDULER"):
+        from dlm_core import sweeps
+
+        with sweeps.engine(os.environ["SCHEDULER"], jobs=1):
+            pass  # an unreachable scheduler is said now, not after the first notebook's start
+    executed = figures / "notebooks"
+    executed.mkdir(exist_ok=True)
+
+    failed, began = [], time.time()
+    for position, name in enumerate(names, 1):
+        heading = f"[{position}/{len(names)}] {name}"
+        parameters = {"profile": profile, **catalogue()[name][profile]}
+        started = time.time()
+        problem = _execute(NOTEBOOKS / f"{name}.ipynb", executed / f"{name}.ipynb", parameters, heading)
+        seconds = time.time() - started
+        if problem:
+            failed.append(name)
+            print(f"{heading}: FAILED after {seconds:.0f} s: {problem}", flush=True)
+            continue
+        print(f"{heading}: done in {seconds:.0f} s", flush=True)
+        _note_seconds(figures, name, seconds)
+        if in_place:
+            shutil.copy(executed / f"{name}.ipynb", NOTEBOOKS / f"{name}.ipynb")
+    if figures == REPOSITORY / "figures":
+        fill_readme(figures)
+    _summary(figures, names, failed, time.time() - began)
+    return failed
+
+
+def results_table(figures):
+    """The README's table in Markdown: one row per claim in ``figures``/claims.json."""
+    rows = ["| notebook | command | statement | whose | what we find |", "|---|---|---|---|---|"]
+    for name, entry in sorted(report.read_json(Path(figures) / "claims.json").items()):
+        for claim in entry["claims"]:
+            found = f"**{claim['verdict']}** ({entry['profile']}): {claim['evidence']}"
+            found += f" Likely cause: {claim['cause']}" if claim["cause"] else ""
+            command = f"`make figures ONLY={name.split('_')[0]}`"
+            rows.append(
+                f"| [{name}](notebooks/{name}.ipynb) | {command} | {claim['statement']} | {claim['source']} | {found} |"
+            )
+    return "\n".join(rows)
+
+
+def fill_readme(figures, readme=REPOSITORY / "README.md"):
+    """Put the results table between the README's markers."""
+    text = readme.read_text(encoding="utf-8")
+    filled = re.sub(
+        r"(<!-- results -->\n).*?(\n<!-- /results -->)",
+        lambda m: m[1] + results_table(figures) + m[2],
+        text,
+        flags=re.DOTALL,
+    )
+    if filled != text:
+        report.write_atomically(readme, filled)
+
+
+def _execute(source, target, parameters, heading):
+    """Run one notebook; return None, or one line that says what went wrong."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["DLM_PROGRESS"] = str(Path(scratch, "progress"))
+        watching = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, watching), daemon=True)
+        watcher.start()
+        try:
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters,
+                kernel_name="python3",
+                cwd=REPOSITORY,
+                progress_bar=False,
+                log_output=False,
+                extra_arguments=["--log-level=ERROR"],
+            )
+        except PapermillExecutionError as error:
+            return f"cell {error.exec_count}: {error.ename}: {error.evalue} (see {target.name} in {target.parent.name}/)"
+        except Exception as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
+            return f"{type(error).__name__}: {error}"
+        finally:
+            watching.set()
+            watcher.join()
+            os.environ.pop("DLM_PROGRESS", None)
+    _tidy(target)
+    return None
+
+
+def _watch(path, heading, finished):
+    """Show the trials of the notebook under way, with the time left."""
+    from tqdm import tqdm
+
+    bar = None
+    while not finished.wait(0.5):
+        if path.exists():
+            done, total = map(int, path.read_text().split())
+            if bar is None or total != bar.total or done < bar.n:
+                if bar is not None:
+                    bar.close()
+                bar = tqdm(
+                    total=total,
+                    initial=done,
+                    desc=heading,
+                    unit="trial",
+                    mininterval=1 if sys.stderr.isatty() else 20,
+                    leave=False,
+                    dynamic_ncols=True,
+                )
+            bar.update(done - bar.n)
+    if bar is not None:
+        bar.close()
+
+
+def _tidy(path):
+    """Drop what papermill notes about this machine and moment, so that the same run leaves the same notebook."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"].pop("papermill", None)
+    for cell in notebook["cells"]:
+        for name in ("papermill", "execution"):
+            cell["metadata"].pop(name, None)
+    report.write_atomically(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def _note_seconds(figures, name, seconds):
+    manifest = report.read_json(figures / "manifest.json")
+    for entry in manifest.values():
+        if entry["notebook"] == name:
+            entry["seconds"] = round(seconds, 1)
+    report.write_json(figures / "manifest.json", manifest)
+
+
+def _summary(figures, names, failed, seconds):
+    claims = report.read_json(figures / "claims.json")
+    print(f"\n{len(names) - len(failed)} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}")
+    for name in names:
+        for claim in claims.get(name, {}).get("claims", []):
+            print(f"  {name.split('_')[0]}  {claim['verdict']:>13}: {claim['statement']}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")

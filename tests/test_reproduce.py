@@ -1,0 +1,155 @@
+"""The user's commands, as a user runs them, and what they say when something is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dlm_core import data, federated, models, report, reproduce
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def command(*arguments, environment, **options):
+    run = [sys.executable, "-m", "dlm_core", *map(str, arguments)]
+    return subprocess.run(run, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+
+NOTEBOOK = """
+from dlm_core import data, report, sweeps, trials
+run = report.Report("{name}", profile=profile, images=images)
+plan = [trials.Trial("dlm_plus", {{"max_evaluations": 5}}, "digits", index=i, client={{"lr": 0.05}}) for i in range(images)]
+table = sweeps.table(plan, sweeps.sweep(plan))
+run.table(table[["index", "psnr", "loss"]], "a table")
+{more}
+run.claim("it runs", True, f"{{len(table)}} trials")
+run.finish()
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Two tiny notebooks of which the first fails, in a folder of their own."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    entries = []
+    for name, more in {"90_breaks": "raise RuntimeError('on purpose')", "91_works": ""}.items():
+        parameters = nbformat.v4.new_code_cell("profile = 'quick'\nimages = 2", metadata={"tags": ["parameters"]})
+        cells = [parameters, nbformat.v4.new_code_cell(NOTEBOOK.format(name=name, more=more))]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+        entries.append(f'[{name}]\nset = "paper"\nsmoke = {{ images = 1 }}\nquick = {{}}\npaper = {{ images = 3 }}\n')
+    (folder / "profiles.toml").write_text("\n".join(entries))
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
+    return folder
+
+
+def test_a_failing_notebook_is_named_and_stops_no_other(notebooks, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert reproduce.run("smoke", out=out, jobs=1) == ["90_breaks"]
+    printed = capsys.readouterr().out
+    assert "90_breaks: FAILED" in printed and "RuntimeError: on purpose" in printed and "91_works: done" in printed
+    assert printed.rstrip().endswith("FAILED: 90_breaks") and "holds: it runs" in printed
+    assert (out / "91_works.csv").read_text().count("\n") == 2
+    executed = nbformat.read(out / "notebooks" / "91_works.ipynb", as_version=4)
+    assert "images = 1" in "".join(cell.source for cell in executed.cells) and str(tmp_path) not in json.dumps(executed)
+
+
+def test_twice_the_same_table_and_a_manifest_that_tells(notebooks, tmp_path):
+    reproduce.run("quick", only="91", out=tmp_path / "out", jobs=1)
+    first = (tmp_path / "out" / "91_works.csv").read_bytes()
+    shutil.rmtree(tmp_path / "store")
+    reproduce.run("quick", only="91_works", out=tmp_path / "out", jobs=1)
+    assert (tmp_path / "out" / "91_works.csv").read_bytes() == first
+    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["91_works.csv"]
+    assert entry["notebook"] == "91_works" and entry["profile"] == "quick" and entry["parameters"]["images"] == 2
+    assert (
+        entry["seconds"] > 0
+        and entry["data"].keys() == set(data.NAMES)
+        and torch.__version__.startswith(entry["versions"]["torch"])
+    )
+    assert entry["revision"] == report.revision()
+
+
+def test_in_place_puts_the_executed_notebook_back(notebooks, tmp_path):
+    reproduce.run("smoke", only="91", out=tmp_path / "out", in_place=True)
+    cells = nbformat.read(notebooks / "91_works.ipynb", as_version=4).cells
+    assert all(cell.execution_count for cell in cells if cell.cell_type == "code") and cells[-1].outputs
+
+
+def test_the_readme_table_is_filled_between_its_markers(tmp_path):
+    claims = {"91_works": {"profile": "smoke", "claims": [
+        {"statement": "s", "source": "paper", "verdict": "does not hold", "evidence": "e", "cause": "c"}]}}  # fmt: skip
+    (tmp_path / "claims.json").write_text(json.dumps(claims))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n")
+    reproduce.fill_readme(tmp_path, readme)
+    text = readme.read_text()
+    assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "`make figures ONLY=91`" in text and "**does not hold** (smoke): e Likely cause: c" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["figures", "--profile", "quik"],
+            "PROFILE 'quik' is unknown: choose from smoke, quick, paper; did you mean quick?",
+        ),
+        (["figures", "--only", "01_attack_compared"], "notebook '01_attack_compared' is unknown"),
+        (["figures", "--only", "77"], "notebook '77' is unknown"),
+        (["figures", "--set", "papers"], "SET 'papers' is unknown"),
+        (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number of at least 1"),
+        (["attack", "absent.safetensors", "absent.pt"], "snapshot 'absent.safetensors' does not exist"),
+        (["attack", "a", "b", "--model", "lennet"], "model 'lennet' is unknown"),
+        (["attack", "a", "b", "--image-shape", "32"], "image_shape is"),
+        (["bench", "--images", "21"], "n is 21"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, message, environment):
+    done = command(*arguments, environment=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_an_unwritable_output_folder_is_said_first(tmp_path, environment):
+    (tmp_path / "file").write_text("")
+    done = command("figures", "--profile", "smoke", "--out", tmp_path / "file", environment=environment)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "OUT" in done.stderr
+
+
+def test_an_unreachable_scheduler_is_said_first(environment, tmp_path):
+    done = command("figures", "--scheduler", "tcp://127.0.0.1:9", "--out", tmp_path / "out", environment=environment)
+    assert done.returncode == 2 and "SCHEDULER 'tcp://127.0.0.1:9' cannot be reached" in done.stderr
+
+
+def test_every_command_has_help(environment):
+    for name in ("env", "figures", "test", "lab", "bench", "clean", "attack"):
+        done = command(name, "--help", environment=environment)
+        assert done.returncode == 0 and f"dlm_core {name}" in done.stdout
+
+
+def test_attack_on_two_files_of_one_s_own(tmp_path, environment):
+    images, labels, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=5), images, labels, lr=0.05)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in seen.model.state_dict().items()}, tmp_path / "before.safetensors"
+    )
+    torch.save(seen.weights_after, tmp_path / "after.pt")
+    where = ["--image-shape", "1,8,8", "--num-classes", 10, "--out", tmp_path / "found.png"]
+    done = command("attack", tmp_path / "before.safetensors", tmp_path / "after.pt", *where, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"labels {labels.tolist()}" in done.stdout and (tmp_path / "found.png").stat().st_size > 0
+    done = command("attack", tmp_path / "after.pt", tmp_path / "after.pt", *where, environment=environment)
+    assert done.returncode == 2 and "has not trained" in done.stderr
+
+
+def test_make_alone_prints_what_there_is():
+    printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target}" in printed for target in ("figures", "test", "lab", "bench", "clean", "env"))
