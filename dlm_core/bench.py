@@ -14,7 +14,7 @@ def run(images=20):
     truth = data.load("cifar100", n=images, source="bundled")
     print(f"LeNet, {images} CIFAR-100 images, client SGD lr 0.01, one step; torch on {torch.get_num_threads()} threads\n")
     print(
-        "| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s/image median | s/image mean | evaluations median | peak memory MiB |"
+        "| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s/image median | s/image mean | evaluations median | peak so far, MiB |"
     )
     print("|---|---|---|---|---|---|---|---|")
     attempts = {

@@ -15,6 +15,10 @@ from dlm_core import check
 loss = F.cross_entropy  # of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it
 
 
+class Unchanged(ValueError):
+    """The two snapshots are identical: nothing can leak."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """All that an honest-but-curious observer of FedAvg holds about one client in one round.
@@ -24,7 +28,8 @@ class Observation:
     image_shape    (C, H, W), as public as the architecture.
     num_classes    width of the last layer.
 
-    Raises ValueError, naming the tensor, where the snapshots do not fit each other, hold NaN or infinity, or are identical.
+    Raises ValueError, naming the tensor, where the snapshots do not fit each other or hold NaN or infinity; Unchanged where
+    they are identical.
     """
 
     model: nn.Module
@@ -40,7 +45,7 @@ class Observation:
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(f"{label} holds NaN or infinity in {name!r}; a snapshot must be finite")
         if all(torch.equal(p, self.weights_after[name].to(p.device)) for name, p in self.model.named_parameters()):
-            raise ValueError("weights_after equals the model's weights: the client has not trained, nothing can leak")
+            raise Unchanged("weights_after equals the model's weights: the client has not trained, nothing can leak")
 
 
 def observe(model, before, after, image_shape):
@@ -91,6 +96,16 @@ def rounding_variance(seen):
         ulp = torch.finfo(after.dtype).eps * torch.exp2(after.abs().double().clamp(min=1e-300).log2().floor())
         variances.append(ulp.square() / 12)
     return variances
+
+
+def rounding_share(seen):
+    """The part of ‖Δ‖² that is rounding of W_{t+1}, as far as the observer can tell: nothing explains Δ better than to this misfit.
+
+    A weight that moved by less than its rounding error adds no more than it moved.
+    """
+    squares = [layer.square() for layer in weight_delta(seen)]
+    noise = sum(float(torch.minimum(v, s).sum()) for v, s in zip(rounding_variance(seen), squares))
+    return noise / sum(float(s.sum()) for s in squares)
 
 
 def last_layer(model):

@@ -17,23 +17,23 @@ def gradient(model, loss, images, labels):
 
 def squared_distance(g, d):
     """Σ_layers ‖g - d‖²: DLG (Zhu et al. 2019), with d = Δ/η."""
-    return sum((a - b).square().sum() for a, b in zip(g, d))
+    return sum(_dot(a - b, a - b) for a, b in zip(g, d))
 
 
 def scaled_distance(g, d, k):
     """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η a variable of the attack."""
-    return sum((a - k * b).square().sum() for a, b in zip(g, d))
+    return sum(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
 
 
 def normalised_distance(g, d):
     """Σ_layers ‖g/n(g) - Δ/n(Δ)‖²: DLM+ (Zhao et al. 2024). Invariant to positive scale of either argument."""
     n_g, n_d = mean_norm(g), mean_norm(d)
-    return sum((a / n_g - b / n_d).square().sum() for a, b in zip(g, d))
+    return squared_distance(g, [n_g / n_d * layer for layer in d]) / n_g.square()
 
 
 def cosine_distance(g, d):
     """1 - cos(g, Δ), all layers as one vector: Inverting Gradients (Geiping et al. 2020). Invariant to positive scale."""
-    dot, g_squared, d_squared = (sum((a * b).sum() for a, b in zip(*pair)) for pair in ((g, d), (g, g), (d, d)))
+    dot, g_squared, d_squared = (sum(_dot(a, b) for a, b in zip(*pair)) for pair in ((g, d), (g, g), (d, d)))
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
@@ -45,3 +45,8 @@ def mean_norm(tensors):
 def total_variation(images):
     """Mean absolute difference of vertical and of horizontal neighbours, summed; ``images`` [B, C, H, W]."""
     return images.diff(dim=-2).abs().mean() + images.diff(dim=-1).abs().mean()
+
+
+def _dot(a, b):
+    """Inner product of two tensors; unlike (a * b).sum() it stores no product, which halves the time of a large layer."""
+    return torch.dot(a.flatten(), b.flatten())

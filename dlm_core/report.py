@@ -60,7 +60,7 @@ class Report:
         lines = [caption, "", _row(shown.columns), _row(["---"] * shown.shape[1]), *map(_row, shown.itertuples(index=False))]
         write_atomically(self.folder / f"{stem}.md", "\n".join(lines) + "\n")
         self._record([f"{stem}.csv", f"{stem}.md"], caption)
-        return shown.style.hide(axis="index").set_caption(caption)
+        return shown.style.hide(axis="index").set_caption(caption).set_uuid(stem)  # the same id each time
 
     def claim(self, statement, holds, evidence, *, source="paper", cause=""):
         """Print and keep whether ``statement`` holds.
@@ -123,7 +123,7 @@ def knowledge(seen, attacks):
         parameters = inspect.signature(attack).parameters.values()
         told = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
         rows.append((name, "and " + ", ".join(told) if told else "nothing more"))
-    return pandas.DataFrame(rows, columns=["who", "knows"]).style.hide(axis="index")
+    return pandas.DataFrame(rows, columns=["who", "knows"]).style.hide(axis="index").set_uuid("knowledge")
 
 
 @cache

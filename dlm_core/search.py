@@ -13,7 +13,7 @@ from dlm_core import check, objectives
 from dlm_core import labels as label_inference
 from dlm_core.coordinates import cosines
 from dlm_core.federated import loss as training_loss
-from dlm_core.federated import rounding_variance, weight_delta
+from dlm_core.federated import rounding_share, weight_delta
 from dlm_core.optimizers import lbfgs
 
 
@@ -25,7 +25,7 @@ class Reconstruction:
     labels       [B] class indices: given, inferred, or the largest of the optimised logits.
     losses       the objective at every evaluation of the chosen restart.
     loss         the lowest of them.
-    stop_reason  "converged" (the misfit fell to ``tolerance`` or to what rounding of the weights explains), "stalled"
+    stop_reason  "converged" (the misfit fell to ``tolerance``, or to what rounding of the weights explains), "stalled"
                  (no progress over ``patience`` evaluations), "diverged" (NaN, or far above the best for as long), "budget".
     k            DLM's k, None for attacks without one.     ks  its value at every evaluation.
     seconds      wall time of all restarts.
@@ -60,7 +60,7 @@ def reconstruct(
     coordinates=cosines,
     optimizer=lbfgs,
     max_evaluations=400,
-    tolerance=1e-6,
+    tolerance=1e-5,
     patience=50,
     restarts=1,
     seed=0,
@@ -77,8 +77,8 @@ def reconstruct(
     coordinates      of ``dlm_core.coordinates``: start and parametrisation of the images.
     optimizer        of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     max_evaluations  budget of each restart.
-    tolerance        relative misfit ‖g - d‖²/‖d‖² at which the search has converged; never below the misfit that
-                     rounding of the transmitted weights causes.
+    tolerance        the search has converged when the misfit has fallen to this share of the start's, or to the relative
+                     misfit that rounding of the transmitted weights leaves at best.
     patience         the search has stalled when this many evaluations lower the loss by less than 5 %.
     restarts         independent starts; the one of lowest loss is returned, the first that converges ends the search.
     seed             of the starts.     dtype  of the attacker's arithmetic.
@@ -95,13 +95,14 @@ def reconstruct(
     model = copy.deepcopy(seen.model).to(dtype)
     update = [scale * layer.to(dtype) for layer in weight_delta(seen)]
     known = _known_labels(seen, labels, num_images)
-    enough = max(tolerance, _rounding(seen)) * _unit(distance, update, k0)
+    unit, floor = _unit(distance, update, k0), rounding_share(seen)
 
     def objective(variables, to_images):
         images = to_images(variables["images"])
         g = objectives.gradient(model, training_loss, images, variables["logits"].softmax(1) if known is None else known)
         misfit = distance(g, update) if k0 is None else distance(g, update, k0 * variables["growth"])
-        return misfit, misfit + total_variation * objectives.total_variation(images), images
+        relative = misfit.detach() / (unit if k0 is None else unit * variables["growth"].detach() ** 2)
+        return relative, misfit + total_variation * objectives.total_variation(images), images
 
     searches = []
     for restart in range(restarts):
@@ -113,7 +114,9 @@ def reconstruct(
             variables["logits"] = logits.to(update[0])
         if k0 is not None:
             variables["growth"] = torch.ones_like(update[0].sum())  # k = k0 * growth: of order 1, as L-BFGS likes it
-        search = _Search(variables, partial(objective, to_images=to_images), enough, max_evaluations, patience, keep_every)
+        search = _Search(
+            variables, partial(objective, to_images=to_images), floor, tolerance, max_evaluations, patience, keep_every
+        )
         search.run(optimizer)
         searches.append((search, to_images))
         if search.stop_reason == "converged":
@@ -138,11 +141,11 @@ class _Finished(Exception):
 
 
 class _Search:
-    """One descent over a dict of variables; ``objective(variables)`` returns (misfit, loss, images)."""
+    """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit, loss, images)."""
 
-    def __init__(self, variables, objective, enough, max_evaluations, patience, keep_every):
+    def __init__(self, variables, objective, floor, tolerance, max_evaluations, patience, keep_every):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
-        self.objective, self.enough = objective, enough
+        self.objective, self.floor, self.tolerance, self.enough = objective, floor, tolerance, None
         self.max_evaluations, self.patience, self.keep_every = max_evaluations, patience, keep_every
         self.losses, self.lowest, self.history, self.growths = [], [], [], []
         self.loss, self.best, self.stop_reason = math.inf, self._copy(), None
@@ -161,6 +164,8 @@ class _Search:
         gradients = torch.autograd.grad(loss, list(self.variables.values()))
         for variable, gradient in zip(self.variables.values(), gradients):
             variable.grad = gradient
+        if self.enough is None:
+            self.enough = max(self.floor, self.tolerance * float(misfit))
         number = float(loss.detach())
         finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
         if self.keep_every and len(self.losses) % self.keep_every == 0:
@@ -171,7 +176,7 @@ class _Search:
             self.loss, self.best = number, self._copy()
         self.losses.append(number)
         self.lowest.append(self.loss)
-        self.stop_reason = self._verdict(finite, float(misfit.detach()))
+        self.stop_reason = self._verdict(finite, float(misfit))
         if self.stop_reason:
             raise _Finished
         return loss.detach()
@@ -197,14 +202,6 @@ def _unit(distance, update, k0):
     """
     k = () if k0 is None else (torch.tensor(float(k0), dtype=update[0].dtype, device=update[0].device),)
     return float(distance([-layer * (k0 or 1.0) for layer in update], update, *k)) / 4
-
-
-def _rounding(seen):
-    """The relative misfit that rounding of W_{t+1} leaves even at the true images."""
-    noise, signal = (
-        sum(float(t.sum()) for t in ts) for ts in (rounding_variance(seen), [d.square() for d in weight_delta(seen)])
-    )
-    return noise / signal
 
 
 def _known_labels(seen, labels, num_images):

@@ -143,13 +143,16 @@ def run_trial(trial):
     """Return the trial's record: a dict of plain numbers and strings, and under "arrays" tensors (images, losses, history).
 
     Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or an attack that diverges
-    numerically is a result, not an error: its record says "client diverged" or "diverged".
+    numerically is a result, not an error: its record says "client diverged" or "diverged"; so is a client whose weights do not
+    change ("client unchanged").
     """
     with one_thread():
         try:
             seen, images, labels = observe(trial)
         except FloatingPointError:
             return {"stop_reason": "client diverged", "arrays": {}}
+        except federated.Unchanged:
+            return {"stop_reason": "client unchanged", "arrays": {}}
         found = attack(trial, seen, labels)
         return {**judge(found, images, labels), "arrays": arrays(found)}
 

@@ -136,6 +136,11 @@ def test_a_client_that_diverges_is_a_record(tmp_path):
     )
 
 
+def test_a_client_whose_weights_do_not_change_is_a_record(tmp_path):
+    (record,) = sweeps.sweep([replace(FAST, client={"lr": 1e-30})], jobs=1, store=tmp_path)
+    assert record["stop_reason"] == "client unchanged"
+
+
 def test_record_of_a_defended_batch():
     trial = replace(FAST, batch=2, client={"lr": 0.05, "optimizer": "adam"}, defence={"name": "noise", "scale": 1e-6})
     record = trials.run_trial(trial)
