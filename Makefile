@@ -9,6 +9,7 @@ RUN = $$($(PYTHON) -m dlm_core env | tail -n 1) -m dlm_core
 help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
+	@echo '                                                       PARAMETER=seeds=100 (instead of the profile’s)'
 	@echo 'make test      pytest, then every notebook under the smoke profile through nbval'
 	@echo 'make lab       JupyterLab on the notebooks'
 	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings'
@@ -17,14 +18,14 @@ help:
 	@echo 'The same without make: python -m dlm_core --help'
 
 figures: env
-	@$(RUN) figures --profile '$(PROFILE)' --set '$(SET)' $(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs '$(JOBS)') \
+	@$(RUN) figures --profile '$(PROFILE)' --set '$(SET)' $(if $(ONLY),--only '$(ONLY)') $(if $(PARAMETER),--parameter '$(PARAMETER)') $(if $(JOBS),--jobs '$(JOBS)') \
 	  $(if $(OUT),--out '$(OUT)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)')
 
 test lab bench: env
 	@$(RUN) $@
 
 env:
-	@$(PYTHON) -m dlm_core env
+	@$(PYTHON) -m dlm_core env > /dev/null
 
 clean:
 	@$(PYTHON) -m dlm_core clean

@@ -1,6 +1,7 @@
 """python -m dlm_core: everything that make does, and an attack on two snapshots of your own."""
 
 import argparse
+import ast
 import os
 import shutil
 import subprocess
@@ -39,6 +40,9 @@ def _parser():
     figures.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
     figures.add_argument("--only", help="one notebook, by name or number; several with commas")
     figures.add_argument("--set", default="paper", dest="chosen_set", help="paper (00 to 11, default), beyond, or all")
+    figures.add_argument(
+        "--parameter", action="append", default=[], help="NAME=VALUE, instead of the profile's; may be repeated"
+    )
     figures.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
     figures.add_argument("--out", help="folder for figures and tables (default: figures/)")
     figures.add_argument("--scheduler", help="tcp:// address of a Dask scheduler to run the trials on")
@@ -68,7 +72,19 @@ def _figures(options):
     from dlm_core import reproduce
 
     chosen = {name: getattr(options, name) for name in ("only", "chosen_set", "jobs", "out", "scheduler", "in_place")}
-    return 1 if reproduce.run(options.profile, **chosen) else 0
+    parameters = dict(_assignment(text) for text in options.parameter)
+    return 1 if reproduce.run(options.profile, parameters=parameters, **chosen) else 0
+
+
+def _assignment(text):
+    """("seeds", 100) from "seeds=100"; what is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--parameter is {text!r}; it takes NAME=VALUE, as seeds=100")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _test(options):

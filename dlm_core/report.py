@@ -1,5 +1,6 @@
 """What a notebook leaves behind: figures, tables and checked claims, each with its provenance, in the figures folder."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -81,10 +82,10 @@ class Report:
 
     def finish(self):
         """Write the verdicts into claims.json and claims.md, beside those of the other notebooks."""
-        everything = read_json(self.folder / "claims.json")
-        everything[self.notebook] = {"profile": self.parameters.get("profile"), "claims": self.claims}
-        write_json(self.folder / "claims.json", everything)
-        write_atomically(self.folder / "claims.md", _claims_page(everything))
+        entry = {self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}}
+        with shared(self.folder / "claims.json") as everything:
+            everything.update(entry)
+            write_atomically(self.folder / "claims.md", _claims_page(everything))
 
     def provenance(self):
         """What the results depend on beside the code: parameters, revision, data digests, versions, machine."""
@@ -99,9 +100,8 @@ class Report:
         }
 
     def _record(self, files, caption):
-        manifest = read_json(self.folder / "manifest.json")
-        manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
-        write_json(self.folder / "manifest.json", manifest)
+        with shared(self.folder / "manifest.json") as manifest:
+            manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
 
 
 def knowledge(seen, attacks):
@@ -144,8 +144,15 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_json(path, content):
-    write_atomically(path, json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n")
+@contextlib.contextmanager
+def shared(path):
+    """The content of a JSON file that several notebooks add to: read, changed by the caller, written back, under a lock."""
+    from filelock import FileLock
+
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        content = read_json(path)
+        yield content
+        write_atomically(path, json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_atomically(path, text):

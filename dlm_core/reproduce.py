@@ -11,6 +11,10 @@ import time
 import tomllib
 from pathlib import Path
 
+import joblib
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
 from dlm_core import check, report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,41 +47,37 @@ def choose(only=None, chosen_set="paper"):
     return chosen
 
 
-def run(profile="quick", *, only=None, chosen_set="paper", jobs=None, out=None, scheduler=None, in_place=False):
+def run(
+    profile="quick", *, only=None, chosen_set="paper", parameters=None, jobs=None, out=None, scheduler=None, in_place=False
+):
     """Run the chosen notebooks under ``profile``; return the names of those that failed.
 
-    out       folder for figures and tables (default figures/); executed notebooks go to its subfolder notebooks/.
-    in_place  replace the notebooks in notebooks/ by their executed versions, as they are committed.
+    parameters  {name: value} that replace those of the profile, as {"seeds": 100}; each chosen notebook must have them.
+    out         folder for figures and tables (default figures/); executed notebooks go to its subfolder notebooks/.
+    in_place    replace the notebooks in notebooks/ by their executed versions, as they are committed.
 
     A notebook that fails does not stop the others. Finished trials are kept in the store and never computed twice.
     """
     check.one_of("PROFILE", profile, PROFILES)
     names = choose(only, chosen_set)
-    if jobs is not None:
-        check.at_least("JOBS", jobs, 1)
-    figures = Path(out or REPOSITORY / "figures").resolve()
-    os.environ["DLM_FIGURES"] = str(figures)
-    report.folder()
-    if profile == "smoke":
-        jobs = jobs or 1  # its trials are over before workers have started
-    for name, value in {"DLM_JOBS": jobs, "SCHEDULER": scheduler}.items():
-        if value:
-            os.environ[name] = str(value)
-    if os.environ.get("SCHEDULER"):
-        from dlm_core import sweeps
-
-        with sweeps.engine(os.environ["SCHEDULER"], jobs=1):
-            pass  # an unreachable scheduler is said now, not after the first notebook's start
-    executed = figures / "notebooks"
-    executed.mkdir(exist_ok=True)
-
-    failed, began = [], time.time()
+    for name in names if parameters else ():
+        for parameter in parameters:
+            check.one_of(f"parameter of {name}", parameter, papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb"))
+    figures = _prepare(profile, jobs, out, scheduler)
+    began, runs = time.time(), []
     for position, name in enumerate(names, 1):
-        heading = f"[{position}/{len(names)}] {name}"
-        parameters = {"profile": profile, **catalogue()[name][profile]}
-        started = time.time()
-        problem = _execute(NOTEBOOKS / f"{name}.ipynb", executed / f"{name}.ipynb", parameters, heading)
-        seconds = time.time() - started
+        values = {"profile": profile, **catalogue()[name][profile], **(parameters or {})}
+        source, target = NOTEBOOKS / f"{name}.ipynb", figures / "notebooks" / f"{name}.ipynb"
+        runs.append((source, target, values, f"[{position}/{len(names)}] {name}"))
+    # Smoke notebooks are all start-up: run one per core. Others run in turn and share the cores by their trials.
+    workers = min(os.cpu_count(), len(runs)) if profile == "smoke" else 1
+    settings = {name: value for name, value in os.environ.items() if name.startswith("DLM_") or name == "SCHEDULER"}
+    execute = joblib.delayed(_execute)
+    outcomes = joblib.Parallel(n_jobs=workers, return_as="generator")(
+        execute(*each, settings, workers == 1) for each in runs
+    )
+    failed = []
+    for name, (source, target, _, heading), (problem, seconds) in zip(names, runs, outcomes):
         if problem:
             failed.append(name)
             print(f"{heading}: FAILED after {seconds:.0f} s: {problem}", flush=True)
@@ -85,11 +85,31 @@ def run(profile="quick", *, only=None, chosen_set="paper", jobs=None, out=None, 
         print(f"{heading}: done in {seconds:.0f} s", flush=True)
         _note_seconds(figures, name, seconds)
         if in_place:
-            shutil.copy(executed / f"{name}.ipynb", NOTEBOOKS / f"{name}.ipynb")
+            shutil.copy(target, source)
     if figures == REPOSITORY / "figures":
         fill_readme(figures)
     _summary(figures, names, failed, time.time() - began)
     return failed
+
+
+def _prepare(profile, jobs, out, scheduler):
+    """Check the settings, hand them to the notebooks through the environment, and return the folder for figures."""
+    if jobs is not None:
+        check.at_least("JOBS", jobs, 1)
+    if profile == "smoke":
+        jobs = jobs or 1  # its trials are over before workers have started
+    figures = Path(out or REPOSITORY / "figures").resolve()
+    for name, value in {"DLM_FIGURES": figures, "DLM_JOBS": jobs, "SCHEDULER": scheduler}.items():
+        if value:
+            os.environ[name] = str(value)
+    report.folder()
+    if os.environ.get("SCHEDULER"):
+        from dlm_core import sweeps
+
+        with sweeps.engine(os.environ["SCHEDULER"], jobs=1):
+            pass  # an unreachable scheduler is said now, not after the first notebook's start
+    (figures / "notebooks").mkdir(exist_ok=True)
+    return figures
 
 
 def results_table(figures):
@@ -119,37 +139,30 @@ def fill_readme(figures, readme=REPOSITORY / "README.md"):
         report.write_atomically(readme, filled)
 
 
-def _execute(source, target, parameters, heading):
-    """Run one notebook; return None, or one line that says what went wrong."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
+def _execute(source, target, parameters, heading, settings, show_progress):
+    """Run one notebook; return (None or one line that says what went wrong, seconds)."""
+    started, problem = time.time(), None
+    os.environ.update(settings)  # a worker process may be older than they are
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["DLM_PROGRESS"] = str(Path(scratch, "progress"))
-        watching = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, watching), daemon=True)
-        watcher.start()
+        finished = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, finished), daemon=True)
+        if show_progress:
+            watcher.start()
+        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
         try:
-            papermill.execute_notebook(
-                source,
-                target,
-                parameters,
-                kernel_name="python3",
-                cwd=REPOSITORY,
-                progress_bar=False,
-                log_output=False,
-                extra_arguments=["--log-level=ERROR"],
-            )
+            papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=REPOSITORY, **quiet)
+            _tidy(target)
         except PapermillExecutionError as error:
-            return f"cell {error.exec_count}: {error.ename}: {error.evalue} (see {target.name} in {target.parent.name}/)"
+            problem = f"cell {error.exec_count}: {error.ename}: {error.evalue} (see {target.name} in {target.parent.name}/)"
         except Exception as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
-            return f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
         finally:
-            watching.set()
-            watcher.join()
+            finished.set()
+            if show_progress:
+                watcher.join()
             os.environ.pop("DLM_PROGRESS", None)
-    _tidy(target)
-    return None
+    return problem, time.time() - started
 
 
 def _watch(path, heading, finished):
@@ -188,11 +201,10 @@ def _tidy(path):
 
 
 def _note_seconds(figures, name, seconds):
-    manifest = report.read_json(figures / "manifest.json")
-    for entry in manifest.values():
-        if entry["notebook"] == name:
-            entry["seconds"] = round(seconds, 1)
-    report.write_json(figures / "manifest.json", manifest)
+    with report.shared(figures / "manifest.json") as manifest:
+        for entry in manifest.values():
+            if entry["notebook"] == name:
+                entry["seconds"] = round(seconds, 1)
 
 
 def _summary(figures, names, failed, seconds):

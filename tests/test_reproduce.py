@@ -42,7 +42,9 @@ def notebooks(tmp_path, monkeypatch):
     for name, more in {"90_breaks": "raise RuntimeError('on purpose')", "91_works": ""}.items():
         parameters = nbformat.v4.new_code_cell("profile = 'quick'\nimages = 2", metadata={"tags": ["parameters"]})
         cells = [parameters, nbformat.v4.new_code_cell(NOTEBOOK.format(name=name, more=more))]
-        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+        notebook = nbformat.v4.new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        )
         nbformat.write(notebook, folder / f"{name}.ipynb")
         entries.append(f'[{name}]\nset = "paper"\nsmoke = {{ images = 1 }}\nquick = {{}}\npaper = {{ images = 3 }}\n')
     (folder / "profiles.toml").write_text("\n".join(entries))
@@ -83,6 +85,11 @@ def test_in_place_puts_the_executed_notebook_back(notebooks, tmp_path):
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code") and cells[-1].outputs
 
 
+def test_one_parameter_instead_of_the_profile_s(notebooks, tmp_path):
+    assert reproduce.run("quick", only="91", parameters={"images": 4}, out=tmp_path / "out", jobs=1) == []
+    assert (tmp_path / "out" / "91_works.csv").read_text().count("\n") == 5
+
+
 def test_the_readme_table_is_filled_between_its_markers(tmp_path):
     claims = {"91_works": {"profile": "smoke", "claims": [
         {"statement": "s", "source": "paper", "verdict": "does not hold", "evidence": "e", "cause": "c"}]}}  # fmt: skip
@@ -105,6 +112,11 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path):
         (["figures", "--only", "01_attack_compared"], "notebook '01_attack_compared' is unknown"),
         (["figures", "--only", "77"], "notebook '77' is unknown"),
         (["figures", "--set", "papers"], "SET 'papers' is unknown"),
+        (
+            ["figures", "--only", "03", "--parameter", "seed=100"],
+            "parameter of 03_dlg_needs_the_learning_rate 'seed' is unknown",
+        ),
+        (["figures", "--parameter", "seeds"], "--parameter is 'seeds'; it takes NAME=VALUE"),
         (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number of at least 1"),
         (["attack", "absent.safetensors", "absent.pt"], "snapshot 'absent.safetensors' does not exist"),
         (["attack", "a", "b", "--model", "lennet"], "model 'lennet' is unknown"),
