@@ -1,0 +1,373 @@
+"""Exact recovery of one image from one SGD step: label, learning rate and pixels, with their errors.
+
+    Δ = η (g(x, y) + λ W) + noise,    unknown: image x, learning rate η, and weight decay λ where asked for.
+
+A closed form starts a maximum-likelihood fit under the noise that is really there: the client rounds W_{t+1} to its own
+precision, and computes its gradient in that precision. The curvature of the fit is the Fisher information, so it yields the
+Cramér-Rao bound; its χ² tells whether the assumptions hold. Nothing here needs ground truth. Everything is float64, images
+are flat vectors [n], and each layer has one matrix [O, I]: the weight, with the bias as its last column (``recursion``).
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch.func import vjp
+
+from dlm_core import attacks, check, labels, recursion
+from dlm_core.federated import loss as training_loss
+from dlm_core.federated import rounding_variance, weight_delta
+from dlm_core.recursion import PRIOR_MEAN, PRIOR_VARIANCE, signals
+
+RESOLVED = 3.0  # ulp: a coordinate, or its output unit, that moved less is censored by rounding rather than noisy
+CONVERGED = 0.01  # standard errors per unknown: the length of a step too short to matter
+IMPLAUSIBLE = 100.0  # χ²/N of the features' fit above which the image is not fitted
+FEW_STEPS = 3  # of the fit where no number of them could determine the image
+CHI2_RANGE = (0.3, 4.0)  # χ²/N for which the noise model is taken to hold; violations give hundreds and more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery(attacks.Reconstruction):
+    """A Reconstruction (``losses``: mean squared residual over noise at each step; k = 1/η) and how far to trust it.
+
+    learning_rate   η, with learning_rate_error its standard error.
+    weight_decay    λ, 0 where it was not asked for.
+    chi2            χ²/N, squared residual over noise variance per degree of freedom: 1 where the assumptions hold.
+    bound_psnr      PSNR in dB (data range 1) that the Cramér-Rao bound allows; NaN where the assumptions fail, or unknown.
+    pixel_error     [C, H, W] standard error of each pixel by the same bound.
+    identifiable    how many of the C·H·W directions in image space the update determines; along the others the image
+                    shows a prior, not the client's image.
+    verdict         a sentence: determined, partly determined or not to be trusted, and why.
+    """
+
+    learning_rate: float
+    learning_rate_error: float
+    weight_decay: float
+    chi2: float
+    bound_psnr: float
+    pixel_error: torch.Tensor
+    identifiable: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used."""
+
+    layers: list
+    label: torch.Tensor
+    update: list
+    weights: list
+    decays: bool
+
+    def above(self, first):
+        """The same for the layers from ``first`` on, whose input takes the place of the image."""
+        return replace(self, layers=self.layers[first:], update=self.update[first:], weights=self.weights[first:])
+
+    def dot(self, a, b):
+        """Weighted inner product of two updates."""
+        return sum((w * p * q).sum() for w, p, q in zip(self.weights, a, b))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The fit at one (x, η, λ): χ², χ² plus prior, minus half its slope in x and in (log η, λ), and the parts of the
+    information matrix that concern the latter: cross [n, 1 or 2], scale [1 or 2, 1 or 2]."""
+
+    x: torch.Tensor
+    eta: float
+    decay: float
+    chi2: float
+    merit: float
+    slope: torch.Tensor
+    scale_slope: torch.Tensor
+    cross: torch.Tensor
+    scale: torch.Tensor
+
+
+def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, transmitted=None, max_steps=40):
+    """Recover image, label and learning rate from one client's single SGD step on a single image. Returns a Recovery.
+
+    weight_decay    whether the client may have used weight decay; it is then fitted too.
+    trusted         one boolean tensor per parameter, False for coordinates to ignore (sparsified ones); None trusts all.
+    extra_variance  one tensor or number per parameter: variance of noise added to Δ beyond rounding (a defence's).
+    transmitted     dtype the weights were rounded to on their way, where coarser than the one they are held in.
+    max_steps       of the fit, at least 1.
+
+    Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open. Raises ValueError for
+    a model that is not a stack of supported layers, naming the layer.
+    """
+    check.at_least("max_steps", max_steps, 1)
+    began = time.perf_counter()
+    layers = recursion.stack(seen.model, seen.image_shape)
+    pack = partial(_pack, seen.model, layers)
+    update = pack(weight_delta(seen))
+    variance, keep = _noise(seen, pack, update, trusted, extra_variance, transmitted)
+    label = labels.infer(seen)[0] if trusted is None else _label_of_trusted(update[-1] * keep[-1])
+    scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]  # a first guess
+    guess = [k / (v + s) for k, v, s in zip(keep, variance, scatter)]
+    problem = _Problem(layers, label, update, guess, weight_decay)
+
+    def weigh(x, eta):
+        arithmetic = _arithmetic_variance(seen, layers, label, x, pack)
+        return [k / (v + eta**2 * a) for k, v, a in zip(keep, variance, arithmetic)]
+
+    n, equations = math.prod(seen.image_shape), recursion.count_equations(layers)
+    features, curvature, plausible = _fit_features(problem, max_steps)
+    if equations < n:
+        x, max_steps = attacks.dlm_plus(seen).images.flatten(), min(max_steps, FEW_STEPS)
+    else:
+        x = _walk_down(problem, features, curvature.variance)
+    start = x, features.eta, features.decay
+    point, curvature, stop_reason, losses = _fit(problem, start, max_steps if plausible else 1, weigh)
+    quality = _quality(problem, seen.image_shape, point, curvature, min(equations, n), plausible)
+    return Recovery(
+        images=point.x.reshape(1, *seen.image_shape),
+        labels=label[None],
+        losses=losses,
+        loss=losses[-1],
+        stop_reason=stop_reason,
+        k=1 / point.eta,
+        seconds=time.perf_counter() - began,
+        learning_rate=point.eta,
+        weight_decay=point.decay,
+        **quality,
+    )
+
+
+def _fit_features(problem, max_steps):
+    """(point, curvature, plausible) of the fit of the first linear layer's input, from the layers above alone.
+
+    Not plausible: what it leaves unexplained is so far above the noise that fitting more is in vain.
+    """
+    top = problem.above(_first_linear(problem))
+    point, curvature, _, losses = _fit(top, _divide(top), max_steps)
+    return point, curvature, losses[-1] < IMPLAUSIBLE
+
+
+def _walk_down(problem, features, variance):
+    """The image, from the first linear layer's input (a _Point) and its ``variance``, convolution by convolution."""
+    first, x = _first_linear(problem), features.x
+    top = problem.above(first)
+    layer, delta = top.layers[0], signals(top.layers, top.label, x)[0][0]
+    back = layer.spread(layer.kernel.T @ delta)
+    for layer, update, weights in reversed(list(zip(problem.layers, problem.update, problem.weights))[:first]):
+        gradient = update / features.eta - features.decay * layer.weight
+        x, variance, back = recursion.input_of(layer, x, variance, back, gradient, features.eta**2 * weights)
+    return x
+
+
+def _first_linear(problem):
+    return next(i for i, layer in enumerate(problem.layers) if layer.window is None)
+
+
+def _label_of_trusted(update):
+    """The class whose bias fell; where that bias is missing, whose row fell as a whole (for features of one sign)."""
+    rows = update if (update[:, -1] >= 0).all() else update[:, -1:]
+    return rows.sum(1).argmin()
+
+
+def _divide(problem):
+    """(x, η, λ) from a first linear layer: its input is the ratio of its weight's update to its bias's."""
+    layer, update, weights = problem.layers[0], problem.update[0], problem.weights[0]
+    if not layer.has_bias:
+        raise ValueError(f"layer {layer.name!r} (Linear) has no bias; the first linear layer needs one to be divided by")
+    bias = update[:, -1:] * (weights[:, -1:] > 0)
+    x = ((weights * update).T @ bias / (weights.T @ bias.square()).clamp(min=1e-300))[:-1, 0]
+    return x, *_regress(problem, x)
+
+
+def _regress(problem, x):
+    """(η, λ) that explain the update best, given x."""
+    deltas, inputs = signals(problem.layers, problem.label, x)
+    gradient = [layer.gradient(d, u) for layer, d, u in zip(problem.layers, deltas, inputs)]
+    columns = [gradient, [layer.weight for layer in problem.layers]][: 1 + problem.decays]
+    eta, *decay = torch.linalg.lstsq(_gram(problem, columns), _project(problem, columns, problem.update)).solution.tolist()
+    eta = max(eta, 1e-12)
+    return eta, decay[0] / eta if decay else 0.0
+
+
+def _fit(problem, start, max_steps, weigh=None):
+    """Gauss-Newton from ``start``; returns (point, curvature, stop_reason, losses).
+
+    A curvature serves for further steps (they cost a hundredth) as long as each halves the distance. ``weigh`` gives the
+    weights anew for each curvature.
+    """
+    point, curvature, fresh, losses, length = _evaluate(problem, *start), None, False, [], math.inf
+    used = max(1, sum(int((w > 0).sum()) for w in problem.weights))
+    for _ in range(max_steps):
+        if curvature is None:
+            if weigh:
+                problem = replace(problem, weights=weigh(point.x, point.eta))
+                point = _evaluate(problem, point.x, point.eta, point.decay)
+            curvature, fresh = _curvature(problem, point), True
+        losses.append(point.chi2 / used)
+        step = _newton_step(point, curvature.solve)
+        before, length = length, abs(float(point.slope @ step[0] + point.scale_slope @ step[1]))
+        if length < CONVERGED**2 * len(point.x):
+            return point, curvature, "converged", losses
+        trial = _line_search(problem, point, step, shortest=1e-4 if fresh else 1.0)
+        if trial is None and fresh:
+            return point, curvature, "stalled", losses
+        if trial is None or (not fresh and length > before / 4):
+            curvature = None
+        point, fresh = trial or point, False
+    return point, curvature or _curvature(problem, point), "budget", losses
+
+
+def _line_search(problem, point, step, shortest):
+    """The first of the points at 1, 1/4, 1/16 … of the step that is better, or None."""
+    size = 1.0
+    while size >= shortest:
+        dx, scales = size * step[0], (size * step[1]).tolist()
+        eta = point.eta * math.exp(min(scales[0], 10.0))
+        decay = point.decay + scales[1] if problem.decays else 0.0
+        trial = _evaluate(problem, point.x + dx, eta, decay)
+        if trial.merit < point.merit:
+            return trial
+        size /= 4
+    return None
+
+
+def _evaluate(problem, x, eta, decay):
+    (deltas, inputs), pull = vjp(partial(signals, problem.layers, problem.label), x)
+
+    def transpose(matrices):  # Jᵀ of the update's Jacobian J in x, times an update
+        each = zip(problem.layers, problem.weights, matrices, deltas, inputs)
+        back = [layer.gradient_transpose(w * m, d, u) for layer, w, m, d, u in each]
+        return eta * pull(([d for d, _ in back], [u for _, u in back]))[0]
+
+    per_decay = [eta * layer.weight for layer in problem.layers]
+    gradient = [layer.gradient(d, u) for layer, d, u in zip(problem.layers, deltas, inputs)]
+    expected = [eta * g + decay * w for g, w in zip(gradient, per_decay)]
+    residual = [a - b for a, b in zip(problem.update, expected)]
+    columns = [expected, per_decay][: 1 + problem.decays]
+    chi2 = float(problem.dot(residual, residual))
+    return _Point(
+        x=x,
+        eta=eta,
+        decay=decay,
+        chi2=chi2,
+        merit=chi2 + float((x - PRIOR_MEAN).square().sum()) / PRIOR_VARIANCE,
+        slope=transpose(residual) + (PRIOR_MEAN - x) / PRIOR_VARIANCE,
+        scale_slope=_project(problem, columns, residual),
+        cross=torch.stack([transpose(column) for column in columns], dim=1),
+        scale=_gram(problem, columns),
+    )
+
+
+def _curvature(problem, point):
+    return recursion.curvature(problem.layers, problem.label, problem.weights, point.x, point.eta)
+
+
+def _project(problem, columns, update):
+    return torch.stack([problem.dot(column, update) for column in columns])
+
+
+def _gram(problem, columns):
+    return torch.stack([_project(problem, columns, column) for column in columns])
+
+
+def _newton_step(point, solve):
+    """(step in x, step in (log η, λ)), the latter eliminated blockwise."""
+    free, coupled = solve(point.slope[:, None])[:, 0], solve(point.cross)
+    scale_step = torch.linalg.solve(point.scale - point.cross.T @ coupled, point.scale_slope - point.cross.T @ free)
+    return free - coupled @ scale_step, scale_step
+
+
+def _noise(seen, pack, update, trusted, extra_variance, transmitted):
+    """Per layer the variance of each entry of Δ that does not depend on the image, and which entries to use.
+
+    Where Δ is below the resolution of the weights, the error of rounding is not noise: it is -Δ, for all entries of an
+    output unit alike. Such entries are used only where their output unit as a whole is well resolved.
+    """
+    zeros = [torch.zeros_like(r) for r in rounding_variance(seen)]
+    for name, given in (("trusted", trusted), ("extra_variance", extra_variance)):
+        if given is not None and len(given) != len(zeros):
+            raise ValueError(f"{name} has {len(given)} entries; the model has {len(zeros)} parameters")
+    eps = torch.finfo(next(seen.model.parameters()).dtype).eps
+    coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
+    trusted = pack([t & (z == 0) for t, z in zip(trusted or zeros, zeros)] if trusted else [z == 0 for z in zeros])
+    extra = pack([e + z for e, z in zip(extra_variance or zeros, zeros)])
+    variances, keep = [], []
+    for d, rounding, e, t in zip(update, pack(rounding_variance(seen)), extra, trusted):
+        rounding = coarser**2 * rounding
+        ulp = (12 * rounding).sqrt()
+        unit = d.square().mean(1, keepdim=True).sqrt()
+        keep.append(t & ((d.abs() > 1.5 * ulp) | (unit > RESOLVED * ulp) | (e > ulp.square())))
+        variances.append(rounding + e + (eps * d).square() / 6)  # the last: η·g and g rounded, 1/12 each
+    return variances, keep
+
+
+def _arithmetic_variance(seen, layers, label, x, pack):
+    """Mean square error, per output unit [O, 1], of the gradient that the client computes in its own precision at ``x``.
+
+    Measured by computing it so, against float64. Errors common to many entries are left out, as the image hardly feels
+    them: that of the softmax, and in a convolution the part that all patches share.
+    """
+    parameters = list(seen.model.parameters())
+    x = x.to(parameters[0].dtype)
+    logits = seen.model(x.reshape(1, *seen.image_shape))
+    client = torch.autograd.grad(training_loss(logits, label[None]), parameters)
+    deltas, inputs = signals(layers, label, x.double(), logits.detach()[0].softmax(0).double()[:, None])
+    variances = []
+    for layer, in_client, d, u in zip(layers, pack(client), deltas, inputs):
+        error = in_client.double() - layer.gradient(d, u)
+        if layer.window is not None:
+            patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
+            error = error - error @ patches.T @ patches / patches.square().sum()
+        variances.append(error.square().mean(1, keepdim=True))
+    return variances
+
+
+def _pack(model, layers, tensors):
+    """One tensor per parameter, in the model's order -> one matrix [O, I] per layer."""
+    named = dict(zip((name for name, _ in model.named_parameters()), tensors))
+    matrices = []
+    for layer in layers:
+        parts = [named[f"{layer.name}.weight".lstrip(".")].flatten(1)]
+        if layer.has_bias:
+            parts.append(named[f"{layer.name}.bias".lstrip(".")][:, None])
+        matrices.append(torch.cat(parts, dim=1))
+    return matrices
+
+
+def _quality(problem, shape, point, curvature, equations, plausible):
+    """The fields of a Recovery that say how good it is."""
+    n, used = len(point.x), sum(int((w > 0).sum()) for w in problem.weights)
+    coupled = curvature.solve(point.cross)
+    scale_covariance = torch.linalg.inv(point.scale - point.cross.T @ coupled)
+    if curvature.variance is None:
+        variance, identifiable = torch.full_like(point.x, math.nan), equations
+    else:
+        variance = curvature.variance + ((coupled @ scale_covariance) * coupled).sum(1)
+        identifiable = min(equations, round(n - curvature.ridge * float(curvature.variance.sum())))
+    chi2 = point.chi2 / max(1, used - identifiable - len(point.scale))
+    fits = plausible and CHI2_RANGE[0] < chi2 < CHI2_RANGE[1]
+    bound = -10 * math.log10(float(variance.mean())) if fits else math.nan
+    found = f"chi2/N {chi2:.3g}, expected 1"
+    if not plausible or (chi2 >= CHI2_RANGE[1] and equations == n):
+        verdict = (
+            f"not to be trusted: one SGD step on one image does not explain the update ({found}); several local steps, "
+            "a batch, momentum, noise or sparsification would. attacks.dlm_plus assumes less"
+        )
+    elif identifiable < n:
+        most = "at most " if curvature.variance is None else ""
+        verdict = (
+            f"partly determined ({found}): the update fixes {most}{identifiable} of {n} directions in image space; along "
+            "the others the image shows a prior, not the client's image"
+        )
+    elif not fits:
+        verdict = f"determined, but the noise was overstated ({found}), and with it the errors"
+    else:
+        verdict = f"determined: one SGD step on this image explains the update ({found}); {bound:.1f} dB are possible"
+    return {
+        "learning_rate_error": point.eta * math.sqrt(abs(float(scale_covariance[0, 0]))),
+        "chi2": chi2,
+        "bound_psnr": bound,
+        "pixel_error": variance.sqrt().reshape(shape),
+        "identifiable": identifiable,
+        "verdict": verdict,
+    }
