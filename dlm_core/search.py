@@ -16,6 +16,8 @@ from dlm_core.federated import loss as training_loss
 from dlm_core.federated import rounding_share, weight_delta
 from dlm_core.optimizers import lbfgs
 
+DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -60,7 +62,7 @@ def reconstruct(
     coordinates=cosines,
     optimizer=lbfgs,
     max_evaluations=400,
-    tolerance=1e-5,
+    tolerance=1e-6,
     patience=50,
     restarts=1,
     seed=0,
@@ -77,8 +79,8 @@ def reconstruct(
     coordinates      of ``dlm_core.coordinates``: start and parametrisation of the images.
     optimizer        of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     max_evaluations  budget of each restart.
-    tolerance        the search has converged when the misfit has fallen to this share of the start's, or to the relative
-                     misfit that rounding of the transmitted weights leaves at best.
+    tolerance        relative misfit ‖g - d‖²/‖d‖² (DLM: d = kΔ) at which the search has converged, if it is also a
+                     hundred-thousandth of the start's; or the one that rounding of the transmitted weights leaves at best.
     patience         the search has stalled when this many evaluations lower the loss by less than 5 %.
     restarts         independent starts; the one of lowest loss is returned, the first that converges ends the search.
     seed             of the starts.     dtype  of the attacker's arithmetic.
@@ -165,7 +167,7 @@ class _Search:
         for variable, gradient in zip(self.variables.values(), gradients):
             variable.grad = gradient
         if self.enough is None:
-            self.enough = max(self.floor, self.tolerance * float(misfit))
+            self.enough = max(self.floor, min(self.tolerance, DESCENT * float(misfit)))
         number = float(loss.detach())
         finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
         if self.keep_every and len(self.losses) % self.keep_every == 0:
