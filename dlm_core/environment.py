@@ -22,7 +22,9 @@ def ensure(folder=None):
     pins = hashlib.sha256(b"".join((REPOSITORY / name).read_bytes() for name in PINS) + sys.version.encode()).hexdigest()
     if python.exists() and stamp.exists() and stamp.read_text() == pins:
         return python
-    print(f"Making the environment in {folder.name}/ from {' and '.join(PINS)}: several minutes and GB, once.", file=sys.stderr)
+    print(
+        f"Making the environment in {folder.name}/ from {' and '.join(PINS)}: several minutes and GB, once.", file=sys.stderr
+    )
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dlm_core import attacks, check, coordinates, data, defenses, federated, metrics, models, optimizers, search
+from dlm_core import attacks, check, coordinates, data, defenses, exact, federated, metrics, models, optimizers, search
 
 
 def grey(seen, *, num_images=1, seed=0):
@@ -26,6 +26,12 @@ def noise(seen, *, num_images=1, seed=0):
     return dataclasses.replace(grey(seen, num_images=num_images), images=images)
 
 
+def recover(seen, *, num_images=1, seed=0, **options):
+    """``exact.recover``, which takes one image and has nothing random."""
+    check.in_range("num_images", num_images, 1, 1)
+    return exact.recover(seen, **options)
+
+
 ATTACKS = {
     "grey": grey,
     "noise": noise,
@@ -34,6 +40,7 @@ ATTACKS = {
     "inverting_gradients": attacks.inverting_gradients,
     "dlm": attacks.dlm,
     "dlm_plus": attacks.dlm_plus,
+    "exact": recover,
 }
 DEFENCES = {"noise": defenses.noise, "sparsify": defenses.sparsify}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
@@ -158,13 +165,18 @@ def run_trial(trial):
 
 
 def judge(found, images, labels):
-    """Compare a reconstruction with the truth; images of a batch are matched first. This is the only place where truth enters."""
+    """A reconstruction's own numbers, and how it compares with the truth; images of a batch are matched first.
+
+    This is the only place where truth enters.
+    """
     order = metrics.match(found.images, images) if len(images) > 1 else torch.tensor([0])
     best = found.images[order]
     psnrs = metrics.psnr(best, images, data_range=1.0, per_image=True)
     wide = min(images.shape[-2:]) >= 32  # what LPIPS' network and the released SSIM's window take
     history = [float(metrics.psnr(then[order], images, data_range=1.0)) for _, then in found.history]
+    numbers = {name: value for name, value in vars(found).items() if isinstance(value, (int, float, str))}
     return {
+        **numbers,
         "psnr": float(psnrs.mean()),
         "psnrs": psnrs.tolist(),
         "ssim": float(metrics.ssim(best, images, data_range=1.0)),
@@ -173,11 +185,8 @@ def judge(found, images, labels):
         "released_psnr": float(metrics.released_psnr(best, images)),
         "released_ssim": float(metrics.released_ssim(best, images)) if wide else None,
         "labels_right": sorted(found.labels.tolist()) == sorted(labels.tolist()),
-        "loss": found.loss,
-        "stop_reason": found.stop_reason,
         "evaluations": found.evaluations,
         "k": found.k,
-        "seconds": found.seconds,
         "history_evaluations": [evaluation for evaluation, _ in found.history],
         "history_psnr": history,
     }
