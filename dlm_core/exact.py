@@ -54,17 +54,29 @@ class Recovery(attacks.Reconstruction):
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used."""
+    """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used.
+
+    The unknown x is the image, and in the final fit of a first linear layer also the client's error in its δ (float32
+    arithmetic), as all its row shares it: of variance ``error_variance``.
+    """
 
     layers: list
     label: torch.Tensor
     update: list
     weights: list
     decays: bool
+    error_variance: float = 1.0
 
     def above(self, first):
         """The same for the layers from ``first`` on, whose input takes the place of the image."""
         return replace(self, layers=self.layers[first:], update=self.update[first:], weights=self.weights[first:])
+
+    def prior(self, x):
+        """(mean, precision) of each entry of x."""
+        n = math.prod(self.layers[0].shape)
+        mean, precision = torch.full_like(x, PRIOR_MEAN), torch.full_like(x, 1 / PRIOR_VARIANCE)
+        mean[n:], precision[n:] = 0, 1 / self.error_variance
+        return mean, precision
 
     def dot(self, a, b):
         """Weighted inner product of two updates."""
@@ -111,8 +123,9 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     problem = _Problem(layers, label, update, guess, weight_decay)
 
     def weigh(x, eta):
-        arithmetic = _arithmetic_variance(seen, layers, label, x, pack)
-        return [k / (v + eta**2 * a) for k, v, a in zip(keep, variance, arithmetic)]
+        arithmetic, errors = _arithmetic_variance(seen, layers, label, x, pack)
+        weights = [k / (v + eta**2 * a) for k, v, a in zip(keep, variance, arithmetic)]
+        return {"weights": weights, "error_variance": errors}
 
     n, equations = math.prod(seen.image_shape), recursion.count_equations(layers)
     features, curvature, plausible = _fit_features(problem, max_steps)
@@ -120,11 +133,13 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
         x, max_steps = attacks.dlm_plus(seen).images.flatten(), min(max_steps, FEW_STEPS)
     else:
         x = _walk_down(problem, features, curvature.variance)
+    if layers[0].window is None and len(layers) > 1:
+        x = torch.cat([x, x.new_zeros(len(layers[0].weight))])
     start = x, features.eta, features.decay
     point, curvature, stop_reason, losses = _fit(problem, start, max_steps if plausible else 1, weigh)
     quality = _quality(problem, seen.image_shape, point, curvature, min(equations, n), plausible)
     return Recovery(
-        images=point.x.reshape(1, *seen.image_shape),
+        images=point.x[:n].reshape(1, *seen.image_shape),
         labels=label[None],
         losses=losses,
         loss=losses[-1],
@@ -200,7 +215,7 @@ def _fit(problem, start, max_steps, weigh=None):
     for _ in range(max_steps):
         if curvature is None:
             if weigh:
-                problem = replace(problem, weights=weigh(point.x, point.eta))
+                problem = replace(problem, **weigh(point.x, point.eta))
                 point = _evaluate(problem, point.x, point.eta, point.decay)
             curvature, fresh = _curvature(problem, point), True
         losses.append(point.chi2 / used)
@@ -245,13 +260,14 @@ def _evaluate(problem, x, eta, decay):
     residual = [a - b for a, b in zip(problem.update, expected)]
     columns = [expected, per_decay][: 1 + problem.decays]
     chi2 = float(problem.dot(residual, residual))
+    mean, precision = problem.prior(x)
     return _Point(
         x=x,
         eta=eta,
         decay=decay,
         chi2=chi2,
-        merit=chi2 + float((x - PRIOR_MEAN).square().sum()) / PRIOR_VARIANCE,
-        slope=transpose(residual) + (PRIOR_MEAN - x) / PRIOR_VARIANCE,
+        merit=chi2 + float((precision * (x - mean).square()).sum()),
+        slope=transpose(residual) + precision * (mean - x),
         scale_slope=_project(problem, columns, residual),
         cross=torch.stack([transpose(column) for column in columns], dim=1),
         scale=_gram(problem, columns),
@@ -259,7 +275,7 @@ def _evaluate(problem, x, eta, decay):
 
 
 def _curvature(problem, point):
-    return recursion.curvature(problem.layers, problem.label, problem.weights, point.x, point.eta)
+    return recursion.curvature(problem.layers, problem.label, problem.weights, point.x, point.eta, problem.error_variance)
 
 
 def _project(problem, columns, update):
@@ -297,29 +313,43 @@ def _noise(seen, pack, update, trusted, extra_variance, transmitted):
         ulp = (12 * rounding).sqrt()
         unit = d.square().mean(1, keepdim=True).sqrt()
         keep.append(t & ((d.abs() > 1.5 * ulp) | (unit > RESOLVED * ulp) | (e > ulp.square())))
-        variances.append(rounding + e + (eps * d).square() / 6)  # the last: η·g and g rounded, 1/12 each
+        variances.append(rounding + e)
     return variances, keep
 
 
 def _arithmetic_variance(seen, layers, label, x, pack):
-    """Mean square error, per output unit [O, 1], of the gradient that the client computes in its own precision at ``x``.
+    """(mean square error [O, 1] or [O, I] of the gradient that the client computes in its own precision at ``x``; that of
+    the first layer's δ, where that is linear).
 
-    Measured by computing it so, against float64. Errors common to many entries are left out, as the image hardly feels
-    them: that of the softmax, and in a convolution the part that all patches share.
+    Measured by computing it so, against float64. Errors common to many entries are no independent ones:
+    - in a convolution the part that all patches share is left out, and with it the softmax's: the image hardly feels them;
+    - a first linear layer's δ has errors that are unknowns of the fit, and leave each product δ_o x_i its own rounding;
+    - above the first linear layer whole rows (from δ) or columns (from the features) share theirs, which count as often.
     """
     parameters = list(seen.model.parameters())
-    x = x.to(parameters[0].dtype)
+    x = x[: math.prod(seen.image_shape)].to(parameters[0].dtype)
     logits = seen.model(x.reshape(1, *seen.image_shape))
     client = torch.autograd.grad(training_loss(logits, label[None]), parameters)
-    deltas, inputs = signals(layers, label, x.double(), logits.detach()[0].softmax(0).double()[:, None])
-    variances = []
+    softmax = logits.detach()[0].softmax(0).double()[:, None] if layers[0].window is not None else None
+    deltas, inputs = signals(layers, label, x.double(), softmax)
+    variances, error_variance, above = [], 1.0, False
     for layer, in_client, d, u in zip(layers, pack(client), deltas, inputs):
-        error = in_client.double() - layer.gradient(d, u)
+        exactly = layer.gradient(d, u)
+        error = in_client.double() - exactly
         if layer.window is not None:
             patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
             error = error - error @ patches.T @ patches / patches.square().sum()
-        variances.append(error.square().mean(1, keepdim=True))
-    return variances
+        elif layer is layers[0] and len(layers) > 1:
+            common = error[:, -1:]  # the bias's, which is δ's
+            error_variance = float(common.square().sum() / max(1, int((common != 0).sum())))
+            error = error - layer.gradient(common, u)
+        variance = error.square().mean(1, keepdim=True)
+        if layer is layers[0] and layer.window is None:
+            products = torch.cat([exactly[:, :-1], torch.zeros_like(exactly[:, -1:])], dim=1).square()
+            variance = variance * products / products.mean(1, keepdim=True).clamp(min=1e-300)
+        variances.append(variance * (max(error.shape) if above else 1))
+        above = above or layer.window is None
+    return variances, max(error_variance, 1e-300)
 
 
 def _pack(model, layers, tensors):
@@ -336,13 +366,13 @@ def _pack(model, layers, tensors):
 
 def _quality(problem, shape, point, curvature, equations, plausible):
     """The fields of a Recovery that say how good it is."""
-    n, used = len(point.x), sum(int((w > 0).sum()) for w in problem.weights)
+    n, used = math.prod(shape), sum(int((w > 0).sum()) for w in problem.weights)
     coupled = curvature.solve(point.cross)
     scale_covariance = torch.linalg.inv(point.scale - point.cross.T @ coupled)
     if curvature.variance is None:
-        variance, identifiable = torch.full_like(point.x, math.nan), equations
+        variance, identifiable = torch.full_like(point.x[:n], math.nan), equations
     else:
-        variance = curvature.variance + ((coupled @ scale_covariance) * coupled).sum(1)
+        variance = curvature.variance + ((coupled[:n] @ scale_covariance) * coupled[:n]).sum(1)
         identifiable = min(equations, round(n - curvature.ridge * float(curvature.variance.sum())))
     chi2 = point.chi2 / max(1, used - identifiable - len(point.scale))
     fits = plausible and CHI2_RANGE[0] < chi2 < CHI2_RANGE[1]

@@ -7,6 +7,7 @@ Everything here concerns one image and is float64. A layer multiplies its kernel
 ``input_of`` takes the recursion one layer down; ``curvature`` is the Fisher information of an image in the update.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,10 +123,14 @@ def count_equations(layers):
 
 
 def signals(layers, label, x, softmax=None):
-    """(deltas, inputs): for each layer δ = dloss/d(output) [O, L] and the patches [I, L] of its input; gradient = δ uᵀ."""
-    first = layers[0].patches(x)
-    deltas, inputs = signals_after_first(layers, label, layers[0].output(first), softmax)
-    return deltas, [first, *inputs]
+    """(deltas, inputs): for each layer δ = dloss/d(output) [O, L] and the patches [I, L] of its input; gradient = δ uᵀ.
+
+    Where ``x`` is longer than an image, its rest [O] is what the client's arithmetic adds to a first linear layer's δ.
+    """
+    n = math.prod(layers[0].shape)
+    first = layers[0].patches(x[:n])
+    (delta, *deltas), inputs = signals_after_first(layers, label, layers[0].output(first), softmax)
+    return [delta + x[n:, None] if len(x) > n else delta, *deltas], [first, *inputs]
 
 
 def signals_after_first(layers, label, z, softmax=None):
@@ -190,10 +195,13 @@ class Curvature:
     ridge: float = 1 / PRIOR_VARIANCE
 
 
-def curvature(layers, label, weights, x, eta):
-    """The Curvature of the image ``x`` [n], learning rate ``eta``, with one matrix of ``weights`` [O, I] per layer."""
+def curvature(layers, label, weights, x, eta, error_variance):
+    """The Curvature of the image ``x`` [n], learning rate ``eta``, with one matrix of ``weights`` [O, I] per layer.
+
+    Where ``x`` is longer, as in ``signals``, its rest has prior variance ``error_variance``.
+    """
     if layers[0].window is None:
-        return _low_rank_curvature(layers, label, weights, x, eta)
+        return _low_rank_curvature(layers, label, weights, x, eta, error_variance)
     (deltas, inputs), push, pull = _linearise(partial(signals, layers, label), x)
 
     def information(v):  # JᵀWJ v
@@ -210,18 +218,22 @@ def curvature(layers, label, weights, x, eta):
     return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 
-def _low_rank_curvature(layers, label, weights, x, eta):
-    """The same for a first linear layer, where x enters the rest through z = Wx alone.
+def _low_rank_curvature(layers, label, weights, x, eta, error_variance):
+    """The same for a first linear layer, where x enters the rest through z = Wx alone, with the errors e of its δ, if any.
 
-    Its own rows are δ_o x_i. Per pixel the square Σ_o w_o (x_i δ̇_o + δ_o ẋ_i)² is completed in ẋ_i, with minimum at -Fż.
-    That leaves a diagonal D in t = ẋ + Fż and an information S [O, O] in ż, both sums of non-negative terms (a plain
-    Woodbury identity would subtract large numbers here):  N⁻¹ = B (D + PᵀSP)⁻¹ Bᵀ with P = (1 + WF)⁻¹W, B = 1 - FP.
+    Its own rows are δ_o x_i. Per pixel the square Σ_o w_o (x_i δ̇_o + δ_o ẋ_i)² is completed in ẋ_i, with minimum at -Eδ̇.
+    That leaves a diagonal D in t = ẋ + Eδ̇, the information ``left`` in δ̇ and ``above`` in ż, all sums of non-negative terms
+    (a plain Woodbury identity would subtract large numbers here). With δ̇ = Bż + ė both are linear in y = (t, ė): ż = Zy,
+    δ̇ = Uy, so N⁻¹ = A (D + Zᵀ above Z + Uᵀ left U)⁻¹ Aᵀ where A = 1 - (E, 0)ᵀU takes y to (ẋ, ė).
     """
-    layer, n, ridge = layers[0], len(x), 1 / PRIOR_VARIANCE
+    layer, ridge = layers[0], 1 / PRIOR_VARIANCE
+    n = math.prod(layer.shape)
+    x, errors = x[:n], x[n:]
     matrix, w = layer.kernel, weights[0][:, :n]
     z = layer.output(layer.patches(x))
     (deltas, inputs), push, pull = _linearise(partial(signals_after_first, layers, label), z)
-    delta, one = eta * deltas[0], torch.eye(len(z)).to(x)
+    delta = eta * (deltas[0] + errors[:, None] if len(errors) else deltas[0])
+    one = torch.eye(len(z)).to(x)
 
     def information(v):  # (JᵀWJ v for the layers above, the change of this layer's δ)
         d_dot, u_dot = push(v[:, None])
@@ -231,25 +243,35 @@ def _low_rank_curvature(layers, label, weights, x, eta):
 
     above, d_dot = vmap(information)(one)
     D = (w.T @ delta.square())[:, 0] + ridge
-    F = (d_dot @ (w * delta * x)).T / D[:, None]
+    E = (w * delta * x).T / D[:, None]
     shared = ((w * x.square() / D) @ w.T).fill_diagonal_(0)
     own = shared @ delta.square() + w @ (ridge * x.square() / D)[:, None]
     left = torch.diag(own[:, 0]) - shared * (delta @ delta.T)
     if layer.has_bias:
         left = left + torch.diag(weights[0][:, n])
-    values, vectors = torch.linalg.eigh(above + d_dot @ left @ d_dot.T)
 
-    P = torch.linalg.solve(one + matrix @ F, matrix)
-    root = values.clamp(min=0).sqrt()[:, None] * (vectors.T @ P)  # PᵀSP = rootᵀ root
-    H = torch.linalg.solve_triangular(torch.linalg.cholesky(one + root / D @ root.T), root / D, upper=False)
+    Z = torch.linalg.solve(one + matrix @ E @ d_dot.T, torch.cat([matrix, -eta * matrix @ E], 1)[:, : n + len(errors)])
+    U = d_dot.T @ Z
+    U[:, n:] += eta * one[:, : len(errors)]
+    spread = torch.cat([1 / D, torch.full_like(errors, error_variance)])
+    root = torch.cat([_root(above) @ Z, _root(left) @ U])
+    factor = torch.linalg.cholesky(torch.eye(len(root)).to(x) + root * spread @ root.T)
+    H = torch.linalg.solve_triangular(factor, root * spread, upper=False)
 
     def solve(b):
-        t = b - P.T @ (F.T @ b)
-        t = t / D[:, None] - H.T @ (H @ t)
-        return t - F @ (P @ t)
+        y = b - U.T @ (E.T @ b[:n])
+        y = y * spread[:, None] - H.T @ (H @ y)
+        return torch.cat([y[:n] - E @ (U @ y), y[n:]])
 
-    PD, HB = P / D, H - (H @ P.T) @ F.T
-    return Curvature(solve, 1 / D - 2 * (F * PD.T).sum(1) + (F @ (PD @ P.T) * F).sum(1) - HB.square().sum(0))
+    U_spread, HA = U * spread, H[:, :n] - (H @ U.T) @ E.T
+    squares = (E @ (U_spread @ U.T) * E).sum(1) - 2 * (E * U_spread[:, :n].T).sum(1)
+    return Curvature(solve, 1 / D + squares - HA.square().sum(0))
+
+
+def _root(matrix):
+    """R with RᵀR = a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def _linearise(function, x):
