@@ -106,12 +106,12 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     trusted         one boolean tensor per parameter, False for coordinates to ignore (sparsified ones); None trusts all.
     extra_variance  one tensor or number per parameter: variance of noise added to Δ beyond rounding (a defence's).
     transmitted     dtype the weights were rounded to on their way, where coarser than the one they are held in.
-    max_steps       of the fit, at least 1.
+    max_steps       of the fit; 0 leaves the closed form as it is, with errors that take no account of it.
 
     Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open. Raises ValueError for
     a model that is not a stack of supported layers, naming the layer.
     """
-    check.at_least("max_steps", max_steps, 1)
+    check.at_least("max_steps", max_steps, 0)
     began = time.perf_counter()
     layers = recursion.stack(seen.model, seen.image_shape)
     pack = partial(_pack, seen.model, layers)
@@ -136,7 +136,7 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     if layers[0].window is None and len(layers) > 1:
         x = torch.cat([x, x.new_zeros(len(layers[0].weight))])
     start = x, features.eta, features.decay
-    point, curvature, stop_reason, losses = _fit(problem, start, max_steps if plausible else 1, weigh)
+    point, curvature, stop_reason, losses = _fit(problem, start, max_steps if plausible else min(1, max_steps), weigh)
     quality = _quality(problem, seen.image_shape, point, curvature, min(equations, n), plausible)
     return Recovery(
         images=point.x[:n].reshape(1, *seen.image_shape),
@@ -229,7 +229,7 @@ def _fit(problem, start, max_steps, weigh=None):
         if trial is None or (not fresh and length > before / 4):
             curvature = None
         point, fresh = trial or point, False
-    return point, curvature or _curvature(problem, point), "budget", losses
+    return point, curvature or _curvature(problem, point), "budget", losses or [point.chi2 / used]
 
 
 def _line_search(problem, point, step, shortest):

@@ -118,7 +118,17 @@ def last_layer(model):
 
 
 def train_locally(
-    model, images, labels, *, lr, steps=1, batch_size=None, optimizer=torch.optim.SGD, options=None, clear_gradients=True
+    model,
+    images,
+    labels,
+    *,
+    lr,
+    steps=1,
+    batch_size=None,
+    optimizer=torch.optim.SGD,
+    options=None,
+    clear_gradients=True,
+    transmitted=None,
 ):
     """Train a copy of ``model`` as a FedAvg client does and return what an observer sees of it, an Observation.
 
@@ -127,6 +137,7 @@ def train_locally(
     batch_size       images per step, taken in order and cyclically; None takes all of them in each step.
     optimizer        a class of torch.optim; ``options`` are its further arguments, e.g. {"momentum": 0.9}.
     clear_gradients  False reproduces the released client, whose gradients accumulate over the local steps.
+    transmitted      dtype, such as torch.bfloat16, to which all weights are rounded on their way, to the client and back.
 
     The model given is left as it was. Raises ValueError for data that do not fit it, or numbers out of range;
     FloatingPointError where the client's own training diverged.
@@ -136,6 +147,8 @@ def train_locally(
     num_classes = _check_data(model, images, labels)
     batch_size = len(images) if batch_size is None else batch_size
     check.at_least("batch_size", batch_size, 1)
+    model = _snapshot(model)
+    model.load_state_dict(_rounded(model.state_dict(), transmitted))
     client = _snapshot(model)
     steppable = optimizer(client.parameters(), lr=lr, **(options or {}))
     for step in range(steps):
@@ -147,7 +160,7 @@ def train_locally(
     weights_after = {name: tensor.detach().clone() for name, tensor in client.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in weights_after.values()):
         raise FloatingPointError(f"the client's training diverged within {steps} steps at lr {lr:g}; lower lr")
-    return Observation(_snapshot(model), weights_after, tuple(images.shape[1:]), num_classes)
+    return Observation(model, _rounded(weights_after, transmitted), tuple(images.shape[1:]), num_classes)
 
 
 def average(snapshots, sizes):
@@ -173,6 +186,13 @@ def rounds(model, clients, *, number, **training):
         model = _snapshot(model)
         model.load_state_dict(average([each.weights_after for each in seen], [len(labels) for _, labels in clients]))
         yield model, seen
+
+
+def _rounded(weights, dtype):
+    """``weights`` to the precision of ``dtype``, held in their own."""
+    if dtype is None:
+        return weights
+    return {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
 
 
 def _snapshot(model):

@@ -52,6 +52,7 @@ PARTS = {
     "adam": optimizers.adam,
     "signed_adam": optimizers.SignedAdam,
 }
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 OPTIMIZERS = {name.lower(): getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "RMSprop")}
 PROFILES = ("smoke", "quick", "paper")
 
@@ -63,7 +64,8 @@ class Trial:
     dataset, source  of ``data.load``.            index    of the first image.      batch    images per client, from index on.
     model            of ``models.build``, with ``model_options``.
     trained          FedAvg rounds the model went through before, on images of the data set that are not attacked.
-    client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name).
+    client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name), and "dtype", in
+                     which it computes.
     attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels.
     defence          {} or {"name": "noise" or "sparsify", …} with the keyword arguments of ``defenses.defend``.
     seed             of the model's weights, the attack's start and the defence's noise.
@@ -98,6 +100,9 @@ class Trial:
                 check.one_of(part, self.attack_options[part], PARTS)
         if "optimizer" in self.client:
             check.one_of("client optimizer", self.client["optimizer"], OPTIMIZERS)
+        for options, name in ((self.client, "dtype"), (self.client, "transmitted"), (self.attack_options, "transmitted")):
+            if name in options:
+                check.one_of(name, options[name], DTYPES)
 
     @property
     def key(self):
@@ -118,7 +123,10 @@ def observe(trial):
     client = dict(trial.client)
     if "optimizer" in client:
         client["optimizer"] = OPTIMIZERS[client["optimizer"]]
-    seen = federated.train_locally(model, truth.images, truth.labels, **client)
+    if "transmitted" in client:
+        client["transmitted"] = DTYPES[client["transmitted"]]
+    dtype = DTYPES[client.pop("dtype", "float32")]
+    seen = federated.train_locally(model.to(dtype), truth.images.to(dtype), truth.labels, **client)
     if trial.defence:
         options = dict(trial.defence)
         seen = defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed, **options)
@@ -138,9 +146,8 @@ def train(model, trial):
 
 def attack(trial, seen, labels):
     """The observer's side: ``labels`` are used only where the trial says that the attack is told them."""
-    options = {
-        name: PARTS[value] if name in ("optimizer", "coordinates") else value for name, value in trial.attack_options.items()
-    }
+    parts = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES}
+    options = {name: parts[name][value] if name in parts else value for name, value in trial.attack_options.items()}
     if options.get("labels") == "given":
         options["labels"] = labels
     return ATTACKS[trial.attack](seen, seed=trial.seed, num_images=trial.batch, **options)

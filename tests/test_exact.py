@@ -247,3 +247,11 @@ def test_the_observation_is_left_as_it_was():
     assert all(torch.equal(p, q) for p, q in zip(before, seen.model.parameters()))
     assert all(p.grad is None for p in seen.model.parameters())
     assert torch.equal(first.images, second.images)
+
+
+def test_the_closed_form_alone_is_worse_than_the_fit_and_near_it():
+    images = picture()
+    seen = train_locally(lenet(), images, LABEL, lr=0.01)
+    closed, fitted = exact.recover(seen, max_steps=0), exact.recover(seen)
+    assert mean_square(fitted.images - images) < mean_square(closed.images - images) < 1e-3
+    assert closed.learning_rate == pytest.approx(0.01, rel=1e-3)

@@ -189,3 +189,12 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
         sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
     assert sweeps.Store(tmp_path).get(SWEEP[0]) is not None
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_a_client_may_compute_and_transmit_in_another_precision():
+    seen, *_ = trials.observe(Trial(client={"lr": 0.01, "dtype": "float64"}))
+    assert all(w.dtype == torch.float64 for w in seen.weights_after.values())
+    seen, *_ = trials.observe(Trial(client={"lr": 0.1, "transmitted": "float16"}))
+    assert all(torch.equal(w, w.half().float()) for w in seen.weights_after.values())
+    with pytest.raises(ValueError, match="transmitted.*int8"):
+        Trial(client={"lr": 0.1, "transmitted": "int8"})
