@@ -8,8 +8,9 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "attacks", "bench", "check", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
-    "labels", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps", "trials",
+    "attacks", "bench", "check", "clients", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
+    "labels", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps",
+    "trials", "unrolled",
 )  # fmt: skip
 
 

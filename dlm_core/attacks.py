@@ -9,8 +9,9 @@ from dlm_core import check, objectives
 from dlm_core.coordinates import pixels
 from dlm_core.optimizers import SignedAdam
 from dlm_core.search import Reconstruction, reconstruct
+from dlm_core.unrolled import unrolled_dlm
 
-__all__ = ["Reconstruction", "dlg", "dlm", "dlm_plus", "idlg", "inverting_gradients", "reconstruct"]
+__all__ = ["Reconstruction", "dlg", "dlm", "dlm_plus", "idlg", "inverting_gradients", "reconstruct", "unrolled_dlm"]
 
 
 def dlg(seen, *, learning_rate, labels="optimised", **options):

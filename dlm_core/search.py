@@ -32,6 +32,7 @@ class Reconstruction:
     k            DLM's k, None for attacks without one.     ks  its value at every evaluation.
     seconds      wall time of all restarts.
     history      [(evaluation, images)] where intermediate images were asked for.
+    point        {name: tensor} of all that was optimised, in the search's own coordinates.
     """
 
     images: torch.Tensor
@@ -43,6 +44,7 @@ class Reconstruction:
     seconds: float
     history: list = field(default_factory=list)
     ks: list = field(default_factory=list)
+    point: dict = field(default_factory=dict)
 
     @property
     def evaluations(self):
@@ -68,6 +70,9 @@ def reconstruct(
     seed=0,
     dtype=torch.float64,
     keep_every=None,
+    update_of=objectives.gradient,
+    unknowns=None,
+    resume=None,
 ):
     """Search for images whose gradient at W_t matches Δ, and return the best, a Reconstruction.
 
@@ -85,6 +90,9 @@ def reconstruct(
     restarts         independent starts; the one of lowest loss is returned, the first that converges ends the search.
     seed             of the starts.     dtype  of the attacker's arithmetic.
     keep_every       keep the images of every so many evaluations in ``history``.
+    update_of        the client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
+    unknowns         {name: number} that are optimised along with the images, from the value given.
+    resume           the ``point`` of an earlier Reconstruction to go on from; values given there win over all others.
 
     Raises ValueError for arguments outside their range.
     """
@@ -101,7 +109,8 @@ def reconstruct(
 
     def objective(variables, to_images):
         images = to_images(variables["images"])
-        g = objectives.gradient(model, training_loss, images, variables["logits"].softmax(1) if known is None else known)
+        soft = variables["logits"].softmax(1) if known is None else known
+        g = update_of(model, training_loss, images, soft, **{name: variables[name] for name in unknowns or {}})
         misfit = distance(g, update) if k0 is None else distance(g, update, k0 * variables["growth"])
         relative = misfit.detach() / (unit if k0 is None else unit * variables["growth"].detach() ** 2)
         return relative, misfit + total_variation * objectives.total_variation(images), images
@@ -116,9 +125,14 @@ def reconstruct(
             variables["logits"] = logits.to(update[0])
         if k0 is not None:
             variables["growth"] = torch.ones_like(update[0].sum())  # k = k0 * growth: of order 1, as L-BFGS likes it
+        variables |= {
+            name: torch.as_tensor(value).to(update[0]) for name, value in {**(unknowns or {}), **(resume or {})}.items()
+        }
         search = _Search(
             variables, partial(objective, to_images=to_images), floor, tolerance, max_evaluations, patience, keep_every
         )
+        if resume is not None:
+            search.enough = max(floor, tolerance)  # the start is no yardstick
         search.run(optimizer)
         searches.append((search, to_images))
         if search.stop_reason == "converged":
@@ -135,6 +149,7 @@ def reconstruct(
         seconds=time.perf_counter() - began,
         history=search.history,
         ks=[k0 * growth for growth in search.growths],
+        point=search.best,
     )
 
 

@@ -40,6 +40,7 @@ ATTACKS = {
     "inverting_gradients": attacks.inverting_gradients,
     "dlm": attacks.dlm,
     "dlm_plus": attacks.dlm_plus,
+    "unrolled_dlm": attacks.unrolled_dlm,
     "exact": recover,
 }
 DEFENCES = {"noise": defenses.noise, "sparsify": defenses.sparsify}

@@ -1,0 +1,159 @@
+"""Several local steps: DLM+ with the client's training simulated inside the objective, and η and E found on the way.
+
+    min over x, log η:  Σ_layers ‖Δ(x, y, η, E)/n(Δ(x, y, η, E)) - Δ/n(Δ)‖²,    E by the lowest loss
+
+Where DLM+ takes the update for one gradient, this takes it for E steps of a named optimizer. A wrong E still finds most of
+the image, so each E tried starts where the best one so far ended.
+"""
+
+import copy
+import inspect
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import minimize_scalar
+
+from dlm_core import check, clients, objectives
+from dlm_core import labels as label_inference
+from dlm_core.federated import last_layer, weight_delta
+from dlm_core.federated import loss as training_loss
+from dlm_core.search import Reconstruction, reconstruct
+
+FIRST = 2  # E of the first search
+SHORT = 40  # evaluations that tell two values of E apart
+HURRY = 20  # patience of these searches
+TOLERANCE = 2e-7  # η takes a closer fit than the image does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Reconstruction):
+    """A Reconstruction (``losses``: of all searches one after the other; k = 1/η), and the client that explains the update.
+
+    learning_rate   η.      local_steps  E.
+    tried           [(E, lowest loss)] in the order of the searches.
+    """
+
+    learning_rate: float
+    local_steps: int
+    tried: list
+
+
+def unrolled_dlm(
+    seen, *, steps=None, max_steps=64, client="sgd", client_options=None, batch_size=None, max_evaluations=400, **options
+):
+    """DLM+ on a simulated client. Told: the kind of optimizer and its options, but not the learning rate; E only if given.
+
+    steps            E; None searches it from 1 to ``max_steps``.
+    client           of ``clients.OPTIMIZERS``, with ``client_options``, e.g. {"momentum": 0.9}.
+    batch_size       images per local step, taken in order; None takes all in each.
+    max_evaluations  of each search at the E that fits best; the searches for E take forty each.
+    options          of ``search.reconstruct``.
+
+    Where the steps hardly change the gradient only η·E is determined, and E is the first that fits. Returns an Unrolled;
+    raises ValueError for arguments out of range.
+    """
+    check.one_of("client", client, clients.OPTIMIZERS)
+    numbers = {"steps": 1 if steps is None else steps, "max_steps": max_steps, "max_evaluations": max_evaluations}
+    takes = list(inspect.signature(clients.OPTIMIZERS[client]).parameters)[4:]
+    for name in client_options or {}:
+        if name not in takes:
+            raise ValueError(f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}")
+    for name, value in {**numbers, "batch_size": 1 if batch_size is None else batch_size}.items():
+        check.at_least(name, value, 1)
+    told = {"batch_size": batch_size, "optimizer": clients.OPTIMIZERS[client], "options": client_options}
+    searches = []
+
+    def search(steps, best=None, **limits):
+        searches.append(_search(seen, told, steps, best, {"tolerance": TOLERANCE, **options, **limits}))
+        return searches[-1]
+
+    best = search(min(FIRST, max_steps) if steps is None else steps, max_evaluations=max_evaluations)
+    if steps is None:
+        best = _climb(search, best, {best.local_steps}, max_steps, finest=8)
+    while steps is None and best.stop_reason != "converged":
+        before = best.local_steps
+        best = min(best, search(before, best, max_evaluations=max_evaluations), key=lambda each: each.loss)
+        best = _climb(search, best, {before - 2, before, before + 2}, max_steps)
+        if best.local_steps == before:
+            break
+    return replace(
+        best,
+        losses=[loss for each in searches for loss in each.losses],
+        tried=[(each.local_steps, each.loss) for each in searches],
+        seconds=sum(each.seconds for each in searches),
+    )
+
+
+def _climb(search, best, tried, max_steps, finest=math.inf):
+    """The best search over E: twice the best E until that is worse, then halfway to the nearest E tried on either side.
+
+    Neighbours closer than E/``finest`` are left out.
+    """
+    while best.stop_reason != "converged":
+        here = best.local_steps
+        above, below = min((e for e in tried if e > here), default=3 * here), max((e for e in tried if e < here), default=0)
+        halfway = [min((here + above) // 2, max_steps), (here + below + 1) // 2]
+        left = [e for e in halfway if e not in tried and abs(e - here) * finest >= here]
+        if not left:
+            break
+        tried.add(left[0])
+        best = min(best, search(left[0], best, max_evaluations=SHORT, patience=HURRY), key=lambda each: each.loss)
+    return best
+
+
+def _search(seen, told, steps, best, options):
+    """One search at a fixed E, from the search ``best`` on if there is one."""
+    began = time.perf_counter()
+
+    def update_of(model, loss, images, labels, log_rate):
+        return clients.update(model, loss, images, labels, rate=log_rate.exp(), steps=steps, **told)
+
+    rate = _first_rate(seen, steps, told, options) if best is None else _rate_at(seen, steps, told, best)
+    found = reconstruct(
+        seen,
+        objectives.normalised_distance,
+        update_of=update_of,
+        unknowns={"log_rate": math.log(rate)},
+        resume=best and {name: value for name, value in best.point.items() if name != "log_rate"},
+        **options,
+    )
+    rate = float(found.point["log_rate"].exp())
+    about = {"k": 1 / rate, "learning_rate": rate, "local_steps": steps, "tried": [], "seconds": time.perf_counter() - began}
+    return Unrolled(**{**vars(found), **about})
+
+
+def _first_rate(seen, steps, told, options):
+    """η from the last layer alone, whose input is the ratio of its weight's update to its bias's and stays the same.
+
+    Adam and its kin leave no such ratio, but move no weight by much more than η in a step, and some by as much.
+    """
+    update = weight_delta(seen)
+    if told["optimizer"] is not clients.sgd:
+        return max(float(layer.abs().max()) for layer in update) / steps
+    layer, names = last_layer(seen.model)
+    head = copy.deepcopy(layer).double()
+    d_weight, d_bias = (dict(zip(dict(seen.model.named_parameters()), update))[name] for name in names)
+    features = (d_weight.T @ d_bias / d_bias.square().sum())[None]
+    counted = label_inference.infer(seen, options.get("num_images", 1))
+    shares = torch.bincount(counted, minlength=seen.num_classes).double()[None] / len(counted)
+    slope = (head(features).detach().softmax(1) - shares)[0]
+    one_step = max(float(d_bias @ slope / slope.square().sum()), 1e-30)
+    told = {**told, "batch_size": None}
+    return _nearest_rate(head, features, shares, steps, told, [d_weight, d_bias], one_step / steps / 10, 2 * one_step)
+
+
+def _rate_at(seen, steps, told, best):
+    """η that fits the update best for E = ``steps`` and the images of the search ``best``."""
+    model, low, high = copy.deepcopy(seen.model).double(), best.learning_rate / 4, best.learning_rate * 4
+    return _nearest_rate(model, best.images.double(), best.labels, steps, told, weight_delta(seen), low, high)
+
+
+def _nearest_rate(model, images, labels, steps, told, update, low, high):
+    def misfit(log_rate):
+        simulated = clients.update(model, training_loss, images, labels, rate=math.exp(log_rate), steps=steps, **told)
+        return float(objectives.squared_distance(simulated, update).detach())
+
+    found = minimize_scalar(misfit, bounds=(math.log(low), math.log(high)), method="bounded", options={"xatol": 0.02})
+    return math.exp(found.x)

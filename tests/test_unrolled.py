@@ -1,0 +1,143 @@
+"""The simulated client against torch.optim, its derivatives, and the attack that finds images, η and E through it."""
+
+import math
+
+import pytest
+import torch
+
+from dlm_core import attacks, clients, data, federated, metrics, objectives, trials
+
+FAMILIES = [
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("adam", {}),
+    ("adam", {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.01}),
+    ("adamw", {"weight_decay": 0.1}),
+    ("rmsprop", {}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-4, "weight_decay": 0.01}),
+]
+
+
+@pytest.fixture
+def digits(device):
+    images, labels, *_ = data.load("digits", n=3)
+    return images.double().to(device), labels.to(device)
+
+
+@pytest.fixture
+def tiny(device):
+    """A network of 26 weights, for finite differences."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Linear(2, 2)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = torch.rand(p.shape, generator=generator) - 0.5
+    return model.double().to(device)
+
+
+@pytest.mark.parametrize("name, options", FAMILIES)
+@pytest.mark.parametrize("steps, batch_size", [(1, None), (4, None), (4, 2)])
+def test_the_simulated_client_is_the_client(small, digits, name, options, steps, batch_size):
+    images, labels = digits
+    model, size = small.double(), {"steps": steps, "batch_size": batch_size, "options": options}
+    seen = federated.train_locally(model, images, labels, lr=0.02, optimizer=trials.OPTIMIZERS[name], **size)
+    ours = clients.update(model, federated.loss, images, labels, rate=0.02, optimizer=clients.OPTIMIZERS[name], **size)
+    for simulated, real in zip(ours, federated.weight_delta(seen)):
+        torch.testing.assert_close(simulated.detach(), real, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "name, options", [("sgd", {"momentum": 0.9, "nesterov": True}), ("adam", {"eps": 0.1}), ("rmsprop", {"eps": 0.1})]
+)
+def test_derivatives_by_finite_differences(tiny, device, name, options, checkpointed):
+    generator = torch.Generator().manual_seed(1)
+    images, observed = (
+        torch.rand(shape, generator=generator, dtype=torch.float64).to(device) for shape in ((2, 1, 3, 3), (26,))
+    )
+    observed = observed.split([p.numel() for p in tiny.parameters()])
+    settings = {"steps": 3, "optimizer": clients.OPTIMIZERS[name], "options": options, "checkpointed": checkpointed}
+
+    def objective(images, log_rate):
+        update = clients.update(
+            tiny, federated.loss, images, torch.tensor([0, 1], device=device), rate=log_rate.exp(), **settings
+        )
+        return objectives.normalised_distance([layer.flatten() for layer in update], observed)
+
+    log_rate = torch.tensor(-1.0, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(objective, (images.requires_grad_(), log_rate))
+
+
+def test_adam_s_derivatives_are_finite_where_a_gradient_vanishes(tiny, device):
+    images = torch.zeros(
+        1, 1, 3, 3, dtype=torch.float64, device=device, requires_grad=True
+    )  # the convolution's gradient is 0
+    for optimizer in (clients.adam, clients.rmsprop):
+        update = clients.update(
+            tiny, federated.loss, images, torch.tensor([0], device=device), rate=0.1, steps=2, optimizer=optimizer
+        )
+        assert (update[0] == 0).all()
+        (slope,) = torch.autograd.grad(sum(layer.sum() for layer in update), images)
+        assert slope.isfinite().all()
+
+
+def test_checkpoints_change_nothing_but_memory(small, digits):
+    images, labels = digits[0].requires_grad_(), digits[1]
+    results = []
+    for checkpointed in (False, True):
+        update = clients.update(
+            small.double(), federated.loss, images, labels, rate=0.05, steps=6, checkpointed=checkpointed
+        )
+        results.append(
+            [*update, *torch.autograd.grad(objectives.squared_distance(update, update[:0]) + update[0].sum(), images)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
+    seen = federated.train_locally(small, *digit, lr=0.2, steps=3, options={"momentum": momentum})
+    found = attacks.unrolled_dlm(seen, client_options={"momentum": momentum})
+    assert metrics.psnr(found.images, digit[0], data_range=1.0) > 30
+    assert (
+        found.local_steps == 3 and found.learning_rate == pytest.approx(0.2, rel=0.01) and found.k == 1 / found.learning_rate
+    )
+    assert metrics.psnr(attacks.dlm_plus(seen).images, digit[0], data_range=1.0) < 20
+    assert found.loss == min(found.losses) == min(loss for _, loss in found.tried) and found.evaluations == len(found.losses)
+    assert {2, 3} <= {steps for steps, _ in found.tried}
+
+
+def test_steps_told_are_not_searched(seen):
+    found = attacks.unrolled_dlm(seen, steps=1, max_evaluations=200)
+    assert [steps for steps, _ in found.tried] == [1] and found.learning_rate == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"client": "sdg"}, "client 'sdg' is unknown.*did you mean sgd"),
+        ({"steps": 0}, "steps is 0; it takes a whole number of at least 1"),
+        ({"max_steps": 2.5}, "max_steps is 2.5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_evaluations": 0}, "max_evaluations is 0"),
+        (
+            {"client_options": {"momentun": 0.9}},
+            "client_options has 'momentun'; client 'sgd' takes momentum, dampening, nesterov",
+        ),
+    ],
+)
+def test_bad_options_are_named(seen, options, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.unrolled_dlm(seen, **options)
+
+
+def test_as_a_trial():
+    client = {"lr": 0.2, "steps": 2}
+    trial = trials.Trial(
+        attack="unrolled_dlm", attack_options={"steps": 2, "max_evaluations": 5}, dataset="digits", client=client
+    )
+    record = trials.run_trial(trial)
+    assert record["local_steps"] == 2 and math.isfinite(record["learning_rate"]) and record["evaluations"] == 5
