@@ -54,13 +54,15 @@ class Recovery(attacks.Reconstruction):
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used."""
+    """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used; and
+    the prior's mean, which shows in the image where no data do."""
 
     layers: list
     label: torch.Tensor
     update: list
     weights: list
     decays: bool
+    mean: float | torch.Tensor = PRIOR_MEAN
 
     def above(self, first):
         """The same for the layers from ``first`` on, whose input takes the place of the image."""
@@ -96,8 +98,8 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     transmitted     dtype the weights were rounded to on their way, where coarser than the one they are held in.
     max_steps       of the fit, at least 1.
 
-    Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open. Raises ValueError for
-    a model that is not a stack of supported layers, naming the layer.
+    Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open; where a single layer
+    does, it provides the start. Raises ValueError for a model that is not a stack of supported layers, naming the layer.
     """
     check.at_least("max_steps", max_steps, 1)
     began = time.perf_counter()
@@ -105,7 +107,7 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     pack = partial(_pack, seen.model, layers)
     update = pack(weight_delta(seen))
     variance, keep = _noise(seen, pack, update, trusted, extra_variance, transmitted)
-    label = labels.infer(seen)[0] if trusted is None else _label_of_trusted(update[-1] * keep[-1])
+    label = labels.infer(seen, trusted=trusted)[0]
     scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]  # a first guess
     guess = [k / (v + s) for k, v, s in zip(keep, variance, scatter)]
     problem = _Problem(layers, label, update, guess, weight_decay)
@@ -116,8 +118,9 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
 
     n, equations = math.prod(seen.image_shape), recursion.count_equations(layers)
     features, curvature, plausible = _fit_features(problem, max_steps)
-    if equations < n:
-        x, max_steps = attacks.dlm_plus(seen).images.flatten(), min(max_steps, FEW_STEPS)
+    if equations < n or not _walkable(problem):
+        x = attacks.dlm_plus(seen, trusted=trusted, labels=label[None]).images.flatten()
+        problem, max_steps = replace(problem, mean=x), min(max_steps, FEW_STEPS) if equations < n else max_steps
     else:
         x = _walk_down(problem, features, curvature.variance)
     start = x, features.eta, features.decay
@@ -159,14 +162,17 @@ def _walk_down(problem, features, variance):
     return x
 
 
+def _walkable(problem):
+    """Whether each convolution has an equation for each entry of its input: its outputs, and the entries of Δ in use."""
+    layers = list(zip(problem.layers, problem.weights))[: _first_linear(problem)]
+    sizes = [math.prod(layer.shape) for layer in problem.layers]
+    return all(
+        above + int((w[:, : len(a.kernel[0])] > 0).sum()) >= size for (a, w), size, above in zip(layers, sizes, sizes[1:])
+    )
+
+
 def _first_linear(problem):
     return next(i for i, layer in enumerate(problem.layers) if layer.window is None)
-
-
-def _label_of_trusted(update):
-    """The class whose bias fell; where that bias is missing, whose row fell as a whole (for features of one sign)."""
-    rows = update if (update[:, -1] >= 0).all() else update[:, -1:]
-    return rows.sum(1).argmin()
 
 
 def _divide(problem):
@@ -250,8 +256,8 @@ def _evaluate(problem, x, eta, decay):
         eta=eta,
         decay=decay,
         chi2=chi2,
-        merit=chi2 + float((x - PRIOR_MEAN).square().sum()) / PRIOR_VARIANCE,
-        slope=transpose(residual) + (PRIOR_MEAN - x) / PRIOR_VARIANCE,
+        merit=chi2 + float((x - problem.mean).square().sum()) / PRIOR_VARIANCE,
+        slope=transpose(residual) + (problem.mean - x) / PRIOR_VARIANCE,
         scale_slope=_project(problem, columns, residual),
         cross=torch.stack([transpose(column) for column in columns], dim=1),
         scale=_gram(problem, columns),
