@@ -6,6 +6,7 @@ All are one search (``dlm_core.search.reconstruct``, whose options they pass on)
 import math
 
 from dlm_core import check, objectives
+from dlm_core import labels as label_inference
 from dlm_core.coordinates import pixels
 from dlm_core.optimizers import SignedAdam
 from dlm_core.search import Reconstruction, reconstruct
@@ -44,6 +45,13 @@ def dlm(seen, *, k0, **options):
     return reconstruct(seen, objectives.scaled_distance, k0=k0, **options)
 
 
-def dlm_plus(seen, **options):
-    """DLM+ (Zhao et al. 2024): both sides divided by their mean layer norm. Told: nothing but the two snapshots."""
-    return reconstruct(seen, objectives.normalised_distance, **options)
+def dlm_plus(seen, *, trusted=None, **options):
+    """DLM+ (Zhao et al. 2024): both sides divided by their mean layer norm. Told: nothing but the two snapshots.
+
+    trusted  one boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
+    """
+    if trusted is None:
+        return reconstruct(seen, objectives.normalised_distance, **options)
+    if "labels" not in options:
+        options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
+    return reconstruct(seen, objectives.weighted(objectives.normalised_distance, trusted), **options)

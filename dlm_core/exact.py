@@ -56,8 +56,8 @@ class Recovery(attacks.Reconstruction):
 class _Problem:
     """What is to be explained: per layer the update Δ and the weights 1/σ² of its entries, 0 for those not to be used.
 
-    The unknown x is the image, and in the final fit of a first linear layer also the client's error in its δ (float32
-    arithmetic), as all its row shares it: of variance ``error_variance``.
+    The unknown x is the image, whose prior ``mean`` shows where no data do, and in the final fit of a first linear layer
+    also the client's error in its δ (float32 arithmetic), as all its row shares it: of variance ``error_variance``.
     """
 
     layers: list
@@ -65,6 +65,7 @@ class _Problem:
     update: list
     weights: list
     decays: bool
+    mean: float | torch.Tensor = PRIOR_MEAN
     error_variance: float = 1.0
 
     def above(self, first):
@@ -74,8 +75,8 @@ class _Problem:
     def prior(self, x):
         """(mean, precision) of each entry of x."""
         n = math.prod(self.layers[0].shape)
-        mean, precision = torch.full_like(x, PRIOR_MEAN), torch.full_like(x, 1 / PRIOR_VARIANCE)
-        mean[n:], precision[n:] = 0, 1 / self.error_variance
+        mean, precision = torch.zeros_like(x), torch.full_like(x, 1 / PRIOR_VARIANCE)
+        mean[:n], precision[n:] = self.mean, 1 / self.error_variance
         return mean, precision
 
     def dot(self, a, b):
@@ -108,8 +109,8 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     transmitted     dtype the weights were rounded to on their way, where coarser than the one they are held in.
     max_steps       of the fit; 0 leaves the closed form as it is, with errors that take no account of it.
 
-    Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open. Raises ValueError for
-    a model that is not a stack of supported layers, naming the layer.
+    Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open; where a single layer
+    does, it provides the start. Raises ValueError for a model that is not a stack of supported layers, naming the layer.
     """
     check.at_least("max_steps", max_steps, 0)
     began = time.perf_counter()
@@ -117,7 +118,7 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     pack = partial(_pack, seen.model, layers)
     update = pack(weight_delta(seen))
     variance, keep = _noise(seen, pack, update, trusted, extra_variance, transmitted)
-    label = labels.infer(seen)[0] if trusted is None else _label_of_trusted(update[-1] * keep[-1])
+    label = labels.infer(seen, trusted=trusted)[0]
     scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]  # a first guess
     guess = [k / (v + s) for k, v, s in zip(keep, variance, scatter)]
     problem = _Problem(layers, label, update, guess, weight_decay)
@@ -129,8 +130,9 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
 
     n, equations = math.prod(seen.image_shape), recursion.count_equations(layers)
     features, curvature, plausible = _fit_features(problem, max_steps)
-    if equations < n:
-        x, max_steps = attacks.dlm_plus(seen).images.flatten(), min(max_steps, FEW_STEPS)
+    if equations < n or not _walkable(problem):
+        x = attacks.dlm_plus(seen, trusted=trusted, labels=label[None]).images.flatten()
+        problem, max_steps = replace(problem, mean=x), min(max_steps, FEW_STEPS) if equations < n else max_steps
     else:
         x = _walk_down(problem, features, curvature.variance)
     if layers[0].window is None and len(layers) > 1:
@@ -174,14 +176,17 @@ def _walk_down(problem, features, variance):
     return x
 
 
+def _walkable(problem):
+    """Whether each convolution has an equation for each entry of its input: its outputs, and the entries of Δ in use."""
+    layers = list(zip(problem.layers, problem.weights))[: _first_linear(problem)]
+    sizes = [math.prod(layer.shape) for layer in problem.layers]
+    return all(
+        above + int((w[:, : len(a.kernel[0])] > 0).sum()) >= size for (a, w), size, above in zip(layers, sizes, sizes[1:])
+    )
+
+
 def _first_linear(problem):
     return next(i for i, layer in enumerate(problem.layers) if layer.window is None)
-
-
-def _label_of_trusted(update):
-    """The class whose bias fell; where that bias is missing, whose row fell as a whole (for features of one sign)."""
-    rows = update if (update[:, -1] >= 0).all() else update[:, -1:]
-    return rows.sum(1).argmin()
 
 
 def _divide(problem):

@@ -173,16 +173,19 @@ def average(snapshots, sizes):
     return mean
 
 
-def rounds(model, clients, *, number, **training):
+def rounds(model, clients, *, number, train=train_locally, defend=None, **training):
     """FedAvg: yield, for each of ``number`` rounds, (model after the round, the clients' Observations of it).
 
     clients   a list of (images, labels); each trains locally from the round's model with ``training``,
-              the keyword arguments of ``train_locally``.
+              the keyword arguments of ``train``.
+    defend    what of it is sent: a function (Observation, number of the round, number of the client) -> Observation.
     """
     check.at_least("number", number, 1)
     model = _snapshot(model)
-    for _ in range(number):
-        seen = [train_locally(model, images, labels, **training) for images, labels in clients]
+    for turn in range(number):
+        seen = [train(model, images, labels, **training) for images, labels in clients]
+        if defend:
+            seen = [defend(each, turn, client) for client, each in enumerate(seen)]
         model = _snapshot(model)
         model.load_state_dict(average([each.weights_after for each in seen], [len(labels) for _, labels in clients]))
         yield model, seen

@@ -6,18 +6,30 @@ from torch.nn import functional as F
 from dlm_core.federated import last_layer, weight_delta
 
 
-def infer(seen, num_images=1):
+def infer(seen, num_images=1, trusted=None):
     """Return ``num_images`` class indices [B], ascending, found from Δ alone.
+
+    trusted  one boolean tensor per parameter, False for coordinates of Δ to ignore; one image only.
 
     For one image the bias update η(p - e_y) has a single negative entry, the label (iDLG, Zhao et al. 2020). For B
     images Δ_b = η(p̄ - c/B) with c the counts per class. p̄ is the model's output for the mean feature h̄, which is the
     mean of the weight update's rows scaled by the bias update; η and c then follow by turns, c rounded to B in all.
 
-    Raises ValueError where the model does not end in a linear layer with bias.
+    Where the bias of the label's class is not to be trusted, its row of weights fell as a whole, for features of one sign.
+
+    Raises ValueError where the model does not end in a linear layer with bias, or ``trusted`` comes with several images.
     """
     layer, names = last_layer(seen.model)
     deltas = dict(zip(dict(seen.model.named_parameters()), weight_delta(seen)))
     d_weight, d_bias = (deltas[name] for name in names)
+    if trusted is not None:
+        if num_images > 1:
+            raise ValueError(
+                f"num_images is {num_images}; labels of a batch are not read off an update with gaps: give them"
+            )
+        masks = dict(zip(deltas, trusted))
+        d_weight, d_bias = d_weight * masks[names[0]], d_bias * masks[names[1]]
+        return (d_bias if d_bias.min() < 0 else d_weight.sum(1)).argmin()[None]
     if num_images == 1:
         return d_bias.argmin()[None]
     h = d_weight.T @ d_bias / d_bias.square().sum()

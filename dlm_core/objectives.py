@@ -37,6 +37,18 @@ def cosine_distance(g, d):
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
+def weighted(distance, weights):
+    """The same ``distance`` with every coordinate of g and d multiplied by its weight, one tensor or number per layer.
+
+    0 leaves a coordinate out, 1/σ counts it by its noise.
+    """
+
+    def between(g, d, *k):
+        return distance([w * layer for w, layer in zip(weights, g)], [w * layer for w, layer in zip(weights, d)], *k)
+
+    return between
+
+
 def mean_norm(tensors):
     """n(·): the mean over layers of the layers' Euclidean norms."""
     return torch.stack([tensor.norm() for tensor in tensors]).mean()

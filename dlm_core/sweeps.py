@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dlm_core import check
-from dlm_core.trials import run_trial
+from dlm_core.trials import Trial, run_trial
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
@@ -136,7 +136,7 @@ def summarise(frame, by):
 
 
 def _numbered(trial):
-    return trial, run_trial(trial)
+    return trial, run_trial(trial) if isinstance(trial, Trial) else trial.run()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import torch
 
-from dlm_core import attacks, check, coordinates, data, defenses, exact, federated, metrics, models, optimizers, search
+from dlm_core import (
+    adaptive,
+    attacks,
+    check,
+    coordinates,
+    data,
+    defenses,
+    exact,
+    federated,
+    metrics,
+    models,
+    optimizers,
+    search,
+)
 
 
 def grey(seen, *, num_images=1, seed=0):
@@ -32,6 +45,12 @@ def recover(seen, *, num_images=1, seed=0, **options):
     return exact.recover(seen, **options)
 
 
+def aware_recover(seen, *, defence, num_images=1, seed=0, **options):
+    """``adaptive.recover``, likewise."""
+    check.in_range("num_images", num_images, 1, 1)
+    return adaptive.recover(seen, defence=defence, **options)
+
+
 ATTACKS = {
     "grey": grey,
     "noise": noise,
@@ -42,8 +61,10 @@ ATTACKS = {
     "dlm_plus": attacks.dlm_plus,
     "unrolled_dlm": attacks.unrolled_dlm,
     "exact": recover,
+    "aware_dlm_plus": adaptive.dlm_plus,
+    "aware_exact": aware_recover,
 }
-DEFENCES = {"noise": defenses.noise, "sparsify": defenses.sparsify}
+DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
 PARTS = {
     "pixels": coordinates.pixels,
@@ -67,8 +88,9 @@ class Trial:
     trained          FedAvg rounds the model went through before, on images of the data set that are not attacked.
     client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name), and "dtype", in
                      which it computes.
-    attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels.
-    defence          {} or {"name": "noise" or "sparsify", …} with the keyword arguments of ``defenses.defend``.
+    attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels, and an attack
+                     whose name begins with "aware" is told the defence, but not its noise.
+    defence          {} or {"name": a key of DEFENCES, …} with the keyword arguments of ``defenses.defend``.
     seed             of the model's weights, the attack's start and the defence's noise.
     """
 
@@ -94,7 +116,7 @@ class Trial:
         check.at_least("seed", self.seed, 0)
         check.at_least("trained", self.trained, 0)
         check.in_range("lr", self.client.get("lr"), 0, float("inf"), open_low=True)
-        if self.defence:
+        if self.defence or self.attack.startswith("aware"):
             check.one_of("defence", self.defence.get("name"), DEFENCES)
         for part in ("optimizer", "coordinates"):
             if part in self.attack_options:
@@ -151,6 +173,8 @@ def attack(trial, seen, labels):
     options = {name: parts[name][value] if name in parts else value for name, value in trial.attack_options.items()}
     if options.get("labels") == "given":
         options["labels"] = labels
+    if trial.attack.startswith("aware"):
+        options["defence"] = trial.defence
     return ATTACKS[trial.attack](seen, seed=trial.seed, num_images=trial.batch, **options)
 
 

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core import defenses, federated
+from dlm_core import adaptive, attacks, defenses, federated, labels, trials
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -95,8 +97,179 @@ def test_buffers_pass_through(device):
         (defenses.sparsify, {"percent": 101}, r"percent is 101; it takes a finite number in \[0, 100\]"),
         (defenses.noise, {"scale": 1, "observer": "sever"}, "observer 'sever' is unknown.*did you mean server"),
         (defenses.sparsify, {"percent": 100}, "equals the model's weights"),
+        (defenses.clip_and_noise, {"clip": 0}, r"clip is 0; it takes a finite number in \(0, inf\)"),
+        (defenses.top_k, {"percent": -1}, r"percent is -1; it takes a finite number in \[0, 100\]"),
+        (defenses.quantise, {"bits": 1}, "bits is 1; it takes a whole number of at least 2"),
+        (defenses.quantise, {"repeats": 0}, "repeats is 0; it takes a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_named(seen, defence, options, message):
     with pytest.raises(ValueError, match=message):
         defenses.defend(seen, defence, **options)
+
+
+def test_clip_and_noise_bounds_the_update_and_adds_its_noise():
+    update = [torch.full((300, 100), 0.1, dtype=torch.float64), torch.full((100,), -0.1, dtype=torch.float64)]
+    length = (30_100 * 0.01) ** 0.5
+    clipped = defenses.clip_and_noise(update, clip=2.0)
+    assert torch.cat([layer.flatten() for layer in clipped]).norm().item() == pytest.approx(2.0)
+    assert all(torch.allclose(a, b * 2.0 / length) for a, b in zip(clipped, update))
+    short = defenses.clip_and_noise(update, clip=100.0)
+    assert all(torch.equal(a, b) for a, b in zip(short, update))
+    noisy = defenses.clip_and_noise(update, clip=2.0, noise_multiplier=0.5, seed=1)
+    added = torch.cat([(a - b).flatten() for a, b in zip(noisy, clipped)])
+    assert added.std().item() == pytest.approx(1.0, rel=0.02)
+    kurtosis = ((added - added.mean()) ** 4).mean() / added.var() ** 2
+    assert kurtosis.item() == pytest.approx(3, rel=0.1)
+
+
+def test_top_k_keeps_the_largest_of_the_whole_update():
+    update = [torch.tensor([[3.0, -1.0], [0.5, 2.0]]).double(), torch.tensor([-4.0, 0.1]).double()]
+    kept = defenses.top_k(update, percent=50)
+    assert kept[0].tolist() == [[3.0, 0.0], [0.0, 2.0]]
+    assert kept[1].tolist() == [-4.0, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(defenses.top_k(update, percent=0), update))
+
+
+def test_quantisation_is_unbiased_and_ends_on_its_grid():
+    update = [torch.linspace(-1, 1, 101).double()]
+    draws = torch.stack([defenses.quantise(update, bits=3, seed=seed)[0] for seed in range(2000)])
+    steps = draws * 3  # 2^(3-1) - 1 steps from 0 to the largest
+    assert torch.allclose(steps, steps.round())
+    assert draws.abs().max() <= 1 + 1e-12
+    error = (draws.mean(0) - update[0]).abs().max().item()
+    assert error < 5 * (1 / 3) / 2 / 2000**0.5  # standard deviation of one draw: at most half a step
+
+
+def test_averaging_repeats_divides_the_variance(seen):
+    plain = torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+
+    def variance(repeats):
+        noisy = defenses.defend(seen, defenses.noise, scale=1e-3, observer="server", repeats=repeats)
+        return float((torch.cat([layer.flatten() for layer in federated.weight_delta(noisy)]) - plain).square().mean())
+
+    assert variance(1) / variance(16) == pytest.approx(16, rel=0.2)
+
+
+OF_UPDATES = [(defenses.clip_and_noise, {"clip": 1e-3}), (defenses.top_k, {"percent": 50}), (defenses.quantise, {})]
+
+
+@pytest.mark.parametrize("defence, options", OF_UPDATES, ids=lambda value: getattr(value, "__name__", ""))
+def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence, options):
+    before = {name: tensor.clone() for name, tensor in seen.weights_after.items()}
+    update = federated.weight_delta(seen)
+    copies = [layer.clone() for layer in update]
+    expected = defence(update, **({"seed": 1} if defence is not defenses.top_k else {}), **options)
+    sent = defenses.defend(seen, defence, **options)
+    assert all(torch.equal(a, b) for a, b in zip(update, copies))
+    assert all(torch.equal(before[name], tensor) for name, tensor in seen.weights_after.items())
+    for name, raw in seen.model.state_dict().items():
+        assert torch.equal(sent.model.state_dict()[name], raw)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(federated.weight_delta(sent), expected))
+
+
+@pytest.mark.parametrize("multiplier, rounds", [(0.3, 1), (1.0, 50), (4.0, 100), (20.0, 5)])
+def test_epsilon_is_opacus_and_the_gaussian_mechanism_s(multiplier, rounds):
+    """Against Opacus' own orders, and against Balle and Wang's exact condition (ICML 2018), which no accountant beats."""
+    from opacus.accountants.analysis import rdp
+    from scipy.stats import norm
+
+    ours = defenses.epsilon(noise_multiplier=multiplier, rounds=rounds)
+    orders = [1 + i / 10 for i in range(1, 100)] + list(range(12, 64))
+    spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=rounds, orders=orders)
+    theirs, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=1e-5)
+    assert ours == pytest.approx(theirs, rel=0.02)
+    mu = rounds**0.5 / multiplier
+    exact = norm.cdf(mu / 2 - ours / mu) - math.exp(ours) * norm.cdf(-mu / 2 - ours / mu)
+    assert 0 < exact <= 1e-5
+
+
+def test_epsilon_falls_with_sampling_and_is_infinite_without_noise():
+    assert defenses.epsilon(noise_multiplier=0, rounds=1) == float("inf")
+    everyone = defenses.epsilon(noise_multiplier=1.0, rounds=50)
+    assert defenses.epsilon(noise_multiplier=1.0, rounds=50, sample_rate=0.1) < everyone / 4
+
+
+def test_dp_sgd_without_noise_and_clip_is_sgd(small, digit):
+    plain = federated.train_locally(small, *digit, lr=0.05, steps=2)
+    private = defenses.train_privately(small, *digit, lr=0.05, clip=1e6, noise_multiplier=0.0, steps=2)
+    assert private.image_shape == plain.image_shape and private.num_classes == plain.num_classes
+    for name, expected in plain.weights_after.items():
+        assert torch.allclose(private.weights_after[name], expected, atol=1e-6)
+
+
+def test_dp_sgd_clips_each_image_and_adds_its_noise(small):
+    from dlm_core import data
+
+    device = next(small.parameters()).device
+    images, labels, *_ = data.load("digits", n=4)
+    images, labels = images.to(device), labels.to(device)
+
+    def update(**options):
+        seen = defenses.train_privately(small, images, labels, lr=1.0, **options)
+        return torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+
+    alone = []
+    for image, label in zip(images, labels):
+        delta = federated.weight_delta(federated.train_locally(small, image[None], label[None], lr=1.0))
+        alone.append(torch.cat([layer.flatten() for layer in delta]))
+    clip = 0.5 * min(float(each.norm()) for each in alone)
+    expected = sum(clip * each / each.norm() for each in alone) / 4
+    clipped = update(clip=clip, noise_multiplier=0.0)
+    assert torch.allclose(clipped, expected, atol=1e-5)
+    added = update(clip=clip, noise_multiplier=2.0) - clipped
+    assert added.std().item() == pytest.approx(2.0 * clip / 4, rel=0.1)
+
+
+def aware(seen, attack, **defence):
+    return attack(defenses.defend(seen, trials.DEFENCES[defence["name"]], **{k: v for k, v in defence.items() if k != "name"}),
+                  defence=defence)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sparsify", "top_k"])
+def test_sparsification_is_void_against_a_server_that_leaves_zeros_out(seen, digit, name):
+    found = aware(seen, adaptive.recover, name=name, percent=30, observer="server")
+    assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())
+    found = aware(seen, adaptive.dlm_plus, name=name, percent=30, observer="server")
+    assert found.labels.tolist() == digit[1].tolist()
+    assert float((found.images - digit[0]).square().mean()) < 1e-3
+    unaware = attacks.dlm_plus(defenses.defend(seen, defenses.sparsify, percent=30, observer="server"))
+    assert float((unaware.images - digit[0]).square().mean()) > 1e-2
+
+
+def test_clipping_without_noise_hides_nothing(seen, digit):
+    found = aware(seen, adaptive.recover, name="clip_and_noise", clip=1e-2)
+    assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [
+        {"name": "noise", "scale": 1e-4, "observer": "server"},
+        {"name": "noise", "scale": 1e-4, "distribution": "gaussian", "observer": "channel"},
+        {"name": "clip_and_noise", "clip": 0.01, "noise_multiplier": 0.1},
+        {"name": "noise", "scale": 1e-4, "observer": "server", "repeats": 4},
+        {"name": "quantise", "bits": 8},
+    ],
+)
+def test_the_noise_that_the_attacker_expects_is_the_noise_that_is_there(seen, defence):
+    options = {name: value for name, value in defence.items() if name != "name"}
+    clean = defenses.defend(seen, defenses.clip_and_noise, clip=0.01) if "clip" in defence else seen
+    square, expected = 0.0, 0.0
+    for seed in range(20):
+        sent = defenses.defend(seen, trials.DEFENCES[defence["name"]], seed=seed, **options)
+        parts = zip(federated.weight_delta(sent), federated.weight_delta(clean), adaptive.noise_variance(sent, defence))
+        for noisy, plain, variance in parts:
+            square += float((noisy - plain).square().sum())
+            expected += variance * noisy.numel()
+    assert square / expected == pytest.approx(1, rel=0.5 if defence["name"] == "quantise" else 0.1)
+
+
+def test_labels_with_gaps(seen, digit):
+    names = [name for name, _ in seen.model.named_parameters()]
+    trusted = [torch.ones_like(seen.weights_after[name], dtype=torch.bool) for name in names]
+    assert labels.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
+    trusted[-1][digit[1]] = False
+    assert labels.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
+    with pytest.raises(ValueError, match="num_images is 2"):
+        labels.infer(seen, 2, trusted)

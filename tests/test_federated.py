@@ -197,7 +197,7 @@ def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path):
 def test_weights_can_be_rounded_on_their_way(small, digit):
     model, (images, labels) = small, digit
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    seen = train_locally(model, images, labels, lr=0.1, transmitted=torch.bfloat16)
+    seen = federated.train_locally(model, images, labels, lr=0.1, transmitted=torch.bfloat16)
     for name, after in seen.weights_after.items():
         assert after.dtype == torch.float32
         for sent in (after, seen.model.state_dict()[name]):

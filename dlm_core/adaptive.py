@@ -1,0 +1,61 @@
+"""Attackers who know the defence: its kind and its parameters are public (Kerckhoffs), the noise that it drew is not.
+
+``defence`` is told as a trial holds it: {"name": a key of ``trials.DEFENCES``, "observer": …, and its keyword arguments}. Which
+coordinates a sparsified snapshot or update keeps need not be told; the snapshots show it.
+"""
+
+import math
+
+from dlm_core import attacks, defenses, exact, objectives
+from dlm_core.federated import weight_delta
+
+LEAVES_OUT = ("sparsify", "top_k")
+CONTRAST = 0.05  # mean difference of neighbouring pixels in natural images: the scale of the total-variation prior
+
+
+def kept(seen):
+    """Where Δ shows the update, one boolean tensor per parameter: no weight was zeroed in a snapshot, and Δ is not zero."""
+    after = [seen.weights_after[name].to(p.device) for name, p in seen.model.named_parameters()]
+    return [(p != 0) & (a != 0) & (p != a) for p, a in zip(seen.model.parameters(), after)]
+
+
+def noise_variance(seen, defence):
+    """Variance of what the defence's noise adds to an entry of Δ, one number per parameter; 0 for defences without."""
+    name, parameters, update = defence["name"], list(seen.model.parameters()), weight_delta(seen)
+    if name == "noise":
+        unit = 2 if defence.get("distribution", "laplace") == "laplace" else 1
+        snapshots = 2 if defence.get("observer", "channel") == "channel" else 1
+        factors = [float(defenses.undone_clip(p.detach(), defence.get("clip", 0.2))) for p in parameters]
+        variances = [snapshots * unit * (factor * defence["scale"]) ** 2 for factor in factors]
+    elif name == "clip_and_noise":
+        variances = [(defence["clip"] * defence.get("noise_multiplier", 0.0)) ** 2] * len(parameters)
+    elif name == "quantise":  # on average over where an entry lies between two points of the grid
+        variances = [float(layer.abs().max()) ** 2 / (2 ** (defence.get("bits", 8) - 1) - 1) ** 2 / 6 for layer in update]
+    else:
+        variances = [0.0] * len(parameters)
+    return [variance / defence.get("repeats", 1) for variance in variances]
+
+
+def recover(seen, *, defence, **options):
+    """``exact.recover`` without the coordinates that the defence zeroed, under the noise that it adds. Told: the defence."""
+    trusted = kept(seen) if defence["name"] in LEAVES_OUT else None
+    return exact.recover(seen, trusted=trusted, extra_variance=noise_variance(seen, defence), **options)
+
+
+def dlm_plus(seen, *, defence, total_variation=None, **options):
+    """DLM+ without the coordinates that the defence zeroed, all others weighted by their noise. Told: the defence.
+
+    total_variation  of ``search.reconstruct``; None sets it to the most probable image's under a Laplace prior of scale
+                     ``CONTRAST`` on the differences of neighbouring pixels, which is 0 without noise.
+    """
+    if defence["name"] in LEAVES_OUT:
+        return attacks.dlm_plus(seen, trusted=kept(seen), total_variation=total_variation or 0.0, **options)
+    variances = noise_variance(seen, defence)
+    if not any(variances):
+        return attacks.dlm_plus(seen, total_variation=total_variation or 0.0, **options)
+    weights = [variance**-0.5 for variance in variances]
+    length = objectives.mean_norm([w * layer for w, layer in zip(weights, weight_delta(seen))])
+    if total_variation is None:
+        total_variation = 2 * math.prod(seen.image_shape) / CONTRAST / float(length) ** 2
+    distance = objectives.weighted(objectives.normalised_distance, weights)
+    return attacks.reconstruct(seen, distance, total_variation=total_variation, **options)
