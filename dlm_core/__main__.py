@@ -51,6 +51,9 @@ def _parser():
     test = command("test", _test, "run pytest, then every notebook under the smoke profile, then nbval on them")
     test.add_argument("pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)")
 
+    site = command("site", _site, "build the site of notebooks, figures, claims, course and reference; needs no network")
+    site.add_argument("--out", default="build/site", help="folder for the site (default build/site)")
+
     command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
     bench = command("bench", _bench, "measure speed and memory of the attacks, ours beside the released settings")
     bench.add_argument("--images", type=int, default=20, help="bundled CIFAR-100 images to attack (default 20)")
@@ -101,6 +104,14 @@ def _test(options):
     os.environ.setdefault("DLM_FIGURES", str(build))
     codes = [_run(*step) for step in steps]
     return max(codes)
+
+
+def _site(options):
+    out = Path(options.out)
+    settings = ("-q", "-W", "--keep-going", "-E", "-b", "html", "-c", "docs", "-d", str(out.with_name("doctrees")))
+    if not (code := _run("-m", "sphinx", *settings, ".", str(out))):
+        print(f"the site is in {out}: open {out / 'index.html'}")
+    return code
 
 
 def _bench(options):
