@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _SUBMODULES = (
     "attacks", "bench", "check", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
-    "labels", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps", "trials",
+    "labels", "lessons", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps",
+    "trials",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from sphinx.util.fileutil import copy_asset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The modules that are not science; whatever is new counts as science.
-ARTIFACT = ("trials", "sweeps", "report", "figures", "reproduce", "assignment", "environment", "bench")
+ARTIFACT = ("trials", "sweeps", "report", "figures", "reproduce", "lessons", "environment", "bench")
 FONTS = "output/chtml/fonts/woff-v2"
 
 
