@@ -4,13 +4,15 @@ PROFILE ?= quick
 SET ?= paper
 RUN = $$($(PYTHON) -m dlm_core env | tail -n 1) -m dlm_core
 
-.PHONY: help figures test lab bench env clean
+.PHONY: help figures test site assignment assignment-check lab bench env clean
 
 help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
 	@echo '                                                       PARAMETER=seeds=100 (instead of the profile’s)'
-	@echo 'make test      pytest, then every notebook under the smoke profile through nbval'
+	@echo 'make test      pytest, then every notebook under the smoke profile through nbval, and the lessons'
+	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
+	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
 	@echo 'make lab       JupyterLab on the notebooks'
 	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings'
 	@echo 'make env       the environment alone, in .venv/ (made on first use by all of these)'
@@ -21,7 +23,7 @@ figures: env
 	@$(RUN) figures --profile '$(PROFILE)' --set '$(SET)' $(if $(ONLY),--only '$(ONLY)') $(if $(PARAMETER),--parameter '$(PARAMETER)') $(if $(JOBS),--jobs '$(JOBS)') \
 	  $(if $(OUT),--out '$(OUT)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)')
 
-test lab bench: env
+test site assignment assignment-check lab bench: env
 	@$(RUN) $@
 
 env:

@@ -4,14 +4,11 @@ Submodules are imported on first use: ``import dlm_core`` costs nothing, and the
 """
 
 import importlib
+from pathlib import Path
 
 __version__ = "0.1.0"
 
-_SUBMODULES = (
-    "attacks", "bench", "check", "clients", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
-    "labels", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps",
-    "trials", "unrolled",
-)  # fmt: skip
+_SUBMODULES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def __getattr__(name):

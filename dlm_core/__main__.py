@@ -48,8 +48,21 @@ def _parser():
     figures.add_argument("--scheduler", help="tcp:// address of a Dask scheduler to run the trials on")
     figures.add_argument("--in-place", action="store_true", help="also replace the notebooks by their executed versions")
 
-    test = command("test", _test, "run pytest, then every notebook under the smoke profile, then nbval on them")
+    test = command(
+        "test", _test, "run pytest, every notebook under the smoke profile, nbval on them, and on the lessons and how-tos"
+    )
     test.add_argument("pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)")
+
+    site = command("site", _site, "build the site of notebooks, figures, claims, course and reference; needs no network")
+    site.add_argument("--out", default="build/site", help="folder for the site (default build/site)")
+
+    assignment = command("assignment", _assignment_files, "write the students' versions of the lessons, without solutions")
+    assignment.add_argument("--out", default="build/assignment", help="folder for them (default build/assignment)")
+    command(
+        "assignment-check", _assignment_check, "prove that the lessons' tests pass on the solutions and fail without them"
+    )
+    refresh = command("lessons", _lessons, "run the lessons and how-tos and replace them by their executed versions")
+    refresh.add_argument("--only", help="a part of the names of those to run")
 
     command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
     bench = command("bench", _bench, "measure speed and memory of the attacks, ours beside the released settings")
@@ -97,10 +110,40 @@ def _test(options):
         ("-m", "pytest", "tests"),
         ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
         ("-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", str(build / "notebooks")),
+        ("-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "notebooks/teaching", "notebooks/howto"),
     ]
     os.environ.setdefault("DLM_FIGURES", str(build))
     codes = [_run(*step) for step in steps]
     return max(codes)
+
+
+def _site(options):
+    out = Path(options.out)
+    settings = ("-q", "-W", "--keep-going", "-E", "-b", "html", "-c", "docs", "-d", str(out.with_name("doctrees")))
+    if not (code := _run("-m", "sphinx", *settings, ".", str(out))):
+        print(f"the site is in {out}: open {out / 'index.html'}")
+    return code
+
+
+def _assignment_files(options):
+    from dlm_core import lessons
+
+    for path in lessons.release(options.out):
+        print(path)
+
+
+def _assignment_check(options):
+    from dlm_core import lessons
+
+    wrong = lessons.check()
+    print("\n".join(wrong) or "every test passes on the solution and fails without it")
+    return 1 if wrong else 0
+
+
+def _lessons(options):
+    from dlm_core import lessons
+
+    lessons.refresh(options.only)
 
 
 def _bench(options):

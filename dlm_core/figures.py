@@ -53,6 +53,15 @@ def look(attack):
     return {"label": label, "color": seaborn.color_palette("colorblind")[colour], "marker": marker}
 
 
+def show(figure, alt):
+    """Display a matplotlib figure with ``alt`` as its description, and close it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
+
+
 def show_images(rows, row_names, column_names=(), cell=0.42):
     """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display). Returns the figure."""
     import matplotlib.pyplot as plt

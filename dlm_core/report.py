@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from dlm_core import data
+from dlm_core import data, figures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "lpips", "scikit-image", "papermill")
@@ -39,16 +39,12 @@ class Report:
 
     def figure(self, figure, alt, suffix=""):
         """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with ``alt`` as its description."""
-        import matplotlib.pyplot as plt
-        from IPython.display import display
-
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
         figure.savefig(self.folder / f"{stem}.png", metadata={"Title": stem, "Description": about, "Software": None})
         dates = {"CreationDate": None, "ModDate": None}  # the file depends on nothing but its content
         figure.savefig(self.folder / f"{stem}.pdf", metadata={"Title": stem, "Subject": about, **dates})
-        display(figure, metadata={"image/png": {"alt": alt}})
-        plt.close(figure)
+        figures.show(figure, alt)
         self._record([f"{stem}.png", f"{stem}.pdf"], alt)
 
     def table(self, frame, caption, suffix="", digits=2):
