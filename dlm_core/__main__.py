@@ -67,6 +67,9 @@ def _parser():
     command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
     bench = command("bench", _bench, "measure speed and memory of the attacks, ours beside the released settings")
     bench.add_argument("--images", type=int, default=20, help="bundled CIFAR-100 images to attack (default 20)")
+    bench.add_argument(
+        "--peer-images", type=int, default=3, help="of them for breaching's attacks (default 3; 0: without it)"
+    )
     clean = command("clean", _clean, "remove what make made: build/, the store of trials, caches; not the figures")
     clean.add_argument("--all", action="store_true", help="the environment too")
 
@@ -149,7 +152,7 @@ def _lessons(options):
 def _bench(options):
     from dlm_core import bench
 
-    bench.run(options.images)
+    bench.run(options.images, options.peer_images)
 
 
 def _clean(options):

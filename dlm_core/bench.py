@@ -1,15 +1,18 @@
-"""Seconds, memory and success of the attacks, ours beside the released settings, in one run on one machine."""
+"""Seconds, memory and success of the attacks, ours beside the released settings and the peer's, in one run on one machine."""
 
+import multiprocessing
 import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from tqdm import tqdm
 
-from dlm_core import attacks, data, federated, labels, metrics, models, objectives
+from dlm_core import attacks, clients, data, exact, federated, labels, metrics, models, objectives, peer
 
 ATTEMPTS = {
+    "exact": lambda seen, seed: exact.recover(seen),
     "DLM+": lambda seen, seed: attacks.dlm_plus(seen, seed=seed),
     "DLM+, labels optimised": lambda seen, seed: attacks.dlm_plus(seen, seed=seed, labels="optimised"),
     "DLM, k0 = 100": lambda seen, seed: attacks.dlm(seen, k0=100, seed=seed),
@@ -18,40 +21,80 @@ ATTEMPTS = {
     "IG": lambda seen, seed: attacks.inverting_gradients(seen, seed=seed),
     "DLM+, released settings": lambda seen, seed: released_dlm_plus(seen, seed),
 }
+PEERS = {"breaching 0.1.2, DLG": "deepleakage", "breaching 0.1.2, IG, told the label": "invertinggradients"}
 
 
-def run(images=20):
-    """Print a Markdown table over the first ``images`` bundled CIFAR-100 images: LeNet, client lr 0.01, one step.
+def run(images=20, peer_images=3):
+    """Print Markdown tables over the first ``images`` bundled CIFAR-100 images: client lr 0.01, one step; LeNet, and exact
+    recovery on the MLP as well. The peer's attacks, far slower, meet the first ``peer_images`` alone (0: none).
 
-    The attacks take turns on each image, so that whatever else the machine does meets all of them alike.
+    The attacks take turns on each image, so that whatever else the machine does meets all of them alike, each in a process of its
+    own, whose peak memory is measured.
     """
-    truth = data.load("cifar100", n=images, source="bundled")
-    rows = {name: [] for name in ATTEMPTS}
+    threads = torch.get_num_threads()
+    own = {(name, "lenet"): [] for name in ATTEMPTS} | {("exact, MLP", "mlp"): []}
+    peers = {name: [] for name in PEERS if peer_images}
+    python = peer.environment() if peers else None
+    spawn = multiprocessing.get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) for name, _ in own}
     for i in tqdm(range(images), unit="image"):
-        seen = federated.train_locally(
-            models.build("lenet", seed=i), truth.images[i : i + 1], truth.labels[i : i + 1], lr=0.01
-        )
-        for name, attack in ATTEMPTS.items():
-            began = time.perf_counter()
-            found = attack(seen, i)
-            seconds = time.perf_counter() - began
-            rows[name].append(
-                (metrics.psnr(found.images, truth.images[i : i + 1], data_range=1.0), seconds, found.evaluations)
-            )
-    print(f"LeNet, {images} CIFAR-100 images, client SGD lr 0.01, one step; torch on {torch.get_num_threads()} threads\n")
+        for (name, network), rows in own.items():
+            rows.append(pools[name].submit(attempt, name.removesuffix(", MLP"), network, i).result())
+        for name, rows in peers.items() if i < peer_images else ():
+            rows.append(peer.measure(python, PEERS[name], i, threads))
+    for pool in pools.values():
+        pool.shutdown()
+    print(f"{images} CIFAR-100 images, LeNet where not said, client SGD lr 0.01, one step; torch on {threads} threads\n")
     print(
-        "| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s/image, median | s/image, mean | share of released | evaluations, median |"
+        "| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s/image, median | s/image, mean | share of released | evaluations | peak MiB |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    released = statistics.mean(seconds for _, seconds, _ in rows["DLM+, released settings"])
-    for name, measured in rows.items():
-        psnrs, seconds, evaluations = zip(*measured)
-        shares = " | ".join(f"{sum(psnr >= threshold for psnr in psnrs)}/{images}" for threshold in (20, 30))
-        timing = (
-            f"{statistics.median(seconds):.2f} | {statistics.mean(seconds):.2f} | {statistics.mean(seconds) / released:.2f}"
+    print("|---|---|---|---|---|---|---|---|---|")
+    released = statistics.mean(row["seconds"] for row in own["DLM+, released settings", "lenet"])
+    for name, rows in {**{name: rows for (name, _), rows in own.items()}, **peers}.items():
+        psnrs, seconds, evaluations, peaks = (
+            [row[what] for row in rows] for what in ("psnr", "seconds", "evaluations", "peak")
         )
-        print(f"| {name} | {shares} | {statistics.median(psnrs):.1f} | {timing} | {statistics.median(evaluations):.0f} |")
-    print(f"\npeak memory of all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+        shares = " | ".join(f"{sum(psnr >= threshold for psnr in psnrs)}/{len(rows)}" for threshold in (20, 30))
+        mean = statistics.mean(seconds)
+        timing = (
+            f"{statistics.median(seconds):.2f} | {mean:.2f} | {mean / released:.2f} | {statistics.median(evaluations):.0f}"
+        )
+        print(f"| {name} | {shares} | {statistics.median(psnrs):.1f} | {timing} | {max(peaks):.0f} |")
+    print()
+    cost_of_steps()
+
+
+def attempt(name, network, i):
+    """One attack on one image: {"psnr", "seconds", "evaluations", "peak"}, the last the process's peak memory in MiB."""
+    truth = data.load("cifar100", indices=[i], source="bundled")
+    seen = federated.train_locally(models.build(network, seed=i), truth.images, truth.labels, lr=0.01)
+    began = time.perf_counter()
+    found = ATTEMPTS[name](seen, i)
+    seconds = time.perf_counter() - began
+    psnr = float(metrics.psnr(found.images, truth.images, data_range=1.0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"psnr": psnr, "seconds": seconds, "evaluations": found.evaluations, "peak": peak}
+
+
+def cost_of_steps(counts=(1, 2, 5, 10, 20, 50), repeats=5):
+    """Print what one evaluation of unrolled DLM's objective and its gradient costs, by the number of simulated steps E."""
+    truth = data.load("cifar100", n=1, source="bundled")
+    model = models.build("lenet").double()
+    update = federated.weight_delta(federated.train_locally(model, truth.images.double(), truth.labels, lr=0.01))
+    dummy = torch.rand(truth.images.shape, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    print("| simulated steps E | s/evaluation, median | relative to E = 1, per step |")
+    print("|---|---|---|")
+    first = None
+    for steps in counts:
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            simulated = clients.update(model, federated.loss, dummy, truth.labels, rate=0.01, steps=steps)
+            torch.autograd.grad(objectives.normalised_distance(simulated, update), dummy)
+            seconds.append(time.perf_counter() - began)
+        median = statistics.median(seconds)
+        first = first or median
+        print(f"| {steps} | {median:.4f} | {median / first / steps:.2f} |")
 
 
 def released_dlm_plus(seen, seed, iterations=200):
