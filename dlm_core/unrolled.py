@@ -115,13 +115,17 @@ def _search(seen, told, steps, best, options):
     def update_of(model, loss, images, labels, log_rate):
         return clients.update(model, loss, images, labels, rate=log_rate.exp(), steps=steps, **told)
 
-    rate = _first_rate(seen, steps, told, options) if best is None else _rate_at(seen, steps, told, best)
+    if best is None:
+        rate, resume = _first_rate(seen, steps, told, options), {}
+    else:
+        rate, options = _rate_at(seen, steps, told, best), {**options, "restarts": 1}
+        resume = {name: value for name, value in best.point.items() if name != "log_rate"}
     found = reconstruct(
         seen,
         objectives.normalised_distance,
         update_of=update_of,
         unknowns={"log_rate": math.log(rate)},
-        resume=best and {name: value for name, value in best.point.items() if name != "log_rate"},
+        resume=resume,
         **options,
     )
     rate = float(found.point["log_rate"].exp())
