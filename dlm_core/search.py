@@ -71,8 +71,8 @@ def reconstruct(
     dtype=torch.float64,
     keep_every=None,
     update_of=objectives.gradient,
-    unknowns=None,
-    resume=None,
+    unknowns=(),
+    resume=(),
 ):
     """Search for images whose gradient at W_t matches Δ, and return the best, a Reconstruction.
 
@@ -92,7 +92,8 @@ def reconstruct(
     keep_every       keep the images of every so many evaluations in ``history``.
     update_of        the client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
     unknowns         {name: number} that are optimised along with the images, from the value given.
-    resume           the ``point`` of an earlier Reconstruction to go on from; values given there win over all others.
+    resume           the ``point`` of an earlier Reconstruction to go on from, or a part of it; it replaces the start, and is
+                     no yardstick for convergence.
 
     Raises ValueError for arguments outside their range.
     """
@@ -106,11 +107,13 @@ def reconstruct(
     update = [scale * layer.to(dtype) for layer in weight_delta(seen)]
     known = _known_labels(seen, labels, num_images)
     unit, floor = _unit(distance, update, k0), rounding_share(seen)
+    numbers = dict(unknowns) if k0 is None else {"growth": 1.0, **dict(unknowns)}  # k = k0 * growth: L-BFGS likes order 1
+    limits = (floor, tolerance, math.inf if resume else DESCENT, max_evaluations, patience, keep_every)
 
     def objective(variables, to_images):
         images = to_images(variables["images"])
         soft = variables["logits"].softmax(1) if known is None else known
-        g = update_of(model, training_loss, images, soft, **{name: variables[name] for name in unknowns or {}})
+        g = update_of(model, training_loss, images, soft, **{name: variables[name] for name in dict(unknowns)})
         misfit = distance(g, update) if k0 is None else distance(g, update, k0 * variables["growth"])
         relative = misfit.detach() / (unit if k0 is None else unit * variables["growth"].detach() ** 2)
         return relative, misfit + total_variation * objectives.total_variation(images), images
@@ -123,16 +126,9 @@ def reconstruct(
         if known is None:
             logits = torch.randn(num_images, seen.num_classes, generator=generator, dtype=torch.float64)
             variables["logits"] = logits.to(update[0])
-        if k0 is not None:
-            variables["growth"] = torch.ones_like(update[0].sum())  # k = k0 * growth: of order 1, as L-BFGS likes it
-        variables |= {
-            name: torch.as_tensor(value).to(update[0]) for name, value in {**(unknowns or {}), **(resume or {})}.items()
-        }
-        search = _Search(
-            variables, partial(objective, to_images=to_images), floor, tolerance, max_evaluations, patience, keep_every
-        )
-        if resume is not None:
-            search.enough = max(floor, tolerance)  # the start is no yardstick
+        variables |= {name: torch.full_like(update[0].sum(), value) for name, value in numbers.items()}
+        variables |= {name: tensor.clone() for name, tensor in dict(resume).items()}
+        search = _Search(variables, partial(objective, to_images=to_images), *limits)
         search.run(optimizer)
         searches.append((search, to_images))
         if search.stop_reason == "converged":
@@ -160,9 +156,9 @@ class _Finished(Exception):
 class _Search:
     """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit, loss, images)."""
 
-    def __init__(self, variables, objective, floor, tolerance, max_evaluations, patience, keep_every):
+    def __init__(self, variables, objective, floor, tolerance, descent, max_evaluations, patience, keep_every):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
-        self.objective, self.floor, self.tolerance, self.enough = objective, floor, tolerance, None
+        self.objective, self.floor, self.tolerance, self.descent, self.enough = objective, floor, tolerance, descent, None
         self.max_evaluations, self.patience, self.keep_every = max_evaluations, patience, keep_every
         self.losses, self.lowest, self.history, self.growths = [], [], [], []
         self.loss, self.best, self.stop_reason = math.inf, self._copy(), None
@@ -182,7 +178,7 @@ class _Search:
         for variable, gradient in zip(self.variables.values(), gradients):
             variable.grad = gradient
         if self.enough is None:
-            self.enough = max(self.floor, min(self.tolerance, DESCENT * float(misfit)))
+            self.enough = max(self.floor, min(self.tolerance, self.descent * float(misfit)))
         number = float(loss.detach())
         finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
         if self.keep_every and len(self.losses) % self.keep_every == 0:

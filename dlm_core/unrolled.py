@@ -11,6 +11,7 @@ import inspect
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -66,16 +67,20 @@ def unrolled_dlm(
     searches = []
 
     def search(steps, best=None, **limits):
-        searches.append(_search(seen, told, steps, best, {"tolerance": TOLERANCE, **options, **limits}))
+        limits = {"tolerance": TOLERANCE, **options, "max_evaluations": max_evaluations, **limits}
+        searches.append(_search(seen, told, steps, best, limits))
         return searches[-1]
 
-    best = search(min(FIRST, max_steps) if steps is None else steps, max_evaluations=max_evaluations)
-    if steps is None:
-        best = _climb(search, best, {best.local_steps}, max_steps, finest=8)
+    brief = partial(search, max_evaluations=min(SHORT, max_evaluations), patience=HURRY)
+    if steps is not None:
+        best = search(steps)
+    else:
+        best = search(min(FIRST, max_steps), patience=HURRY)
+        best = _climb(brief, best, {best.local_steps}, max_steps, finest=8)
     while steps is None and best.stop_reason != "converged":
         before = best.local_steps
-        best = min(best, search(before, best, max_evaluations=max_evaluations), key=lambda each: each.loss)
-        best = _climb(search, best, {before - 2, before, before + 2}, max_steps)
+        best = min(best, search(before, best), key=lambda each: each.loss)
+        best = _climb(brief, best, {before - 2, before, before + 2}, max_steps)
         if best.local_steps == before:
             break
     return replace(
@@ -99,7 +104,7 @@ def _climb(search, best, tried, max_steps, finest=math.inf):
         if not left:
             break
         tried.add(left[0])
-        best = min(best, search(left[0], best, max_evaluations=SHORT, patience=HURRY), key=lambda each: each.loss)
+        best = min(best, search(left[0], best), key=lambda each: each.loss)
     return best
 
 
@@ -110,13 +115,17 @@ def _search(seen, told, steps, best, options):
     def update_of(model, loss, images, labels, log_rate):
         return clients.update(model, loss, images, labels, rate=log_rate.exp(), steps=steps, **told)
 
-    rate = _first_rate(seen, steps, told, options) if best is None else _rate_at(seen, steps, told, best)
+    if best is None:
+        rate, resume = _first_rate(seen, steps, told, options), {}
+    else:
+        rate, options = _rate_at(seen, steps, told, best), {**options, "restarts": 1}
+        resume = {name: value for name, value in best.point.items() if name != "log_rate"}
     found = reconstruct(
         seen,
         objectives.normalised_distance,
         update_of=update_of,
         unknowns={"log_rate": math.log(rate)},
-        resume=best and {name: value for name, value in best.point.items() if name != "log_rate"},
+        resume=resume,
         **options,
     )
     rate = float(found.point["log_rate"].exp())

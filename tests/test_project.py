@@ -16,8 +16,8 @@ from dlm_core import reproduce
 
 REPOSITORY = Path(__file__).parents[1]
 CORE = REPOSITORY / "dlm_core"
-SCIENCE = ("check", "data", "models", "federated", "coordinates", "labels", "objectives", "optimizers", "search", "attacks",
-           "defenses", "metrics")  # fmt: skip
+SCIENCE = ("check", "data", "models", "federated", "coordinates", "labels", "objectives", "optimizers", "search", "clients",
+           "unrolled", "attacks", "defenses", "metrics")  # fmt: skip
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").rglob("*.ipynb"))
 NOTEBOOKS = [path for path in NOTEBOOKS if ".ipynb_checkpoints" not in path.parts]
 

@@ -105,7 +105,11 @@ def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
     assert (
         found.local_steps == 3 and found.learning_rate == pytest.approx(0.2, rel=0.01) and found.k == 1 / found.learning_rate
     )
-    assert metrics.psnr(attacks.dlm_plus(seen).images, digit[0], data_range=1.0) < 20
+    as_published = attacks.dlm_plus(seen, max_evaluations=200)
+    assert (
+        metrics.psnr(as_published.images, digit[0], data_range=1.0)
+        < metrics.psnr(found.images, digit[0], data_range=1.0) - 5
+    )
     assert found.loss == min(found.losses) == min(loss for _, loss in found.tried) and found.evaluations == len(found.losses)
     assert {2, 3} <= {steps for steps, _ in found.tried}
 
