@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "attacks", "bench", "check", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
+    "attacks", "batches", "bench", "check", "coordinates", "data", "defenses", "environment", "exact", "federated", "figures",
     "labels", "metrics", "models", "objectives", "optimizers", "recursion", "report", "reproduce", "search", "sweeps", "trials",
 )  # fmt: skip
 

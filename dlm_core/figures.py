@@ -9,6 +9,7 @@ ATTACKS = {
     "dlm": ("DLM", 1, "D"),
     "dlm_plus": ("DLM+", 4, "P"),
     "exact": ("exact", 3, "*"),
+    "exact_batch": ("exact, batch", 3, "X"),
 }
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import torch
 
-from dlm_core import attacks, check, coordinates, data, defenses, exact, federated, metrics, models, optimizers, search
+from dlm_core import (
+    attacks,
+    batches,
+    check,
+    coordinates,
+    data,
+    defenses,
+    exact,
+    federated,
+    metrics,
+    models,
+    optimizers,
+    search,
+)
 
 
 def grey(seen, *, num_images=1, seed=0):
@@ -41,6 +54,7 @@ ATTACKS = {
     "dlm": attacks.dlm,
     "dlm_plus": attacks.dlm_plus,
     "exact": recover,
+    "exact_batch": batches.recover_batch,
 }
 DEFENCES = {"noise": defenses.noise, "sparsify": defenses.sparsify}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
