@@ -60,7 +60,7 @@ class BatchRecovery(Reconstruction):
     verdict: str
 
 
-def recover_batch(seen, *, num_images=None, max_rounds=20, seed=0):
+def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
     """Recover the images of one client's update, and labels and learning rate if it took one SGD step. Returns a BatchRecovery.
 
     num_images  B where the observer knows it; None counts the images that left a trace. One that the model already classified
@@ -151,9 +151,11 @@ def _sparse_directions(basis, noise, max_rounds, seed):
     pool = basis.new_zeros(rank, 0)
     for _ in range(max_rounds):
         q = torch.randn(STARTS, rank, generator=generator, dtype=torch.float64).to(basis)
-        share, chance = 0.5 + 0.5 * torch.rand(1, generator=generator), torch.rand(pool.shape[1], generator=generator)
-        some = torch.linalg.qr(pool[:, (chance < share).to(pool.device)])[0]
-        q = q - q @ some @ some.T if some.shape[1] < rank else q
+        share = 0.5 + 0.5 * torch.rand(STARTS, 1, generator=generator)
+        some = (
+            pool * (torch.rand(STARTS, pool.shape[1], generator=generator) < share).to(pool)[:, None]
+        )  # [STARTS, r, found]
+        q = q - (some @ (torch.linalg.pinv(some) @ q[:, :, None]))[:, :, 0]
         for width in WIDTHS:
             q = q / q.norm(dim=1, keepdim=True)
             weights = ((q @ unit.T).square() + width**2) ** -0.75
