@@ -45,9 +45,7 @@ def run(images=20, peer_images=3):
     for pool in pools.values():
         pool.shutdown()
     print(f"{images} CIFAR-100 images, LeNet where not said, client SGD lr 0.01, one step; torch on {threads} threads\n")
-    print(
-        "| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s, median | s, mean | share of released | evaluations | peak MiB |"
-    )
+    print("| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s, median | s, mean | share of released | evaluations | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     released = statistics.mean(row["seconds"] for row in own["DLM+, released settings", "lenet"])
     for name, rows in {**{name: rows for (name, _), rows in own.items()}, **peers}.items():

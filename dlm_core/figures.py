@@ -10,6 +10,7 @@ ATTACKS = {
     "dlm_plus": ("DLM+", 4, "P"),
     "exact": ("exact", 3, "*"),
     "unrolled_dlm": ("unrolled DLM+", 8, "X"),
+    "exact_batch": ("exact, batch", 3, "H"),
 }
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),

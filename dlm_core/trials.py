@@ -14,6 +14,7 @@ import torch
 from dlm_core import (
     adaptive,
     attacks,
+    batches,
     check,
     coordinates,
     data,
@@ -63,6 +64,7 @@ ATTACKS = {
     "exact": recover,
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": aware_recover,
+    "exact_batch": batches.recover_batch,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
