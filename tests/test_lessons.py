@@ -1,7 +1,10 @@
 """The course: students' versions hold no solutions, every exercise has a test, and a test that cannot fail is found."""
 
+import subprocess
+
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dlm_core import lessons
@@ -71,3 +74,12 @@ def test_the_check_finds_tests_that_cannot_pass_or_cannot_fail():
     assert lessons.problems(lesson("assert one() == 2")) == ["test_one fails although solved"]
     assert lessons.problems(lesson("assert callable(one)")) == ["test_one passes although nothing was done"]
     assert lessons.problems(new_notebook(cells=[new_code_cell("1")])) == ["it has no test"]
+
+
+def test_binder_installs_the_tested_versions():
+    repository = lessons.REPOSITORY
+    tested = yaml.safe_load((repository / "environment.yml").read_text())["dependencies"][:2]
+    assert yaml.safe_load((repository / "binder" / "environment.yml").read_text())["dependencies"] == tested
+    script = (repository / "binder" / "postBuild").read_text()
+    assert "-r requirements.txt -c /tmp/constraints.txt" in script
+    subprocess.run(["bash", "-n", repository / "binder" / "postBuild"], check=True)
