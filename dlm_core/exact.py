@@ -16,12 +16,10 @@ from functools import partial
 import torch
 from torch.func import vjp
 
-from dlm_core import attacks, check, labels, recursion
-from dlm_core.federated import loss as training_loss
-from dlm_core.federated import rounding_variance, weight_delta
+from dlm_core import attacks, check, labels, recursion, rounding
+from dlm_core.federated import weight_delta
 from dlm_core.recursion import PRIOR_MEAN, PRIOR_VARIANCE, signals
 
-RESOLVED = 3.0  # ulp: a coordinate, or its output unit, that moved less is censored by rounding rather than noisy
 CONVERGED = 0.01  # standard errors per unknown: the length of a step too short to matter
 IMPLAUSIBLE = 100.0  # χ²/N of the features' fit above which the image is not fitted
 FEW_STEPS = 3  # of the fit where no number of them could determine the image
@@ -115,16 +113,16 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     check.at_least("max_steps", max_steps, 0)
     began = time.perf_counter()
     layers = recursion.stack(seen.model, seen.image_shape)
-    pack = partial(_pack, seen.model, layers)
+    pack = partial(rounding.pack, seen.model, layers)
     update = pack(weight_delta(seen))
-    variance, keep = _noise(seen, pack, update, trusted, extra_variance, transmitted)
+    variance, keep = rounding.transmitted_variance(seen, pack, update, trusted, extra_variance, transmitted)
     label = labels.infer(seen, trusted=trusted)[0]
     scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]  # a first guess
     guess = [k / (v + s) for k, v, s in zip(keep, variance, scatter)]
     problem = _Problem(layers, label, update, guess, weight_decay)
 
     def weigh(x, eta):
-        arithmetic, errors = _arithmetic_variance(seen, layers, label, x, pack)
+        arithmetic, errors = rounding.arithmetic_variance(seen, layers, label, x, pack)
         weights = [k / (v + eta**2 * a) for k, v, a in zip(keep, variance, arithmetic)]
         return {"weights": weights, "error_variance": errors}
 
@@ -296,77 +294,6 @@ def _newton_step(point, solve):
     free, coupled = solve(point.slope[:, None])[:, 0], solve(point.cross)
     scale_step = torch.linalg.solve(point.scale - point.cross.T @ coupled, point.scale_slope - point.cross.T @ free)
     return free - coupled @ scale_step, scale_step
-
-
-def _noise(seen, pack, update, trusted, extra_variance, transmitted):
-    """Per layer the variance of each entry of Δ that does not depend on the image, and which entries to use.
-
-    Where Δ is below the resolution of the weights, the error of rounding is not noise: it is -Δ, for all entries of an
-    output unit alike. Such entries are used only where their output unit as a whole is well resolved.
-    """
-    zeros = [torch.zeros_like(r) for r in rounding_variance(seen)]
-    for name, given in (("trusted", trusted), ("extra_variance", extra_variance)):
-        if given is not None and len(given) != len(zeros):
-            raise ValueError(f"{name} has {len(given)} entries; the model has {len(zeros)} parameters")
-    eps = torch.finfo(next(seen.model.parameters()).dtype).eps
-    coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
-    trusted = pack([t & (z == 0) for t, z in zip(trusted or zeros, zeros)] if trusted else [z == 0 for z in zeros])
-    extra = pack([e + z for e, z in zip(extra_variance or zeros, zeros)])
-    variances, keep = [], []
-    for d, rounding, e, t in zip(update, pack(rounding_variance(seen)), extra, trusted):
-        rounding = coarser**2 * rounding
-        ulp = (12 * rounding).sqrt()
-        unit = d.square().mean(1, keepdim=True).sqrt()
-        keep.append(t & ((d.abs() > 1.5 * ulp) | (unit > RESOLVED * ulp) | (e > ulp.square())))
-        variances.append(rounding + e)
-    return variances, keep
-
-
-def _arithmetic_variance(seen, layers, label, x, pack):
-    """(mean square error [O, 1] or [O, I] of the gradient that the client computes in its own precision at ``x``; that of
-    the first layer's δ, where that is linear).
-
-    Measured by computing it so, against float64. Errors common to many entries are no independent ones:
-    - in a convolution the part that all patches share is left out, and with it the softmax's: the image hardly feels them;
-    - a first linear layer's δ has errors that are unknowns of the fit, and leave each product δ_o x_i its own rounding;
-    - above the first linear layer whole rows (from δ) or columns (from the features) share theirs, which count as often.
-    """
-    parameters = list(seen.model.parameters())
-    x = x[: math.prod(seen.image_shape)].to(parameters[0].dtype)
-    logits = seen.model(x.reshape(1, *seen.image_shape))
-    client = torch.autograd.grad(training_loss(logits, label[None]), parameters)
-    softmax = logits.detach()[0].softmax(0).double()[:, None] if layers[0].window is not None else None
-    deltas, inputs = signals(layers, label, x.double(), softmax)
-    variances, error_variance, above = [], 1.0, False
-    for layer, in_client, d, u in zip(layers, pack(client), deltas, inputs):
-        exactly = layer.gradient(d, u)
-        error = in_client.double() - exactly
-        if layer.window is not None:
-            patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
-            error = error - error @ patches.T @ patches / patches.square().sum()
-        elif layer is layers[0] and len(layers) > 1:
-            common = error[:, -1:]  # the bias's, which is δ's
-            error_variance = float(common.square().sum() / max(1, int((common != 0).sum())))
-            error = error - layer.gradient(common, u)
-        variance = error.square().mean(1, keepdim=True)
-        if layer is layers[0] and layer.window is None:
-            products = torch.cat([exactly[:, :-1], torch.zeros_like(exactly[:, -1:])], dim=1).square()
-            variance = variance * products / products.mean(1, keepdim=True).clamp(min=1e-300)
-        variances.append(variance * (max(error.shape) if above else 1))
-        above = above or layer.window is None
-    return variances, max(error_variance, 1e-300)
-
-
-def _pack(model, layers, tensors):
-    """One tensor per parameter, in the model's order -> one matrix [O, I] per layer."""
-    named = dict(zip((name for name, _ in model.named_parameters()), tensors))
-    matrices = []
-    for layer in layers:
-        parts = [named[f"{layer.name}.weight".lstrip(".")].flatten(1)]
-        if layer.has_bias:
-            parts.append(named[f"{layer.name}.bias".lstrip(".")][:, None])
-        matrices.append(torch.cat(parts, dim=1))
-    return matrices
 
 
 def _quality(problem, shape, point, curvature, equations, plausible):
