@@ -9,7 +9,7 @@ ATTACKS = {
     "dlm": ("DLM", 1, "D"),
     "dlm_plus": ("DLM+", 4, "P"),
     "exact": ("exact", 3, "*"),
-    "unrolled_dlm": ("unrolled DLM+", 8, "X"),
+    "unrolled_dlm": ("unrolled DLM+", 5, "X"),
     "exact_batch": ("exact, batch", 3, "H"),
 }
 STYLE = {
