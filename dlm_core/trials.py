@@ -184,8 +184,8 @@ def run_trial(trial):
     """Return the trial's record: a dict of plain numbers and strings, and under "arrays" tensors (images, losses, history).
 
     Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or an attack that diverges
-    numerically is a result, not an error: its record says "client diverged" or "diverged"; so is a client whose weights do not
-    change ("client unchanged").
+    numerically is a result, not an error: its record says "client diverged", "diverged" or "attack singular"; so is a client
+    whose weights do not change ("client unchanged").
     """
     with one_thread():
         try:
@@ -194,7 +194,10 @@ def run_trial(trial):
             return {"stop_reason": "client diverged", "arrays": {}}
         except federated.Unchanged:
             return {"stop_reason": "client unchanged", "arrays": {}}
-        found = attack(trial, seen, labels)
+        try:
+            found = attack(trial, seen, labels)
+        except torch.linalg.LinAlgError:  # a defence may leave too little for exact recovery's equations
+            return {"stop_reason": "attack singular", "arrays": {}}
         return {**judge(found, images, labels), "arrays": arrays(found)}
 
 
