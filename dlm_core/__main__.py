@@ -35,7 +35,13 @@ def _parser():
         return sub
 
     command("env", lambda o: print(environment.ensure()), "make or update the environment in .venv/ and print its Python")
+    _notebook_commands(command)
+    _teaching_commands(command)
+    _measuring_commands(command)
+    return parser
 
+
+def _notebook_commands(command):
     figures = command("figures", _figures, "run the notebooks: every figure and table, into figures/")
     figures.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
     figures.add_argument("--only", help="one notebook, by name or number; several with commas")
@@ -52,7 +58,10 @@ def _parser():
         "test", _test, "run pytest, every notebook under the smoke profile, nbval on them, and on the lessons and how-tos"
     )
     test.add_argument("pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)")
+    command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
 
+
+def _teaching_commands(command):
     site = command("site", _site, "build the site of notebooks, figures, claims, course and reference; needs no network")
     site.add_argument("--out", default="build/site", help="folder for the site (default build/site)")
 
@@ -64,7 +73,8 @@ def _parser():
     refresh = command("lessons", _lessons, "run the lessons and how-tos and replace them by their executed versions")
     refresh.add_argument("--only", help="a part of the names of those to run")
 
-    command("lab", lambda o: _run("-m", "jupyter", "lab", "notebooks"), "start JupyterLab in the project's environment")
+
+def _measuring_commands(command):
     bench = command("bench", _bench, "measure speed and memory of the attacks, ours beside the released settings")
     bench.add_argument("--images", type=int, default=20, help="bundled CIFAR-100 images to attack (default 20)")
     bench.add_argument(
@@ -81,7 +91,6 @@ def _parser():
     attack.add_argument("--num-classes", type=int, default=100)
     attack.add_argument("--images", type=int, default=1, help="images in the client's step (default 1)")
     attack.add_argument("--out", default="reconstruction.png", help="picture to write (default reconstruction.png)")
-    return parser
 
 
 def _figures(options):

@@ -84,7 +84,12 @@ def sweep(trials, *, jobs=None, store=None, scheduler=None):
     shelf = Store(store or os.environ.get("DLM_STORE") or REPOSITORY / ".store")
     records = {trial: shelf.get(trial) for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
-    with _progress(len(records), len(records) - len(missing)) as bar, engine(scheduler or os.environ.get("SCHEDULER"), jobs):
+    with (
+        _progress(len(records), len(records) - len(missing)) as bar,
+        engine(scheduler or os.environ.get("SCHEDULER"), jobs),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces workers that have grown; no trial is lost
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
         for trial, record in parallel(joblib.delayed(_numbered)(trial) for trial in missing):
             shelf.put(trial, record)

@@ -113,7 +113,7 @@ def test_the_catalogue_names_the_notebooks_and_their_parameters():
 def test_notebooks_have_their_form(path):
     cells = nbformat.read(path, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    assert cells[0].source.startswith("# ")
+    assert cells[0].source.startswith("# ") and not cells[0].source.startswith("# # ")
     assert all(len(cell.source.splitlines()) <= 25 for cell in code)
     counts = [cell.execution_count for cell in code]
     assert None not in counts and counts == sorted(counts), "committed without having been run top to bottom"
