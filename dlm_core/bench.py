@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from tqdm import tqdm
 
-from dlm_core import attacks, clients, data, exact, federated, labels, metrics, models, objectives, peer
+from dlm_core import attacks, check, clients, data, exact, federated, labels, metrics, models, objectives, peer
 
 ATTEMPTS = {
     "exact": lambda seen, seed: exact.recover(seen),
@@ -31,6 +31,8 @@ def run(images=20, peer_images=3):
     The attacks take turns on each image, so that whatever else the machine does meets all of them alike, each in a process of its
     own, whose peak memory is measured.
     """
+    data.load("cifar100", n=images, source="bundled")  # says so now if there are not as many
+    check.at_least("peer_images", peer_images, 0)
     threads = torch.get_num_threads()
     own = {(name, "lenet"): [] for name in ATTEMPTS} | {("exact, MLP", "mlp"): []}
     peers = {name: [] for name in PEERS if peer_images}

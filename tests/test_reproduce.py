@@ -122,6 +122,7 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path):
         (["attack", "a", "b", "--model", "lennet"], "model 'lennet' is unknown"),
         (["attack", "a", "b", "--image-shape", "32"], "image_shape is"),
         (["bench", "--images", "21"], "n is 21"),
+        (["bench", "--peer-images", "-1"], "peer_images is -1"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, message, environment):
