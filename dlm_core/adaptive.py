@@ -21,7 +21,7 @@ def kept(seen):
 
 def noise_variance(seen, defence):
     """Variance of what the defence's noise adds to an entry of Δ, one number per parameter; 0 for defences without."""
-    name, parameters, update = defence["name"], list(seen.model.parameters()), weight_delta(seen)
+    name, parameters = defence["name"], list(seen.model.parameters())
     if name == "noise":
         unit = 2 if defence.get("distribution", "laplace") == "laplace" else 1
         snapshots = 2 if defence.get("observer", "channel") == "channel" else 1
@@ -30,7 +30,7 @@ def noise_variance(seen, defence):
     elif name == "clip_and_noise":
         variances = [(defence["clip"] * defence.get("noise_multiplier", 0.0)) ** 2] * len(parameters)
     elif name == "quantise":  # on average over where an entry lies between two points of the grid
-        variances = [float(layer.abs().max()) ** 2 / (2 ** (defence.get("bits", 8) - 1) - 1) ** 2 / 6 for layer in update]
+        variances = [float(defenses.grid_step(layer, defence.get("bits", 8))) ** 2 / 6 for layer in weight_delta(seen)]
     else:
         variances = [0.0] * len(parameters)
     return [variance / defence.get("repeats", 1) for variance in variances]
@@ -38,8 +38,7 @@ def noise_variance(seen, defence):
 
 def recover(seen, *, defence, **options):
     """``exact.recover`` without the coordinates that the defence zeroed, under the noise that it adds. Told: the defence."""
-    trusted = kept(seen) if defence["name"] in LEAVES_OUT else None
-    return exact.recover(seen, trusted=trusted, extra_variance=noise_variance(seen, defence), **options)
+    return exact.recover(seen, trusted=_trusted(seen, defence), extra_variance=noise_variance(seen, defence), **options)
 
 
 def dlm_plus(seen, *, defence, total_variation=None, **options):
@@ -48,14 +47,16 @@ def dlm_plus(seen, *, defence, total_variation=None, **options):
     total_variation  of ``search.reconstruct``; None sets it to the most probable image's under a Laplace prior of scale
                      ``CONTRAST`` on the differences of neighbouring pixels, which is 0 without noise.
     """
-    if defence["name"] in LEAVES_OUT:
-        return attacks.dlm_plus(seen, trusted=kept(seen), total_variation=total_variation or 0.0, **options)
     variances = noise_variance(seen, defence)
     if not any(variances):
-        return attacks.dlm_plus(seen, total_variation=total_variation or 0.0, **options)
+        return attacks.dlm_plus(seen, trusted=_trusted(seen, defence), total_variation=total_variation or 0.0, **options)
     weights = [variance**-0.5 for variance in variances]
     length = objectives.mean_norm([w * layer for w, layer in zip(weights, weight_delta(seen))])
     if total_variation is None:
         total_variation = 2 * math.prod(seen.image_shape) / CONTRAST / float(length) ** 2
     distance = objectives.weighted(objectives.normalised_distance, weights)
     return attacks.reconstruct(seen, distance, total_variation=total_variation, **options)
+
+
+def _trusted(seen, defence):
+    return kept(seen) if defence["name"] in LEAVES_OUT else None

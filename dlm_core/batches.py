@@ -20,15 +20,11 @@ from torch import nn
 
 from dlm_core import check
 from dlm_core.exact import CHI2_RANGE
-from dlm_core.federated import last_layer, rounding_variance, weight_delta
+from dlm_core.federated import last_layer, last_layer_update, rounding_variance, update_by_name, weight_delta
 from dlm_core.federated import loss as training_loss
 from dlm_core.search import Reconstruction
 
-MOVED, RANK, ZERO = (
-    3.0,
-    2.0,
-    10.0,
-)  # times the noise: a unit that moved, a direction that is there, an entry that is not zero
+MOVED, RANK, ZERO = 3.0, 2.0, 10.0  # times the noise: a unit that moved, a direction that is there, an entry not zero
 MARGIN = 0.05  # of a trace that its zeros settle; combinations have 0
 STARTS = 200  # of the descent, in each round
 WIDTHS = [0.1 * 0.7**i for i in range(14)] + [10.0**-i for i in range(4, 11)]  # its smoothing; from wider ones all end alike
@@ -86,7 +82,6 @@ def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
     rest = update - left[:, :rank] * values[:rank] @ right[:rank]
     sigma = torch.maximum(sigma, rest.square().mean(1).sqrt())  # more than rounding where a defence added noise
     basis, noise = left[:, :rank], torch.hypot(sigma, computing / math.sqrt(update.shape[1]))[:, None] / values[:rank]
-    weight, offset = layer.weight.detach().double()[live], layer.bias.detach().double()[live]
     for directions in _sparse_directions(basis, noise, max_rounds, seed):
         traces = _traces(basis, directions, noise, bias)
         certain = (_margins(basis, traces, noise) > MARGIN).all()
@@ -110,9 +105,9 @@ def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
 def _first_update(seen):
     """(layer, Δ_W, Δ_b, standard error of each row's entries, which rows these are) of the first layer's units that moved."""
     layer, name = _first_layer(seen.model)
-    names = [n for n, _ in seen.model.named_parameters()]
-    update, bias = (dict(zip(names, weight_delta(seen)))[f"{name}.{part}"] for part in ("weight", "bias"))
-    variance = dict(zip(names, rounding_variance(seen)))[f"{name}.weight"].mean(1)
+    named = update_by_name(seen)
+    update, bias = (named[f"{name}.{part}"] for part in ("weight", "bias"))
+    variance = dict(zip(named, rounding_variance(seen)))[f"{name}.weight"].mean(1)
     variance = variance + (torch.finfo(layer.weight.dtype).eps * update).square().mean(1) / 6
     live = update.norm(dim=1) > MOVED * (variance * update.shape[1]).sqrt()
     return layer, update[live], bias[live], variance[live].sqrt(), live
@@ -240,15 +235,15 @@ def _explain(seen, num_images, x, agreement, error, rank, began):
 def _labels_and_counts(seen, images):
     """Label and number of occurrences of each image: row i of the last layer's update, by its inputs, is η/B·count·(p - e_y)."""
     model = copy.deepcopy(seen.model).double()
-    layer, names = last_layer(model)
+    layer, _ = last_layer(model)
     seen_inputs = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen_inputs.append(inputs[0]))
     with torch.no_grad():
         p = model(images).softmax(1)
     hook.remove()
-    named = dict(zip(dict(model.named_parameters()), weight_delta(seen)))
+    _, d_weight, d_bias = last_layer_update(seen)
     inputs = torch.cat([seen_inputs[0], torch.ones_like(p[:, :1])], dim=1)
-    update = torch.cat([named[names[0]], named[names[1]][:, None]], dim=1)
+    update = torch.cat([d_weight, d_bias[:, None]], dim=1)
     errors = torch.linalg.lstsq(inputs.T, update.T).solution
     labels = errors.argmin(1)
     expected = p - torch.nn.functional.one_hot(labels, p.shape[1])

@@ -11,15 +11,16 @@ from tqdm import tqdm
 
 from dlm_core import attacks, check, clients, data, exact, federated, labels, metrics, models, objectives, peer
 
-ATTEMPTS = {
-    "exact": lambda seen, seed: exact.recover(seen),
-    "DLM+": lambda seen, seed: attacks.dlm_plus(seen, seed=seed),
-    "DLM+, labels optimised": lambda seen, seed: attacks.dlm_plus(seen, seed=seed, labels="optimised"),
-    "DLM, k0 = 100": lambda seen, seed: attacks.dlm(seen, k0=100, seed=seed),
-    "DLG, told η": lambda seen, seed: attacks.dlg(seen, learning_rate=0.01, seed=seed),
-    "iDLG, told η": lambda seen, seed: attacks.idlg(seen, learning_rate=0.01, seed=seed),
-    "IG": lambda seen, seed: attacks.inverting_gradients(seen, seed=seed),
-    "DLM+, released settings": lambda seen, seed: released_dlm_plus(seen, seed),
+ATTEMPTS = {  # name: (network, attack)
+    "exact": ("lenet", lambda seen, seed: exact.recover(seen)),
+    "exact, MLP": ("mlp", lambda seen, seed: exact.recover(seen)),
+    "DLM+": ("lenet", lambda seen, seed: attacks.dlm_plus(seen, seed=seed)),
+    "DLM+, labels optimised": ("lenet", lambda seen, seed: attacks.dlm_plus(seen, seed=seed, labels="optimised")),
+    "DLM, k0 = 100": ("lenet", lambda seen, seed: attacks.dlm(seen, k0=100, seed=seed)),
+    "DLG, told η": ("lenet", lambda seen, seed: attacks.dlg(seen, learning_rate=0.01, seed=seed)),
+    "iDLG, told η": ("lenet", lambda seen, seed: attacks.idlg(seen, learning_rate=0.01, seed=seed)),
+    "IG": ("lenet", lambda seen, seed: attacks.inverting_gradients(seen, seed=seed)),
+    "DLM+, released settings": ("lenet", lambda seen, seed: released_dlm_plus(seen, seed)),
 }
 PEERS = {"breaching 0.1.2, DLG": "deepleakage", "breaching 0.1.2, IG, told the label": "invertinggradients"}
 
@@ -34,23 +35,22 @@ def run(images=20, peer_images=3):
     data.load("cifar100", n=images, source="bundled")  # says so now if there are not as many
     check.at_least("peer_images", peer_images, 0)
     threads = torch.get_num_threads()
-    own = {(name, "lenet"): [] for name in ATTEMPTS} | {("exact, MLP", "mlp"): []}
-    peers = {name: [] for name in PEERS if peer_images}
-    python = peer.environment() if peers else None
+    measured = {name: [] for name in (*ATTEMPTS, *(PEERS if peer_images else ()))}
+    python = peer.environment() if peer_images else None
     spawn = multiprocessing.get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) for name, _ in own}
+    pools = {name: ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) for name in ATTEMPTS}
     for i in tqdm(range(images), unit="image"):
-        for (name, network), rows in own.items():
-            rows.append(pools[name].submit(attempt, name.removesuffix(", MLP"), network, i).result())
-        for name, rows in peers.items() if i < peer_images else ():
-            rows.append(peer.measure(python, PEERS[name], i, threads))
+        for name, pool in pools.items():
+            measured[name].append(pool.submit(attempt, name, i).result())
+        for name, attack in PEERS.items() if i < peer_images else ():
+            measured[name].append(peer.measure(python, attack, i, threads))
     for pool in pools.values():
         pool.shutdown()
     print(f"{images} CIFAR-100 images, LeNet where not said, client SGD lr 0.01, one step; torch on {threads} threads\n")
     print("| attack | ≥ 20 dB | ≥ 30 dB | median PSNR | s, median | s, mean | share of released | evaluations | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    released = statistics.mean(row["seconds"] for row in own["DLM+, released settings", "lenet"])
-    for name, rows in {**{name: rows for (name, _), rows in own.items()}, **peers}.items():
+    released = statistics.mean(row["seconds"] for row in measured["DLM+, released settings"])
+    for name, rows in measured.items():
         psnrs, seconds, evaluations, peaks = (
             [row[what] for row in rows] for what in ("psnr", "seconds", "evaluations", "peak")
         )
@@ -64,12 +64,13 @@ def run(images=20, peer_images=3):
     cost_of_steps()
 
 
-def attempt(name, network, i):
+def attempt(name, i):
     """One attack on one image: {"psnr", "seconds", "evaluations", "peak"}, the last the process's peak memory in MiB."""
+    network, attack = ATTEMPTS[name]
     truth = data.load("cifar100", indices=[i], source="bundled")
     seen = federated.train_locally(models.build(network, seed=i), truth.images, truth.labels, lr=0.01)
     began = time.perf_counter()
-    found = ATTEMPTS[name](seen, i)
+    found = attack(seen, i)
     seconds = time.perf_counter() - began
     psnr = float(metrics.psnr(found.images, truth.images, data_range=1.0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

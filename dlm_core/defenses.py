@@ -96,10 +96,15 @@ def quantise(update, *, bits=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rounded = []
     for layer in update:
-        step = layer.abs().max().clamp(min=1e-300) / (2 ** (bits - 1) - 1)
+        step = grid_step(layer, bits)
         draw = torch.rand(layer.shape, generator=generator, dtype=torch.float64).to(layer)
         rounded.append((layer / step + draw).floor() * step)
     return rounded
+
+
+def grid_step(tensor, bits):
+    """Distance of two points of the grid on which ``quantise`` puts a tensor."""
+    return tensor.abs().max().clamp(min=1e-300) / (2 ** (bits - 1) - 1)
 
 
 OF_UPDATES = (clip_and_noise, top_k, quantise)

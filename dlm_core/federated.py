@@ -117,6 +117,18 @@ def last_layer(model):
     return module, (f"{name}.weight".lstrip("."), f"{name}.bias".lstrip("."))
 
 
+def last_layer_update(seen):
+    """(layer, its part of Δ: weight [K, n], bias [K]), the layer as in ``last_layer``."""
+    layer, names = last_layer(seen.model)
+    named = update_by_name(seen)
+    return layer, *(named[name] for name in names)
+
+
+def update_by_name(seen):
+    """Δ as {parameter's name: tensor}."""
+    return dict(zip((name for name, _ in seen.model.named_parameters()), weight_delta(seen)))
+
+
 def train_locally(
     model,
     images,

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from dlm_core.federated import last_layer, weight_delta
+from dlm_core.federated import last_layer, last_layer_update
 
 
 def infer(seen, num_images=1, trusted=None):
@@ -19,20 +19,18 @@ def infer(seen, num_images=1, trusted=None):
 
     Raises ValueError where the model does not end in a linear layer with bias, or ``trusted`` comes with several images.
     """
-    layer, names = last_layer(seen.model)
-    deltas = dict(zip(dict(seen.model.named_parameters()), weight_delta(seen)))
-    d_weight, d_bias = (deltas[name] for name in names)
+    layer, d_weight, d_bias = last_layer_update(seen)
     if trusted is not None:
         if num_images > 1:
             raise ValueError(
                 f"num_images is {num_images}; labels of a batch are not read off an update with gaps: give them"
             )
-        masks = dict(zip(deltas, trusted))
-        d_weight, d_bias = d_weight * masks[names[0]], d_bias * masks[names[1]]
+        masks = dict(zip((name for name, _ in seen.model.named_parameters()), trusted))
+        d_weight, d_bias = (d * masks[name] for d, name in zip((d_weight, d_bias), last_layer(seen.model)[1]))
         return (d_bias if d_bias.min() < 0 else d_weight.sum(1)).argmin()[None]
     if num_images == 1:
         return d_bias.argmin()[None]
-    h = d_weight.T @ d_bias / d_bias.square().sum()
+    h = features(d_weight, d_bias)
     p = F.linear(h, layer.weight.double(), layer.bias.double()).softmax(0)
     counts = torch.zeros_like(p)
     present = d_bias < 0  # certain: a class without images has Δ_b = η p̄ > 0
@@ -42,6 +40,11 @@ def infer(seen, num_images=1, trusted=None):
         residual = p - counts / num_images
         eta = (residual @ d_bias / residual.square().sum()).clamp(min=torch.finfo(p.dtype).tiny)
     return torch.repeat_interleave(torch.arange(len(counts), device=p.device), counts.long())
+
+
+def features(d_weight, d_bias):
+    """The last layer's input [n], for a batch its mean weighted by p - e_y: what the weight's update is of the bias's."""
+    return d_weight.T @ d_bias / d_bias.square().sum()
 
 
 def _round_to(values, total):

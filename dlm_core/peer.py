@@ -19,7 +19,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ITERATIONS = {"deepleakage": 500, "invertinggradients": 9500}
-PINS = ("breaching==0.1.2", "torch==2.14.1", "torchvision==0.29.1", "pillow==13.0.0")
+SHARED = ("torch==", "torchvision==", "pillow==")  # as pinned for ourselves
 
 
 def environment():
@@ -29,7 +29,9 @@ def environment():
     if not (folder / "made").exists():
         print("Making breaching's environment in .venv-peer/: several minutes and GB, once.", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PINS], check=True)
+        pins = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        wanted = ["breaching==0.1.2", *(pin for pin in pins if pin.startswith(SHARED))]
+        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *wanted], check=True)
         (folder / "made").touch()
     return python
 

@@ -20,16 +20,17 @@ def transmitted_variance(seen, pack, update, trusted, extra_variance, transmitte
     Where Δ is below the resolution of the weights, the error of rounding is not noise: it is -Δ, for all entries of an
     output unit alike. Such entries are used only where their output unit as a whole is well resolved.
     """
-    zeros = [torch.zeros_like(r) for r in rounding_variance(seen)]
+    of_weights = rounding_variance(seen)
+    zeros = [torch.zeros_like(r) for r in of_weights]
     for name, given in (("trusted", trusted), ("extra_variance", extra_variance)):
         if given is not None and len(given) != len(zeros):
             raise ValueError(f"{name} has {len(given)} entries; the model has {len(zeros)} parameters")
     eps = torch.finfo(next(seen.model.parameters()).dtype).eps
     coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
-    trusted = pack([t & (z == 0) for t, z in zip(trusted or zeros, zeros)] if trusted else [z == 0 for z in zeros])
+    trusted = pack(trusted or [z == 0 for z in zeros])
     extra = pack([e + z for e, z in zip(extra_variance or zeros, zeros)])
     variances, keep = [], []
-    for d, rounding, e, t in zip(update, pack(rounding_variance(seen)), extra, trusted):
+    for d, rounding, e, t in zip(update, pack(of_weights), extra, trusted):
         rounding = coarser**2 * rounding
         ulp = (12 * rounding).sqrt()
         unit = d.square().mean(1, keepdim=True).sqrt()

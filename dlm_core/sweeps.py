@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from dlm_core import check
-from dlm_core.trials import Trial, run_trial
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
@@ -141,7 +140,7 @@ def summarise(frame, by):
 
 
 def _numbered(trial):
-    return trial, run_trial(trial) if isinstance(trial, Trial) else trial.run()
+    return trial, trial.run()
 
 
 @contextlib.contextmanager

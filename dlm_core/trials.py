@@ -3,10 +3,10 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,16 +40,15 @@ def noise(seen, *, num_images=1, seed=0):
     return dataclasses.replace(grey(seen, num_images=num_images), images=images)
 
 
-def recover(seen, *, num_images=1, seed=0, **options):
-    """``exact.recover``, which takes one image and has nothing random."""
-    check.in_range("num_images", num_images, 1, 1)
-    return exact.recover(seen, **options)
+def of_one_image(recovery):
+    """``recovery``, which takes one image and has nothing random, to be called as the attacks are."""
 
+    @functools.wraps(recovery)
+    def called(seen, *, num_images=1, seed=0, **options):
+        check.in_range("num_images", num_images, 1, 1)
+        return recovery(seen, **options)
 
-def aware_recover(seen, *, defence, num_images=1, seed=0, **options):
-    """``adaptive.recover``, likewise."""
-    check.in_range("num_images", num_images, 1, 1)
-    return adaptive.recover(seen, defence=defence, **options)
+    return called
 
 
 ATTACKS = {
@@ -61,9 +60,9 @@ ATTACKS = {
     "dlm": attacks.dlm,
     "dlm_plus": attacks.dlm_plus,
     "unrolled_dlm": attacks.unrolled_dlm,
-    "exact": recover,
+    "exact": of_one_image(exact.recover),
     "aware_dlm_plus": adaptive.dlm_plus,
-    "aware_exact": aware_recover,
+    "aware_exact": of_one_image(adaptive.recover),
     "exact_batch": batches.recover_batch,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
@@ -131,12 +130,21 @@ class Trial:
 
     @property
     def key(self):
-        """Names the trial's result: a digest of the trial and of the code and data that produce it."""
-        described = json.dumps([asdict(self), code_version("trials"), data.digest(self.dataset)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:32]
+        """Names the trial's result."""
+        return result_key(self, "trials")
 
     def __hash__(self):
         return hash(self.key)
+
+    def run(self):
+        """``run_trial`` of it: what a sweep calls."""
+        return run_trial(self)
+
+
+def result_key(value, module):
+    """Names the result of a trial or the like: a digest of the value and of the code (from ``module`` on) and data behind it."""
+    described = json.dumps([asdict(value), code_version(module), data.digest(value.dataset)], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
 def observe(trial):
@@ -239,7 +247,7 @@ def arrays(found):
     return {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
 
 
-@cache
+@functools.cache
 def code_version(module):
     """Digest of a dlm_core module and of those it imports, comments and docstrings aside: a new result needs a new name."""
     seen, todo, parts = set(), [module], [torch.__version__]
@@ -255,12 +263,20 @@ def code_version(module):
                 and ast.get_docstring(node, clean=False) is not None
             ):
                 node.body = node.body[1:]
-            if isinstance(node, ast.ImportFrom) and node.module == "dlm_core":
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlm_core."):
-                todo.append(node.module.split(".")[1])
+        todo += imported(tree)
         parts.append(f"{name}:{ast.dump(tree)}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
+
+
+def imported(tree):
+    """The modules of dlm_core that a module, given as its syntax tree, imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "dlm_core":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlm_core."):
+            found.add(node.module.split(".")[1])
+    return found
 
 
 @contextlib.contextmanager

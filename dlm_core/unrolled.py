@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 
 from dlm_core import check, clients, objectives
 from dlm_core import labels as label_inference
-from dlm_core.federated import last_layer, weight_delta
+from dlm_core.federated import last_layer_update, weight_delta
 from dlm_core.federated import loss as training_loss
 from dlm_core.search import Reconstruction, reconstruct
 
@@ -138,13 +138,10 @@ def _first_rate(seen, steps, told, options):
 
     Adam and its kin leave no such ratio, but move no weight by much more than η in a step, and some by as much.
     """
-    update = weight_delta(seen)
     if told["optimizer"] is not clients.sgd:
-        return max(float(layer.abs().max()) for layer in update) / steps
-    layer, names = last_layer(seen.model)
-    head = copy.deepcopy(layer).double()
-    d_weight, d_bias = (dict(zip(dict(seen.model.named_parameters()), update))[name] for name in names)
-    features = (d_weight.T @ d_bias / d_bias.square().sum())[None]
+        return max(float(layer.abs().max()) for layer in weight_delta(seen)) / steps
+    layer, d_weight, d_bias = last_layer_update(seen)
+    head, features = copy.deepcopy(layer).double(), label_inference.features(d_weight, d_bias)[None]
     counted = label_inference.infer(seen, options.get("num_images", 1))
     shares = torch.bincount(counted, minlength=seen.num_classes).double()[None] / len(counted)
     slope = (head(features).detach().softmax(1) - shares)[0]

@@ -1,14 +1,12 @@
 """What a defence costs: the accuracy of a federated training in which every client defends all that it sends."""
 
-import hashlib
 import itertools
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
 from dlm_core import check, data, defenses, federated, models
-from dlm_core.trials import DEFENCES, code_version, one_thread
+from dlm_core.trials import DEFENCES, one_thread, result_key
 
 HELD_OUT = 0.2  # of the images: for the accuracy
 LAST = 5  # rounds over which the final accuracy is averaged
@@ -43,9 +41,8 @@ class Federation:
 
     @property
     def key(self):
-        """Names the result: a digest of the training and of the code and data that produce it."""
-        described = json.dumps([asdict(self), code_version("utility"), data.digest(self.dataset)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:32]
+        """Names the result."""
+        return result_key(self, "utility")
 
     def __hash__(self):
         return hash(self.key)

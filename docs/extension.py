@@ -11,9 +11,11 @@ import nbformat
 import yaml
 from sphinx.util.fileutil import copy_asset
 
+from dlm_core.trials import imported
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The modules that are not science; whatever is new counts as science.
-ARTIFACT = ("trials", "sweeps", "report", "figures", "reproduce", "lessons", "environment", "bench")
+ARTIFACT = ("trials", "utility", "sweeps", "report", "figures", "reproduce", "lessons", "environment", "bench", "peer")
 FONTS = "output/chtml/fonts/woff-v2"
 
 
@@ -104,6 +106,11 @@ def plain(text):
     return re.sub(r"([*_$`<>\[\]|\\])", r"\\\1", text)
 
 
+def halves():
+    """(heading, names of dlm_core's modules) of the science and of the artifact."""
+    return ("The science", modules(True)), ("The artifact", modules(False))
+
+
 def modules(science):
     """Names of dlm_core's modules of one half, science or artifact, those imported by others first."""
     names = {path.stem for path in (REPOSITORY / "dlm_core").glob("*.py") if not path.stem.startswith("__")}
@@ -118,21 +125,15 @@ def modules(science):
 
 def imports(name):
     """The modules of dlm_core that a module imports."""
-    found = set()
-    for node in ast.walk(ast.parse((REPOSITORY / "dlm_core" / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "dlm_core":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlm_core."):
-            found.add(node.module.split(".")[1])
-    return found
+    return imported(ast.parse((REPOSITORY / "dlm_core" / f"{name}.py").read_text(encoding="utf-8")))
 
 
 def code_map():
     """Both halves of the package: what each module is, how long, and which it builds on."""
     text = ""
-    for science, heading in ((True, "The science"), (False, "The artifact")):
+    for heading, names in halves():
         text += f"\n## {heading}\n\n| module | lines | builds on | what it is |\n|---|---|---|---|\n"
-        for name in modules(science):
+        for name in names:
             code = (REPOSITORY / "dlm_core" / f"{name}.py").read_text(encoding="utf-8")
             about = " ".join(ast.get_docstring(ast.parse(code)).split("\n\n")[0].split())
             used = ", ".join(sorted(imports(name))) or "–"
@@ -143,9 +144,9 @@ def code_map():
 def api():
     """The reference, one section per module."""
     text = ""
-    for science, heading in ((True, "The science"), (False, "The artifact")):
+    for heading, names in halves():
         text += f"\n## {heading}\n"
-        for name in modules(science):
+        for name in names:
             text += f"\n### dlm_core.{name}\n\n```{{eval-rst}}\n.. automodule:: dlm_core.{name}\n```\n"
     return text
 

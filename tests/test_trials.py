@@ -65,8 +65,8 @@ def test_thread_count_does_not_matter_and_is_restored(expected):
 
 def test_a_second_sweep_computes_only_what_is_missing(tmp_path, monkeypatch):
     sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
-    ran = []
-    monkeypatch.setattr(sweeps, "run_trial", lambda trial: ran.append(trial) or trials.run_trial(trial))
+    ran, run_trial = [], trials.run_trial
+    monkeypatch.setattr(trials, "run_trial", lambda trial: ran.append(trial) or run_trial(trial))
     sweeps.sweep(SWEEP[:4], jobs=1, store=tmp_path)
     assert ran == SWEEP[2:4]
 
@@ -85,7 +85,7 @@ def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expe
         "from tests.test_trials import SWEEP; from dlm_core import sweeps, trials; import time\n"
         "run = trials.run_trial\n"
         "def slow(trial):\n    record = run(trial)\n    time.sleep(0.3)\n    return record\n"
-        "sweeps.run_trial = slow\n"
+        "trials.run_trial = slow\n"
         f"sweeps.sweep(SWEEP, jobs=1, store={str(tmp_path)!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
@@ -108,12 +108,14 @@ def test_the_table_is_the_same_text_each_time(expected):
 
 
 def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
+    run_trial = trials.run_trial
+
     def interrupted(trial):
         if trial == SWEEP[2]:
             raise KeyboardInterrupt
-        return trials.run_trial(trial)
+        return run_trial(trial)
 
-    monkeypatch.setattr(sweeps, "run_trial", interrupted)
+    monkeypatch.setattr(trials, "run_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep(SWEEP, jobs=1, store=tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
