@@ -1,10 +1,9 @@
-"""A stack of convolution and linear layers as matrices: its gradient, the walk down it, and the information it holds.
+"""A stack of convolution and linear layers as matrices: its gradient, and the walk down it to the image.
 
 Everything here concerns one image and is float64. A layer multiplies its kernel [O, I] by the patches [I, L] of its input
 (a linear layer has one patch, L = 1) and adds its bias, kept as one more column of the weight matrix [O, I + 1]. With
 δ = dloss/d(output) [O, L], the gradient in all of a layer's parameters is δ times the transposed patches, and δ's sum.
-
-``input_of`` takes the recursion one layer down; ``curvature`` is the Fisher information of an image in the update.
+``information`` has the curvature of an image's likelihood in the same terms.
 """
 
 import math
@@ -14,11 +13,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.func import vjp, vmap
+from torch.func import vjp
 from torch.nn import functional as F
 
-LARGEST = 5000  # pixels: beyond it the information matrix (0.2 GB at this size) is only applied, never formed
-CHUNK = 64  # unit vectors sent through a layer at once; more costs memory and gains no time
 PRIOR_MEAN, PRIOR_VARIANCE = 0.5, 1 / 12  # uniform on [0, 1]: negligible beside the data, but for what no data determine
 
 # type -> (function, inverse or None, open range of its values), given the module
@@ -83,7 +80,33 @@ class Layer:
 
     def output(self, u):
         """Before the activation, [O, L]."""
-        return _times(self.kernel, u) + self.bias
+        return times(self.kernel, u) + self.bias
+
+    def back(self, rows):
+        """[m, O·L] times the kernel as a matrix [O·L, entries of the input]: the transpose of ``output``, for m at once."""
+        if self.window is None:
+            return rows @ self.kernel
+        channels, *size = self.shape
+        sides = zip(size, *self.window.values())
+        height, width = ((n + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, pad, dilation in sides)
+        kernel = self.kernel.reshape(-1, channels, *self.window["kernel_size"])
+        rows = rows.reshape(len(rows), -1, height, width)
+        options = {name: value for name, value in self.window.items() if name != "kernel_size"}
+        return torch.nn.grad.conv2d_input((len(rows), *self.shape), kernel, rows, **options).flatten(1)
+
+    def by_channel(self, matrix):
+        """[O, I], bias left out -> [O, C, K]: the entries of a patch are K places in each of C channels (K = 1 if linear)."""
+        return matrix[:, : self.kernel.shape[1]].reshape(len(matrix), self.shape[0], -1)
+
+    def placed(self, delta):
+        """δ as the derivative of the kernel's gradient in the input, the same for each channel: [O, K places, P pixels]."""
+        pixels = math.prod(self.shape[1:])
+        if self.window is None:
+            return delta[:, None]
+        numbers = torch.arange(1.0, pixels + 1).reshape(1, *self.shape[1:])
+        where = F.unfold(numbers, **self.window).long().to(delta.device)  # [K, L], 0 for padding
+        placed = delta.new_zeros(len(delta), len(where), pixels + 1)
+        return placed.scatter_(2, where.expand(len(delta), -1, -1), delta[:, None].expand(-1, len(where), -1))[..., 1:]
 
     def gradient(self, delta, u):
         """In all parameters, shaped as ``weight``."""
@@ -142,7 +165,7 @@ def signals_after_first(layers, label, z, softmax=None):
     target = F.one_hot(label, len(outputs[-1])).to(z)[:, None]
     deltas = [(outputs[-1].softmax(0) if softmax is None else softmax) - target]
     for below, layer, output in zip(layers[-2::-1], layers[:0:-1], outputs[-2::-1]):
-        back = layer.spread(_times(layer.kernel.T, deltas[0])).reshape(output.shape)
+        back = layer.spread(times(layer.kernel.T, deltas[0])).reshape(output.shape)
         deltas.insert(0, vjp(below.act, output)[1](back)[0])
     return deltas, inputs
 
@@ -171,156 +194,28 @@ def input_of(layer, output, variance, back, gradient, weights):
     def transpose(z, gradient):
         return layer.spread(layer.kernel.T @ z + gradient.T @ delta).flatten()
 
-    def column(unit):
-        u = layer.patches(unit)
-        return transpose(z_weights * (layer.kernel @ u), weights * (delta @ u.T))
-
     right = transpose(z_weights * (z - layer.bias), weights * gradient)
-    matrix = vmap(column, chunk_size=CHUNK)(torch.eye(len(right)).to(z))
-    factor, ridge = _cholesky(matrix)
+    matrix = layer.back(layer.back(torch.diag(z_weights.flatten())).T)
+    add_by_channel(matrix, layer, layer.placed(delta), weights)
+    factor, ridge = cholesky(matrix)
     x = torch.cholesky_solve((right + ridge * PRIOR_MEAN)[:, None], factor)[:, 0]
     return x, _sampled_variance(factor), layer.spread(layer.kernel.T @ delta)
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """The information matrix N = JᵀWJ + ridge of an image in an update, J the update's Jacobian, W its weights.
-
-    solve     [n, m] -> N⁻¹ times it.      variance  [n] diagonal of N⁻¹, None where n is too large.
-    ridge     precision of the prior, or more where N would otherwise be singular in float64.
-    """
-
-    solve: Callable
-    variance: torch.Tensor | None
-    ridge: float = 1 / PRIOR_VARIANCE
+def add_by_channel(matrix, layer, placed, weights):
+    """Add to ``matrix`` [n, n] in place what the kernel's gradient says of a layer's input [n] as such, not through δ."""
+    placed, weights = placed.flatten(0, 1), layer.by_channel(weights).transpose(0, 1).flatten(1)  # [O·K, P], [C, O·K]
+    blocks = (placed.T * weights[:, None]) @ placed
+    channels, pixels = len(weights), placed.shape[1]
+    matrix.view(channels, pixels, channels, pixels).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
 
 
-def curvature(layers, label, weights, x, eta, error_variance):
-    """The Curvature of the image ``x`` [n], learning rate ``eta``, with one matrix of ``weights`` [O, I] per layer.
-
-    Where ``x`` is longer, as in ``signals``, its rest has prior variance ``error_variance``.
-    """
-    if layers[0].window is None:
-        return _low_rank_curvature(layers, label, weights, x, eta, error_variance)
-    (deltas, inputs), push, pull = _linearise(partial(signals, layers, label), x)
-
-    def information(v):  # JᵀWJ v
-        d_dot, u_dot = push(v)
-        back = [_weigh(*each) for each in zip(layers, weights, deltas, inputs, d_dot, u_dot)]
-        return eta**2 * pull(([d for d, _ in back], [u for _, u in back]))
-
-    if len(x) > LARGEST:
-        return Curvature(partial(_conjugate_gradients, information), None)
-    factor, ridge = _cholesky(vmap(information, chunk_size=CHUNK)(torch.eye(len(x)).to(x)))
-    inverse = torch.cholesky_inverse(factor)
-    # along a direction without data N⁻¹ is 1/ridge, the prior's variance is meant: the projector on these is (ridge N⁻¹)²
-    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * ridge**2 * inverse.square().sum(1)
-    return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
-
-
-def _low_rank_curvature(layers, label, weights, x, eta, error_variance):
-    """The same for a first linear layer, where x enters the rest through z = Wx alone, with the errors e of its δ, if any.
-
-    Its own rows are δ_o x_i. Per pixel the square Σ_o w_o (x_i δ̇_o + δ_o ẋ_i)² is completed in ẋ_i, with minimum at -Eδ̇.
-    That leaves a diagonal D in t = ẋ + Eδ̇, the information ``left`` in δ̇ and ``above`` in ż, all sums of non-negative terms
-    (a plain Woodbury identity would subtract large numbers here). With δ̇ = Bż + ė both are linear in y = (t, ė): ż = Zy,
-    δ̇ = Uy, so N⁻¹ = A (D + Zᵀ above Z + Uᵀ left U)⁻¹ Aᵀ where A = 1 - (E, 0)ᵀU takes y to (ẋ, ė).
-    """
-    layer, ridge = layers[0], 1 / PRIOR_VARIANCE
-    n = math.prod(layer.shape)
-    x, errors = x[:n], x[n:]
-    matrix, w = layer.kernel, weights[0][:, :n]
-    z = layer.output(layer.patches(x))
-    (deltas, inputs), push, pull = _linearise(partial(signals_after_first, layers, label), z)
-    delta = eta * (deltas[0] + errors[:, None] if len(errors) else deltas[0])
-    one = torch.eye(len(z)).to(x)
-
-    def information(v):  # (JᵀWJ v for the layers above, the change of this layer's δ)
-        d_dot, u_dot = push(v[:, None])
-        back = [_weigh(*each) for each in zip(layers[1:], weights[1:], deltas[1:], inputs, d_dot[1:], u_dot)]
-        above = pull(([torch.zeros_like(z), *(d for d, _ in back)], [u for _, u in back]))
-        return eta**2 * above[:, 0], eta * d_dot[0][:, 0]
-
-    above, d_dot = vmap(information)(one)
-    D = (w.T @ delta.square())[:, 0] + ridge
-    E = (w * delta * x).T / D[:, None]
-    shared = ((w * x.square() / D) @ w.T).fill_diagonal_(0)
-    own = shared @ delta.square() + w @ (ridge * x.square() / D)[:, None]
-    left = torch.diag(own[:, 0]) - shared * (delta @ delta.T)
-    if layer.has_bias:
-        left = left + torch.diag(weights[0][:, n])
-
-    Z = torch.linalg.solve(one + matrix @ E @ d_dot.T, torch.cat([matrix, -eta * matrix @ E], 1)[:, : n + len(errors)])
-    U = d_dot.T @ Z
-    U[:, n:] += eta * one[:, : len(errors)]
-    spread = torch.cat([1 / D, torch.full_like(errors, error_variance)])
-    root = torch.cat([_root(above) @ Z, _root(left) @ U])
-    factor = torch.linalg.cholesky(torch.eye(len(root)).to(x) + root * spread @ root.T)
-    H = torch.linalg.solve_triangular(factor, root * spread, upper=False)
-
-    def solve(b):
-        y = b - U.T @ (E.T @ b[:n])
-        y = y * spread[:, None] - H.T @ (H @ y)
-        return torch.cat([y[:n] - E @ (U @ y), y[n:]])
-
-    U_spread, HA = U * spread, H[:, :n] - (H @ U.T) @ E.T
-    squares = (E @ (U_spread @ U.T) * E).sum(1) - 2 * (E * U_spread[:, :n].T).sum(1)
-    return Curvature(solve, 1 / D + squares - HA.square().sum(0))
-
-
-def _root(matrix):
-    """R with RᵀR = a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
-
-
-def _linearise(function, x):
-    """(value, push, pull): what ``function`` gives at ``x``, its Jacobian times a vector and that one's transpose.
-
-    ``push`` is the transpose of the transpose; torch's forward mode would do, but its import warns of deprecation.
-    """
-    value, pull = vjp(function, x)
-    _, push = vjp(lambda cotangent: vjp(function, x)[1](cotangent)[0], value)
-    return value, lambda v: push(v)[0], lambda cotangent: pull(cotangent)[0]
-
-
-def _weigh(layer, weights, delta, u, d_dot, u_dot):
-    """A change of (δ, u) -> the change of the gradient -> times the weights -> back to (δ, u)."""
-    if delta.shape[1] == 1:  # one patch: the same without a matrix [O, I] per direction
-        size = torch.cat([u.square(), torch.ones_like(u[:1])])[: weights.shape[1]]
-        weights, size = weights[:, : len(u)], weights @ size
-        mixed = weights * (delta @ u.T)
-        to_u = _times(mixed.T, d_dot) + weights.T @ delta.square() * u_dot
-        return size * d_dot + _times(mixed, u_dot), to_u
-    change = d_dot @ u.T + delta @ u_dot.T
-    if layer.has_bias:
-        change = torch.cat([change, d_dot.sum(1, keepdim=True)], dim=1)
-    return layer.gradient_transpose(weights * change, delta, u)
-
-
-def _times(matrix, columns):
+def times(matrix, columns):
     """matrix @ columns; a single column is put first, so that under vmap many of them make one product."""
     return (columns.T @ matrix.T).T if columns.shape[1] == 1 else matrix @ columns
 
 
-def _conjugate_gradients(information, right, steps=200):
-    """N⁻¹ ``right`` [n, m] by so many steps of conjugate gradients: what the data determine best comes first."""
-    columns = []
-    for b in right.T:
-        x, residual, direction = torch.zeros_like(b), b, b
-        for _ in range(steps):
-            image = information(direction) + direction / PRIOR_VARIANCE
-            size = residual.square().sum()
-            if size <= 1e-20 * b.square().sum():
-                break
-            length = size / (direction @ image)
-            x, residual = x + length * direction, residual - length * image
-            direction = residual + residual.square().sum() / size * direction
-        columns.append(x)
-    return torch.stack(columns, dim=1)
-
-
-def _cholesky(matrix):
+def cholesky(matrix):
     """Factor of a normal matrix plus a ridge, and the ridge: the prior's precision, or more where rounding demands it."""
     ridge = max(1 / PRIOR_VARIANCE, 1e-16 * float(matrix.trace()))
     for _ in range(10):

@@ -40,38 +40,42 @@ def transmitted_variance(seen, pack, update, trusted, extra_variance, transmitte
 
 
 def arithmetic_variance(seen, layers, label, x, pack):
-    """(mean square error [O, 1] or [O, I] of the gradient that the client computes in its own precision at ``x``; that of
-    the first layer's δ, where that is linear).
+    """(mean square error [O, 1] or [O, I] of the gradient that the client computes in its own precision at ``x``; how many
+    entries of a layer share each of its errors; the mean square error of the first layer's δ, where that is linear).
 
     Measured by computing it so, against float64. Errors common to many entries are no independent ones:
     - in a convolution the part that all patches share is left out, and with it the softmax's: the image hardly feels them;
-    - a first linear layer's δ has errors that are unknowns of the fit, and leave each product δ_o x_i its own rounding;
-    - above the first linear layer whole rows (from δ) or columns (from the features) share theirs, which count as often.
+    - where the first layer is linear its δ has errors that are unknowns of the fit, and leave each product δ_o x_i its own;
+    - in every other linear layer whole rows (from δ) or columns (from the features) share theirs.
     """
     parameters = list(seen.model.parameters())
     x = x[: math.prod(seen.image_shape)].to(parameters[0].dtype)
     logits = seen.model(x.reshape(1, *seen.image_shape))
-    client = torch.autograd.grad(training_loss(logits, label[None]), parameters)
-    softmax = logits.detach()[0].softmax(0).double()[:, None] if layers[0].window is not None else None
-    deltas, inputs = signals(layers, label, x.double(), softmax)
-    variances, error_variance, above = [], 1.0, False
-    for layer, in_client, d, u in zip(layers, pack(client), deltas, inputs):
+    client = pack(torch.autograd.grad(training_loss(logits, label[None]), parameters))
+    softmax = logits.detach()[0].softmax(0).double()[:, None]
+    variances, shared, error_variance = [], [], 1.0
+    exact, of_softmax = signals(layers, label, x.double()), signals(layers, label, x.double(), softmax)
+    for layer, in_client, *either in zip(layers, client, zip(*exact), zip(*of_softmax)):
+        convolves = layer.window is not None
+        d, u = either[convolves]
         exactly = layer.gradient(d, u)
-        error = in_client.double() - exactly
-        if layer.window is not None:
+        error, repeats = in_client.double() - exactly, 1
+        if convolves:
             patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
             error = error - error @ patches.T @ patches / patches.square().sum()
-        elif layer is layers[0] and len(layers) > 1:
+        elif layer is not layers[0]:
+            repeats = max(error.shape)
+        elif len(layers) > 1:
             common = error[:, -1:]  # the bias's, which is δ's
             error_variance = float(common.square().sum() / max(1, int((common != 0).sum())))
             error = error - layer.gradient(common, u)
         variance = error.square().mean(1, keepdim=True)
-        if layer is layers[0] and layer.window is None:
+        if layer is layers[0] and not convolves:
             products = torch.cat([exactly[:, :-1], torch.zeros_like(exactly[:, -1:])], dim=1).square()
             variance = variance * products / products.mean(1, keepdim=True).clamp(min=1e-300)
-        variances.append(variance * (max(error.shape) if above else 1))
-        above = above or layer.window is None
-    return variances, max(error_variance, 1e-300)
+        variances.append(variance)
+        shared.append(repeats)
+    return variances, shared, max(error_variance, 1e-300)
 
 
 def pack(model, layers, tensors):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlm_core import exact, federated, models, recursion
+from dlm_core import exact, federated, information, models, recursion
 from dlm_core.federated import train_locally
 
 SHAPE, CLASSES, LABEL = (1, 8, 8), 10, torch.tensor([3])
@@ -83,7 +83,8 @@ def test_noise_model_chi_square_and_spread_of_the_estimates_match_the_bound():
     before = model.state_dict()
     chi2, pixels, rates = [], [], []
     for trial in range(200):
-        lr = 1e-3 * (1 + 1e-4 * trial)  # another learning rate, another rounding of every weight
+        # another learning rate, another rounding of every weight; so low that arithmetic, exact here, plays no part
+        lr = 2e-4 * (1 + 1e-4 * trial)
         after = {}
         for layer, delta, u in zip(layers, deltas, inputs):
             gradient = layer.gradient(delta, u)
@@ -96,16 +97,28 @@ def test_noise_model_chi_square_and_spread_of_the_estimates_match_the_bound():
         rates.append((found.learning_rate - lr) / found.learning_rate_error)
     assert sum(chi2) / 200 == pytest.approx(1, abs=0.1)
     assert mean_square(torch.stack(pixels)) ** 0.5 == pytest.approx(1, abs=0.1)
-    assert mean_square(torch.tensor(rates)) ** 0.5 == pytest.approx(1, abs=0.15)
+    assert mean_square(torch.tensor(rates)) ** 0.5 == pytest.approx(1, abs=0.1)
 
 
 def mlp():
     return models.build("mlp", SHAPE, CLASSES, activation="sigmoid")
 
 
-@pytest.mark.parametrize("build, errors", [(lenet, 0), (mlp, 0), (mlp, 32)], ids=["dense", "low rank", "errors of delta"])
-def test_curvature_is_the_information_matrix(build, errors):
+def wide():
+    """Layers with more outputs than parameters, a stride and a dilation, and one without a bias."""
+    convolutions = nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, 2, 1, 2, bias=False), nn.Sigmoid()
+    torch.manual_seed(0)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(18, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
+
+
+@pytest.mark.parametrize(
+    "build, errors, largest",
+    [(lenet, 0, 5000), (wide, 0, 5000), (wide, 0, 64), (mlp, 0, 5000), (mlp, 32, 5000)],
+    ids=["many rows", "few rows", "too wide", "low rank", "errors of delta"],
+)
+def test_curvature_is_the_information_matrix(build, errors, largest, monkeypatch):
     """Against the plain Jacobian of the whole update, in all of its forms."""
+    monkeypatch.setattr(information, "LARGEST", largest)
     generator = torch.Generator().manual_seed(0)
     layers = recursion.stack(build(), SHAPE)
     x, eta, error_variance = picture().double().flatten(), 0.3, 1e-4
@@ -123,7 +136,7 @@ def test_curvature_is_the_information_matrix(build, errors):
 
     jacobian = torch.func.jacrev(update)(x)
     inverse = torch.linalg.inv(jacobian.T @ jacobian + precision.diag())
-    curvature = recursion.curvature(layers, LABEL[0], weights, x, eta, error_variance)
+    curvature = information.curvature(layers, LABEL[0], weights, x, eta, error_variance)
     assert torch.allclose(curvature.solve(torch.eye(len(x)).double()), inverse, rtol=1e-8, atol=1e-10)
     assert torch.allclose(curvature.variance, inverse.diagonal()[:64], rtol=1e-8)
 
