@@ -118,11 +118,23 @@ def _test(options):
     build = REPOSITORY / "build" / "smoke"
     shutil.rmtree(build, ignore_errors=True)
     os.environ.update(DLM_STORE=str(build / "store"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side
+    parallel = (
+        "-m",
+        "pytest",
+        "-n",
+        "logical",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "loadfile",
+    )  # one file, or notebook, a worker
+    nbval = (*parallel, "--nbval-lax", "-p", "no:cacheprovider")
     steps = [
-        ("-m", "pytest", "tests"),
+        (*parallel, "tests"),
         ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
-        ("-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", str(build / "notebooks")),
-        ("-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "notebooks/teaching", "notebooks/howto"),
+        (*nbval, str(build / "notebooks")),
+        (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
     os.environ.setdefault("DLM_FIGURES", str(build))
     codes = [_run(*step) for step in steps]
