@@ -49,6 +49,20 @@ def weighted(distance, weights):
     return between
 
 
+def distance_outside(low, high):
+    """The distance Σ_layers ‖g - [low, high]‖², relative to that of g = 0: zero where every coordinate is within its bounds.
+
+    low, high  one tensor per layer; -inf and inf leave a side open. The update is what they were read from, and not looked at.
+    """
+    nearest = [torch.zeros_like(lo).clamp(lo, hi) for lo, hi in zip(low, high)]
+    size = sum(_dot(layer, layer) for layer in nearest)
+
+    def between(g, d):
+        return squared_distance(g, [layer.clamp(lo, hi).detach() for layer, lo, hi in zip(g, low, high)]) / size
+
+    return between
+
+
 def mean_norm(tensors):
     """n(·): the mean over layers of the layers' Euclidean norms."""
     return torch.stack([tensor.norm() for tensor in tensors]).mean()
