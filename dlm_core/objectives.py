@@ -37,6 +37,16 @@ def cosine_distance(g, d):
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
+def sign_distance(g, d, softness=0.1):
+    """1 - cos(tanh(g/s), sign Δ), mean over layers, s = softness · the layer's root mean square of g: signs and nothing else.
+
+    Not zero at the truth, for the coordinates smaller than s. Invariant to positive scale.
+    """
+    scales = [softness * layer.square().mean().sqrt() + torch.finfo(layer.dtype).tiny for layer in g]
+    each = [cosine_distance([torch.tanh(a / s)], [b.sign()]) for a, b, s in zip(g, d, scales)]
+    return torch.stack(each).mean()
+
+
 def weighted(distance, weights):
     """The same ``distance`` with every coordinate of g and d multiplied by its weight, one tensor or number per layer.
 

@@ -22,7 +22,7 @@ READABLE = 0.1  # relative uncertainty of a magnitude up to which it counts as r
 ROUNDS = 3  # of bounds -> features -> learning rate, decay and ε -> bounds
 ERROR = 1e-3  # relative, of the gradients that the features imply, as far as it matters for η and λ
 DECAYS = 1e-5  # λ from which weights are rounded twice, as they shrink perhaps to a doubled ulp
-ARITHMETIC = 4  # units in the last place that the client's own computation of r may be off
+ARITHMETIC = 6  # units in the last place that the client's own computation of r may be off
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def read(seen):
         r = g / (g.abs() + eps)
         rate, decay = _regress(update[at], r, weight, 1 / (ulps[at] / rate + ERROR * r.abs() * (1 - r.abs())))
     low, high = _bounds(update, weights, ulps, rate, decay, eps)
-    read = sum(int(((u - l) < READABLE * (u + l).abs()).sum()) for l, u in zip(low, high))
+    read = sum(int((b - a < READABLE * (b + a).abs()).sum()) for a, b in zip(low, high))
     low[at] = high[at] = g
     low[at + 1] = high[at + 1] = exact
-    share = read / sum(l.numel() for l in low)
+    share = read / sum(layer.numel() for layer in low)
     return Reading(low, high, rate, eps, decay / rate, share, misfit, label)
 
 
@@ -92,6 +92,16 @@ def interval_dlm(seen, **options):
     outside = objectives.distance_outside(reading.low, reading.high)
     options = {"labels": reading.label, "tolerance": 1e-8, **options}
     return reconstruct(seen, outside, **options)
+
+
+def sign_dlm(seen, *, total_variation=0.1, **options):
+    """What the signs of Δ below the last layer say alone (in that, they say the label): the attack without ``read``."""
+    below = [name not in last_layer(seen.model)[1] for name, _ in seen.model.named_parameters()]
+
+    def distance(g, d):
+        return objectives.sign_distance([a for a, b in zip(g, below) if b], [a for a, b in zip(d, below) if b])
+
+    return reconstruct(seen, distance, total_variation=total_variation, **options)
 
 
 def _full_step(update, weights):
@@ -131,4 +141,6 @@ def _features(weight_low, weight_high, bias_low, bias_high):
     variance = (size / g).square() + (b_size / b).square()
     weights = torch.where(variance < READABLE**2, 1 / variance, 0.0)
     h = torch.where(weights > 0, weights * g / b, 0.0).sum(0) / weights.sum(0)
-    return (h, weights.sum(0) > 0), torch.where(b_size < READABLE * b.abs(), b, torch.nan)[:, 0]
+    dead = ((weight_low <= 0) & (weight_high >= 0)).all(0)  # it moved no weight, not even in the rows that moved
+    slope = torch.where(b_size < READABLE * b.abs(), b, torch.nan)[:, 0]
+    return (torch.where(dead, 0.0, h), dead | (weights.sum(0) > 0)), slope
