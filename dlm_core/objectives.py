@@ -37,16 +37,6 @@ def cosine_distance(g, d):
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
-def sign_distance(g, d, softness=0.1):
-    """1 - cos(tanh(g/s), sign Δ), mean over layers, s = softness · the layer's root mean square of g: signs and nothing else.
-
-    Not zero at the truth, for the coordinates smaller than s. Invariant to positive scale.
-    """
-    scales = [softness * layer.square().mean().sqrt() + torch.finfo(layer.dtype).tiny for layer in g]
-    each = [cosine_distance([torch.tanh(a / s)], [b.sign()]) for a, b, s in zip(g, d, scales)]
-    return torch.stack(each).mean()
-
-
 def weighted(distance, weights):
     """The same ``distance`` with every coordinate of g and d multiplied by its weight, one tensor or number per layer.
 
@@ -55,20 +45,6 @@ def weighted(distance, weights):
 
     def between(g, d, *k):
         return distance([w * layer for w, layer in zip(weights, g)], [w * layer for w, layer in zip(weights, d)], *k)
-
-    return between
-
-
-def distance_outside(low, high):
-    """The distance Σ_layers ‖g - [low, high]‖², relative to that of g = 0: zero where every coordinate is within its bounds.
-
-    low, high  one tensor per layer; -inf and inf leave a side open. The update is what they were read from, and not looked at.
-    """
-    nearest = [torch.zeros_like(lo).clamp(lo, hi) for lo, hi in zip(low, high)]
-    size = sum(_dot(layer, layer) for layer in nearest)
-
-    def between(g, d):
-        return squared_distance(g, [layer.clamp(lo, hi).detach() for layer, lo, hi in zip(g, low, high)]) / size
 
     return between
 

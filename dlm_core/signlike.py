@@ -89,7 +89,7 @@ def interval_dlm(seen, **options):
     Options are those of ``search.reconstruct``. Raises ValueError as ``read`` does.
     """
     reading = read(seen)
-    outside = objectives.distance_outside(reading.low, reading.high)
+    outside = distance_outside(reading.low, reading.high)
     options = {"labels": reading.label, "tolerance": 1e-8, **options}
     return reconstruct(seen, outside, **options)
 
@@ -99,9 +99,33 @@ def sign_dlm(seen, *, total_variation=0.1, **options):
     below = [name not in last_layer(seen.model)[1] for name, _ in seen.model.named_parameters()]
 
     def distance(g, d):
-        return objectives.sign_distance([a for a, b in zip(g, below) if b], [a for a, b in zip(d, below) if b])
+        return sign_distance([a for a, b in zip(g, below) if b], [a for a, b in zip(d, below) if b])
 
     return reconstruct(seen, distance, total_variation=total_variation, **options)
+
+
+def distance_outside(low, high):
+    """The distance Σ_layers ‖g - [low, high]‖², relative to that of g = 0: zero where every coordinate is within its bounds.
+
+    low, high  one tensor per layer; -inf and inf leave a side open. The update is what they were read from, and not looked at.
+    """
+    nearest = [torch.zeros_like(lo).clamp(lo, hi) for lo, hi in zip(low, high)]
+    size = sum(layer.square().sum() for layer in nearest)
+
+    def between(g, d):
+        return objectives.squared_distance(g, [layer.clamp(lo, hi).detach() for layer, lo, hi in zip(g, low, high)]) / size
+
+    return between
+
+
+def sign_distance(g, d, softness=0.1):
+    """1 - cos(tanh(g/s), sign Δ), mean over layers, s = softness · the layer's root mean square of g: signs and nothing else.
+
+    Not zero at the truth, for the coordinates smaller than s. Invariant to positive scale.
+    """
+    scales = [softness * layer.square().mean().sqrt() + torch.finfo(layer.dtype).tiny for layer in g]
+    each = [objectives.cosine_distance([torch.tanh(a / s)], [b.sign()]) for a, b, s in zip(g, d, scales)]
+    return torch.stack(each).mean()
 
 
 def _full_step(update, weights):

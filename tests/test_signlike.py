@@ -56,7 +56,7 @@ def test_the_reading_holds_the_true_gradient_and_finds_the_optimizer_s_constants
         assert ((low <= g) & (g <= high)).double().mean() > 0.99
     for g, low in list(zip(truth, reading.low))[-2:]:
         torch.testing.assert_close(low, g, rtol=1e-2, atol=1e-5)
-    assert objectives.distance_outside(reading.low, reading.high)(truth, None) < 1e-7
+    assert signlike.distance_outside(reading.low, reading.high)(truth, None) < 1e-7
 
 
 def test_the_reading_is_of_the_gradient_and_not_of_signs(images):
@@ -93,7 +93,7 @@ def test_a_linear_step_gives_its_rate_and_decay(images):
 
 def test_the_distance_outside_bounds_is_zero_within_and_grows_as_the_square_without():
     low, high = [torch.tensor([1.0, -math.inf])], [torch.tensor([math.inf, -2.0])]
-    between = objectives.distance_outside(low, high)
+    between = signlike.distance_outside(low, high)
     assert between([torch.tensor([5.0, -3.0])], None) == 0
     assert between([torch.zeros(2)], None) == 1
     assert between([torch.tensor([-1.0, -2.0])], None) == pytest.approx(4 / 5)
@@ -102,8 +102,8 @@ def test_the_distance_outside_bounds_is_zero_within_and_grows_as_the_square_with
 def test_the_sign_distance_ignores_scale_and_has_the_right_slope():
     generator = torch.Generator().manual_seed(0)
     g, d = ([torch.randn(n, generator=generator, dtype=torch.float64) for n in (5, 3)] for _ in range(2))
-    each = objectives.sign_distance(g, d)
-    torch.testing.assert_close(each, objectives.sign_distance([3 * a for a in g], [0.1 * b for b in d]))
-    assert 0 < objectives.sign_distance(g, g) < 0.2 and float(objectives.sign_distance([-a for a in g], g)) > 1.8
+    each = signlike.sign_distance(g, d)
+    torch.testing.assert_close(each, signlike.sign_distance([3 * a for a in g], [0.1 * b for b in d]))
+    assert 0 < signlike.sign_distance(g, g) < 0.2 and float(signlike.sign_distance([-a for a in g], g)) > 1.8
     g = [a.requires_grad_() for a in g]
-    assert torch.autograd.gradcheck(lambda *a: objectives.sign_distance(a, d), g)
+    assert torch.autograd.gradcheck(lambda *a: signlike.sign_distance(a, d), g)
