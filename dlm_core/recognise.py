@@ -23,8 +23,8 @@ BETWEEN = 3e-8  # ε of Adam's 1e-8 and RMSprop's 1e-8/√0.01
 class Recognition:
     """The verdict and what it rests on.
 
-    optimizer      "sgd" (with or without momentum), "sgd with decay", "adam", "adamw", "rmsprop", or "several steps" where one
-                   step of none of these explains the update, nor of a batch.
+    optimizer      "sgd" (with or without momentum), "sgd with decay", "adam", "adamw", "rmsprop"; or "several steps" where one
+                   step of none of these on one image explains the update: a batch looks so too, and too coarse a rounding.
     learning_rate  η (of a full step, for the sign-like; with momentum, what it scales η to), weight_decay λ, eps: ε or NaN.
     share          of the weights that moved by a quarter of the largest move or more.
     misfit         relative deviation of the last layer's update from one step's.
