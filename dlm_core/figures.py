@@ -11,6 +11,8 @@ ATTACKS = {
     "exact": ("exact", 3, "*"),
     "unrolled_dlm": ("unrolled DLM+", 5, "X"),
     "exact_batch": ("exact, batch", 3, "H"),
+    "interval_dlm": ("DLM on bounds", 2, "^"),
+    "sign_dlm": ("signs alone", 8, "<"),
 }
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),

@@ -25,6 +25,7 @@ from dlm_core import (
     models,
     optimizers,
     search,
+    signlike,
 )
 
 
@@ -64,6 +65,8 @@ ATTACKS = {
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": of_one_image(adaptive.recover),
     "exact_batch": batches.recover_batch,
+    "interval_dlm": signlike.interval_dlm,
+    "sign_dlm": signlike.sign_dlm,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
