@@ -11,6 +11,7 @@ ATTACKS = {
     "exact": ("exact", 3, "*"),
     "unrolled_dlm": ("unrolled DLM+", 5, "X"),
     "exact_batch": ("exact, batch", 3, "H"),
+    "statistics": ("DLM+ with statistics", 3, "^"),
 }
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),

@@ -23,6 +23,7 @@ from dlm_core import (
     federated,
     metrics,
     models,
+    normalisation,
     optimizers,
     search,
 )
@@ -64,6 +65,7 @@ ATTACKS = {
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": of_one_image(adaptive.recover),
     "exact_batch": batches.recover_batch,
+    "statistics": normalisation.reconstruct,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
@@ -88,7 +90,7 @@ class Trial:
     model            of ``models.build``, with ``model_options``.
     trained          FedAvg rounds the model went through before, on images of the data set that are not attacked.
     client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name), and "dtype", in
-                     which it computes.
+                     which it computes, and "mode": "eval" where it leaves batch norm's running statistics alone.
     attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels, and an attack
                      whose name begins with "aware" is told the defence, but not its noise.
     defence          {} or {"name": a key of DEFENCES, …} with the keyword arguments of ``defenses.defend``.
@@ -124,9 +126,10 @@ class Trial:
                 check.one_of(part, self.attack_options[part], PARTS)
         if "optimizer" in self.client:
             check.one_of("client optimizer", self.client["optimizer"], OPTIMIZERS)
-        for options, name in ((self.client, "dtype"), (self.client, "transmitted"), (self.attack_options, "transmitted")):
-            if name in options:
+        for options in (self.client, self.attack_options):
+            for name in {"dtype", "transmitted"} & options.keys():
                 check.one_of(name, options[name], DTYPES)
+        check.one_of("mode", self.client.get("mode", "train"), ("train", "eval"))
 
     @property
     def key(self):
@@ -159,6 +162,7 @@ def observe(trial):
     if "transmitted" in client:
         client["transmitted"] = DTYPES[client["transmitted"]]
     dtype = DTYPES[client.pop("dtype", "float32")]
+    model.train(client.pop("mode", "train") == "train")
     seen = federated.train_locally(model.to(dtype), truth.images.to(dtype), truth.labels, **client)
     if trial.defence:
         options = dict(trial.defence)
@@ -179,7 +183,7 @@ def train(model, trial):
 
 def attack(trial, seen, labels):
     """The observer's side: ``labels`` are used only where the trial says that the attack is told them."""
-    parts = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES}
+    parts = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES, "dtype": DTYPES}
     options = {name: parts[name][value] if name in parts else value for name, value in trial.attack_options.items()}
     if options.get("labels") == "given":
         options["labels"] = labels
