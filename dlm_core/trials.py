@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -153,9 +154,8 @@ def result_key(value, module):
 def observe(trial):
     """The client's side of a trial: returns (Observation after the defence, true images, true labels)."""
     truth = data.load(trial.dataset, indices=range(trial.index, trial.index + trial.batch), source=trial.source)
-    model = models.build(trial.model, truth.images.shape[1:], truth.num_classes, seed=trial.seed, **trial.model_options)
-    if trial.trained:
-        model = train(model, trial)
+    same = dataclasses.replace(trial, attack="grey", attack_options={}, client={"lr": 1.0}, defence={})
+    model = copy.deepcopy(received(same))
     client = dict(trial.client)
     if "optimizer" in client:
         client["optimizer"] = OPTIMIZERS[client["optimizer"]]
@@ -168,6 +168,14 @@ def observe(trial):
         options = dict(trial.defence)
         seen = defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed, **options)
     return seen, truth.images, truth.labels
+
+
+@functools.lru_cache(maxsize=4)
+def received(trial):
+    """The model that the client receives, trained or not; trials that differ in client, attack or defence share it."""
+    truth = data.load(trial.dataset, indices=[trial.index], source=trial.source)
+    model = models.build(trial.model, truth.images.shape[1:], truth.num_classes, seed=trial.seed, **trial.model_options)
+    return train(model, trial) if trial.trained else model
 
 
 def train(model, trial):
