@@ -24,7 +24,7 @@ class Observation:
     """All that an honest-but-curious observer of FedAvg holds about one client in one round.
 
     model          the network with the weights the client received, W_t.
-    weights_after  the state dict that the client sent back, W_{t+1}.
+    weights_after  the state dict that the client sent back, W_{t+1}, batch norm's running statistics included.
     image_shape    (C, H, W), as public as the architecture.
     num_classes    width of the last layer.
 

@@ -13,6 +13,7 @@ ATTACKS = {
     "exact_batch": ("exact, batch", 3, "H"),
     "interval_dlm": ("DLM on bounds", 2, "^"),
     "sign_dlm": ("signs alone", 8, "<"),
+    "statistics": ("DLM+ with statistics", 3, "^"),
 }
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),

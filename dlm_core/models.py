@@ -16,13 +16,14 @@ INITS = ("paper", "default")
 def build(name, image_shape=(3, 32, 32), num_classes=100, *, seed=0, init="paper", **options):
     """Return a freshly initialised network in float32 on the CPU, in train mode.
 
-    name         "lenet", "mlp", "resnet18" (sigmoid, no normalisation) or "resnet18_bn".
+    name         "lenet", "mlp", "resnet18" (no normalisation) or "resnet18_bn".
     image_shape  (C, H, W).
     num_classes  number of outputs, at least 2.
     seed         of the initial weights; the global random generator is left as it was.
     init         "paper": every weight and bias uniform(-0.5, 0.5), as released (batch-norm layers keep 1 and 0);
                  "default": PyTorch's own.
-    options      of the network's constructor: ``activation`` and ``depth`` (lenet, mlp), ``hidden`` (mlp).
+    options      of the network's constructor: ``activation`` (all), ``depth`` (lenet, mlp), ``hidden`` (mlp), ``width`` and
+                 ``blocks`` (resnets).
 
     Raises ValueError for an unknown name, init or activation, or for sizes below what the network needs.
     """
@@ -67,14 +68,14 @@ def mlp(image_shape, num_classes, *, hidden=32, activation="relu", depth=1):
 
 
 class Residual(nn.Module):
-    """ResNet's basic block with sigmoid instead of ReLU: out = σ(body(x) + shortcut(x))."""
+    """ResNet's basic block: out = act(body(x) + shortcut(x))."""
 
-    def __init__(self, channels_in, channels_out, stride, norm):
+    def __init__(self, channels_in, channels_out, stride, norm, act):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
             norm(channels_out),
-            nn.Sigmoid(),
+            act(),
             nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
             norm(channels_out),
         )
@@ -83,23 +84,32 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), norm(channels_out)
             )
+        self.act = act()
 
     def forward(self, x):
-        return torch.sigmoid(self.body(x) + self.shortcut(x))
+        return self.act(self.body(x) + self.shortcut(x))
 
 
-def resnet18(image_shape, num_classes, *, norm=nn.Identity):
-    """ResNet-18 for small images (first convolution 3x3, no pooling before the blocks), sigmoid activations."""
-    channels = image_shape[0]
-    layers = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), norm(64), nn.Sigmoid()]
-    for width_in, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
-        layers += [Residual(width_in, width, stride, norm), Residual(width, width, 1, norm)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+def resnet18(image_shape, num_classes, *, norm=nn.Identity, activation="sigmoid", width=64, blocks=2):
+    """ResNet-18 for small images: first convolution 3x3, no pooling before the blocks; sigmoid unless ``activation`` differs.
+
+    Four stages of ``blocks`` blocks, of ``width`` channels and then twice as many each: the defaults are ResNet-18's.
+    """
+    check.at_least("width", width, 1)
+    check.at_least("blocks", blocks, 1)
+    act, last = _activation(activation), width
+    layers = [nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False), norm(width), act()]
+    for stage in range(4):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            layers.append(Residual(last, width << stage, stride, norm, act))
+            last = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
 
 
-def resnet18_bn(image_shape, num_classes):
+def resnet18_bn(image_shape, num_classes, **options):
     """The same with batch normalisation after every convolution."""
-    return resnet18(image_shape, num_classes, norm=nn.BatchNorm2d)
+    return resnet18(image_shape, num_classes, norm=nn.BatchNorm2d, **options)
 
 
 def _activation(name):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from dlm_core import (
     federated,
     metrics,
     models,
+    normalisation,
     optimizers,
     search,
     signlike,
@@ -67,6 +69,7 @@ ATTACKS = {
     "exact_batch": batches.recover_batch,
     "interval_dlm": signlike.interval_dlm,
     "sign_dlm": signlike.sign_dlm,
+    "statistics": normalisation.reconstruct,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
@@ -91,7 +94,7 @@ class Trial:
     model            of ``models.build``, with ``model_options``.
     trained          FedAvg rounds the model went through before, on images of the data set that are not attacked.
     client           keyword arguments of ``federated.train_locally`` ("optimizer" by lower-case name), and "dtype", in
-                     which it computes.
+                     which it computes, and "mode": "eval" where it leaves batch norm's running statistics alone.
     attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels, and an attack
                      whose name begins with "aware" is told the defence, but not its noise.
     defence          {} or {"name": a key of DEFENCES, …} with the keyword arguments of ``defenses.defend``.
@@ -127,9 +130,10 @@ class Trial:
                 check.one_of(part, self.attack_options[part], PARTS)
         if "optimizer" in self.client:
             check.one_of("client optimizer", self.client["optimizer"], OPTIMIZERS)
-        for options, name in ((self.client, "dtype"), (self.client, "transmitted"), (self.attack_options, "transmitted")):
-            if name in options:
+        for options in (self.client, self.attack_options):
+            for name in {"dtype", "transmitted"} & options.keys():
                 check.one_of(name, options[name], DTYPES)
+        check.one_of("mode", self.client.get("mode", "train"), ("train", "eval"))
 
     @property
     def key(self):
@@ -153,20 +157,28 @@ def result_key(value, module):
 def observe(trial):
     """The client's side of a trial: returns (Observation after the defence, true images, true labels)."""
     truth = data.load(trial.dataset, indices=range(trial.index, trial.index + trial.batch), source=trial.source)
-    model = models.build(trial.model, truth.images.shape[1:], truth.num_classes, seed=trial.seed, **trial.model_options)
-    if trial.trained:
-        model = train(model, trial)
+    same = dataclasses.replace(trial, attack="grey", attack_options={}, client={"lr": 1.0}, defence={})
+    model = copy.deepcopy(received(same))
     client = dict(trial.client)
     if "optimizer" in client:
         client["optimizer"] = OPTIMIZERS[client["optimizer"]]
     if "transmitted" in client:
         client["transmitted"] = DTYPES[client["transmitted"]]
     dtype = DTYPES[client.pop("dtype", "float32")]
+    model.train(client.pop("mode", "train") == "train")
     seen = federated.train_locally(model.to(dtype), truth.images.to(dtype), truth.labels, **client)
     if trial.defence:
         options = dict(trial.defence)
         seen = defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed, **options)
     return seen, truth.images, truth.labels
+
+
+@functools.lru_cache(maxsize=4)
+def received(trial):
+    """The model that the client receives, trained or not; trials that differ in client, attack or defence share it."""
+    truth = data.load(trial.dataset, indices=[trial.index], source=trial.source)
+    model = models.build(trial.model, truth.images.shape[1:], truth.num_classes, seed=trial.seed, **trial.model_options)
+    return train(model, trial) if trial.trained else model
 
 
 def train(model, trial):
@@ -182,7 +194,7 @@ def train(model, trial):
 
 def attack(trial, seen, labels):
     """The observer's side: ``labels`` are used only where the trial says that the attack is told them."""
-    parts = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES}
+    parts = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES, "dtype": DTYPES}
     options = {name: parts[name][value] if name in parts else value for name, value in trial.attack_options.items()}
     if options.get("labels") == "given":
         options["labels"] = labels

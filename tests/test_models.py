@@ -37,6 +37,13 @@ def test_batch_norm_only_where_asked():
     assert norms("resnet18") == 0 and norms("resnet18_bn") == 20
 
 
+def test_a_resnet_may_be_smaller_and_have_other_activations():
+    assert sum(p.numel() for p in models.build("resnet18_bn", num_classes=10).parameters()) == 11_173_962  # as published
+    small = models.build("resnet18_bn", width=4, blocks=1, activation="relu")
+    kinds = [type(module) for module in small.modules()]
+    assert kinds.count(torch.nn.ReLU) == 9 and torch.nn.Sigmoid not in kinds and small[-1].in_features == 32
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -46,6 +53,7 @@ def test_batch_norm_only_where_asked():
         ({"name": "lenet", "image_shape": (32, 32)}, "image_shape is"),
         ({"name": "mlp", "activation": "swish"}, "activation 'swish' is unknown"),
         ({"name": "mlp", "hidden": 0}, "hidden is 0"),
+        ({"name": "resnet18", "width": 0}, "width is 0"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

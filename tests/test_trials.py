@@ -162,6 +162,7 @@ def test_record_of_a_defended_batch():
         ({"client": {"lr": 1, "optimizer": "sdg"}}, "client optimizer 'sdg' is unknown.*did you mean sgd"),
         ({"defence": {"name": "noize"}}, "defence 'noize' is unknown.*did you mean noise"),
         ({"attack_options": {"optimizer": "lbgs"}}, "optimizer 'lbgs' is unknown.*did you mean lbfgs"),
+        ({"attack_options": {"dtype": "float46"}}, "dtype 'float46' is unknown.*did you mean float64"),
     ],
 )
 def test_a_bad_trial_is_refused_when_it_is_made(change, message):
@@ -200,3 +201,25 @@ def test_a_client_may_compute_and_transmit_in_another_precision():
     assert all(torch.equal(w, w.half().float()) for w in seen.weights_after.values())
     with pytest.raises(ValueError, match="transmitted.*int8"):
         Trial(client={"lr": 0.1, "transmitted": "int8"})
+
+
+def test_a_client_may_leave_running_statistics_alone():
+    options = {"width": 4, "blocks": 1}
+    for mode, moved in (("train", True), ("eval", False)):
+        seen, *_ = trials.observe(Trial(model="resnet18_bn", model_options=options, client={"lr": 0.1, "mode": mode}))
+        assert seen.model.training == moved == bool(seen.weights_after["1.num_batches_tracked"])
+    with pytest.raises(ValueError, match="mode 'evil' is unknown"):
+        Trial(client={"lr": 0.1, "mode": "evil"})
+
+
+def test_trials_that_share_a_trained_model_do_not_share_its_changes():
+    trained = replace(FAST, trained=1)
+    first, again = (trials.observe(replace(trained, client=client))[0] for client in ({"lr": 0.1}, {"lr": 0.2}))
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters()))
+    assert first.model is not again.model
+    double, *_ = trials.observe(replace(trained, client={"lr": 0.1, "dtype": "float64", "mode": "eval"}))
+    third, *_ = trials.observe(trained)
+    assert next(double.model.parameters()).dtype == torch.float64 and not double.model.training
+    assert next(third.model.parameters()).dtype == torch.float32 and third.model.training
+    untrained, *_ = trials.observe(FAST)
+    assert not torch.equal(next(untrained.model.parameters()), next(third.model.parameters()))
