@@ -8,13 +8,15 @@ import copy
 import math
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from dlm_core import check, federated
@@ -69,36 +71,50 @@ def data_parallel(model, clients, *, lr, curious=True, number=1, timeout=300):
 
     Every worker holds the mean gradient; a ``curious`` one, here the last, knows its own share and subtracts it. Returns its
     Observation (W_t, W_t - the others' mean gradient) of the last of ``number`` steps; that of the mean of all without
-    ``curious``. Raises TimeoutError after ``timeout`` seconds; no process outlives the call.
+    ``curious``. Raises TimeoutError after ``timeout`` seconds, RuntimeError where a worker failed; no process outlives
+    the call.
     """
     check.at_least("number", number, 1)
     check.at_least("number of clients", len(clients), 2)
     check.in_range("lr", lr, 0, math.inf, open_low=True)
     with tempfile.TemporaryDirectory() as folder:
-        given = (folder, copy.deepcopy(model), clients, lr, number, timeout)
-        workers = multiprocessing.spawn(_work, given, nprocs=len(clients), join=False)
-        end = time.monotonic() + timeout
-        try:
-            while not workers.join(timeout=1):
-                if time.monotonic() > end:
-                    raise TimeoutError(f"data-parallel training has not ended within {timeout} seconds")
-        finally:
-            for process in workers.processes:
-                process.kill()
-                process.join()
+        torch.save((model, clients, lr, number, timeout), Path(folder) / "task")
+        _run(len(clients), folder, timeout)
         weights, mean, own = torch.load(Path(folder) / "seen", weights_only=True)
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     return _moved(model, others(mean, own, len(clients)) if curious else mean, clients[0][0].shape[1:])
 
 
-def _work(rank, folder, model, clients, lr, number, timeout):
+def _run(number, folder, timeout):
+    """Run ``number`` workers to their end: plain processes of Python, which start alike from scripts, notebooks and workers."""
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from dlm_core import protocols; protocols._work"
+    log, end = Path(folder) / "errors", time.monotonic() + timeout
+    with open(log, "w") as errors:
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+        commands = [[sys.executable, "-c", f"{script}({rank}, {number}, {folder!r})"] for rank in range(number)]
+        workers = [subprocess.Popen(command, **quiet) for command in commands]
+        try:
+            while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"data-parallel training has not ended within {timeout} seconds")
+                time.sleep(0.05)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    if any(codes):
+        raise RuntimeError(f"a data-parallel worker failed: {log.read_text().strip().splitlines()[-1:]}")
+
+
+def _work(rank, size, folder):
     """A worker of ``data_parallel``; the last writes down what it saw in the last step: W_t, mean gradient, its own gradient."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # loopback
-    limits = {"rank": rank, "world_size": len(clients), "timeout": timedelta(seconds=timeout)}
+    model, clients, lr, number, timeout = torch.load(Path(folder) / "task", weights_only=False)  # written by data_parallel
+    limits = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout)}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", **limits)
-    model, (images, labels) = copy.deepcopy(model), clients[rank]  # what spawn hands over is memory that all share
+    images, labels = clients[rank]
     parallel = DistributedDataParallel(model)
     sgd = torch.optim.SGD(model.parameters(), lr=lr)
     for _ in range(number):
@@ -107,7 +123,7 @@ def _work(rank, folder, model, clients, lr, number, timeout):
         sgd.zero_grad()
         federated.loss(parallel(images), labels).backward()
         sgd.step()
-    if rank == len(clients) - 1:
+    if rank == size - 1:
         torch.save((before, [p.grad for p in model.parameters()], list(own)), Path(folder) / "seen")
     distributed.destroy_process_group()
 

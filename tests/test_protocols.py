@@ -1,6 +1,6 @@
 """Other ways to learn together: what their observers hold is the gradient, the mean or the mixture that mathematics says."""
 
-import multiprocessing
+import subprocess
 
 import pytest
 import torch
@@ -66,7 +66,14 @@ def test_a_data_parallel_worker_subtracts_its_own_gradient(model, clients):
     )
     assert_update(seen, gradient(seen.model, clients[:1]))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
-    assert not multiprocessing.active_children()
+
+
+def test_no_data_parallel_worker_outlives_a_failure(model, clients, monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(popen(*given, **how)) or started[-1])
+    with pytest.raises(TimeoutError, match="has not ended within 0.2 seconds"):
+        protocols.data_parallel(model, clients[:2], lr=0.5, timeout=0.2)
+    assert len(started) == 2 and all(worker.poll() is not None for worker in started)
 
 
 def test_data_parallel_refuses_bad_input_before_it_starts_processes(model, clients):
