@@ -6,8 +6,10 @@ coordinates a sparsified snapshot or update keeps need not be told; the snapshot
 
 import math
 
+from torch import nn
+
 from dlm_core import attacks, defenses, exact, objectives
-from dlm_core.federated import weight_delta
+from dlm_core.federated import Observation, last_layer_update, weight_delta
 
 LEAVES_OUT = ("sparsify", "top_k")
 CONTRAST = 0.05  # mean difference of neighbouring pixels in natural images: the scale of the total-variation prior
@@ -51,11 +53,44 @@ def dlm_plus(seen, *, defence, total_variation=None, **options):
     if not any(variances):
         return attacks.dlm_plus(seen, trusted=_trusted(seen, defence), total_variation=total_variation or 0.0, **options)
     weights = [variance**-0.5 for variance in variances]
-    length = objectives.mean_norm([w * layer for w, layer in zip(weights, weight_delta(seen))])
     if total_variation is None:
-        total_variation = 2 * math.prod(seen.image_shape) / CONTRAST / float(length) ** 2
+        total_variation = _prior(seen, weights)
     distance = objectives.weighted(objectives.normalised_distance, weights)
     return attacks.reconstruct(seen, distance, total_variation=total_variation, **options)
+
+
+def combined(rounds, *, defence, **options):
+    """DLM+ on several rounds of one client with the same image: the sum of its objectives over their W_t. Told: the defence.
+
+    rounds  a list of Observations. Each is normalised by itself, so that no learning rate or clipping need be shared; the label
+            is read off their sum, and the prior is that of ``dlm_plus`` for their mean.
+
+    The defence is one that adds noise, or {}.
+    """
+    models, size = nn.ModuleList(each.model for each in rounds), len(weight_delta(rounds[0]))
+    after = {f"{r}.{name}": tensor for r, each in enumerate(rounds) for name, tensor in each.weights_after.items()}
+    joined = Observation(models, after, rounds[0].image_shape, rounds[0].num_classes)
+    weights, prior = [[1.0] * size] * len(rounds), 0.0
+    if defence:
+        weights = [[variance**-0.5 for variance in noise_variance(each, defence)] for each in rounds]
+        prior = len(rounds) / sum(1 / _prior(each, w) for each, w in zip(rounds, weights))
+
+    def update_of(models, loss, images, labels):
+        return [layer for model in models for layer in objectives.gradient(model, loss, images, labels)]
+
+    def distance(g, d):
+        parts = [slice(start, start + size) for start in range(0, len(g), size)]
+        return sum(objectives.weighted(objectives.normalised_distance, w)(g[p], d[p]) for w, p in zip(weights, parts))
+
+    label = sum(last_layer_update(each)[2] for each in rounds).argmin()[None]
+    options = {"labels": label, "total_variation": prior, **options}
+    return attacks.reconstruct(joined, distance, update_of=update_of, **options)
+
+
+def _prior(seen, weights):
+    """Weight of total variation beside DLM+ with coordinates ``weights`` = 1/noise: the Laplace prior of scale CONTRAST."""
+    length = objectives.mean_norm([w * layer for w, layer in zip(weights, weight_delta(seen))])
+    return 2 * math.prod(seen.image_shape) / CONTRAST / float(length) ** 2
 
 
 def _trusted(seen, defence):

@@ -26,6 +26,7 @@ from dlm_core import (
     models,
     normalisation,
     optimizers,
+    protocols,
     search,
     signlike,
 )
@@ -66,12 +67,17 @@ ATTACKS = {
     "exact": of_one_image(exact.recover),
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": of_one_image(adaptive.recover),
+    "aware_combined": adaptive.combined,
     "exact_batch": batches.recover_batch,
     "interval_dlm": signlike.interval_dlm,
     "sign_dlm": signlike.sign_dlm,
     "statistics": normalisation.reconstruct,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
+PROTOCOLS = {
+    name: getattr(protocols, name) for name in ("fedsgd", "aggregate", "rounds", "data_parallel", "gossip", "two_hops")
+}
+DEFENDED = ("aggregate", "rounds")  # the protocols whose clients may defend what they send
 # Names that stand for functions inside attack_options and client, so that a trial stays plain data.
 PARTS = {
     "pixels": coordinates.pixels,
@@ -98,6 +104,9 @@ class Trial:
     attack           a key of ATTACKS, with ``attack_options``; "labels": "given" tells it the true labels, and an attack
                      whose name begins with "aware" is told the defence, but not its noise.
     defence          {} or {"name": a key of DEFENCES, …} with the keyword arguments of ``defenses.defend``.
+    protocol         {} for FedAvg, whose server sees one client; or {"name": a key of PROTOCOLS, "others": number of clients
+                     that are not attacked, …} with its keyword arguments. Each client then has one image, others those
+                     after the attacked ones. A defence goes with those in DEFENDED alone.
     seed             of the model's weights, the attack's start and the defence's noise.
     """
 
@@ -112,6 +121,7 @@ class Trial:
     trained: int = 0
     client: dict = field(default_factory=lambda: {"lr": 0.01})
     defence: dict = field(default_factory=dict)
+    protocol: dict = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self):
@@ -128,6 +138,8 @@ class Trial:
         for part in ("optimizer", "coordinates"):
             if part in self.attack_options:
                 check.one_of(part, self.attack_options[part], PARTS)
+        if self.protocol:
+            check.one_of("protocol", self.protocol.get("name"), DEFENDED if self.defence else PROTOCOLS)
         if "optimizer" in self.client:
             check.one_of("client optimizer", self.client["optimizer"], OPTIMIZERS)
         for options in (self.client, self.attack_options):
@@ -166,11 +178,29 @@ def observe(trial):
         client["transmitted"] = DTYPES[client["transmitted"]]
     dtype = DTYPES[client.pop("dtype", "float32")]
     model.train(client.pop("mode", "train") == "train")
+    if trial.protocol:
+        return take_part(trial, model.to(dtype), client), truth.images, truth.labels
     seen = federated.train_locally(model.to(dtype), truth.images.to(dtype), truth.labels, **client)
+    return defend(trial, seen), truth.images, truth.labels
+
+
+def defend(trial, seen, turn=0, client=0):
+    """What the trial's defence leaves of an Observation, with its own noise for each round ``turn`` and each client."""
+    if not trial.defence:
+        return seen
+    options = dict(trial.defence)
+    return defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed + 101 * turn + 1009 * client, **options)
+
+
+def take_part(trial, model, client):
+    """The Observation that the trial's protocol leaves to its observer; of "rounds" a list of them."""
+    options = dict(trial.protocol)
+    protocol, last = PROTOCOLS[options.pop("name")], trial.index + trial.batch + options.pop("others", 0)
+    everyone = data.load(trial.dataset, indices=range(trial.index, last), source=trial.source)
+    clients = list(zip(everyone.images.to(next(model.parameters())).split(1), everyone.labels.split(1)))
     if trial.defence:
-        options = dict(trial.defence)
-        seen = defenses.defend(seen, DEFENCES[options.pop("name")], seed=trial.seed, **options)
-    return seen, truth.images, truth.labels
+        options["defend"] = functools.partial(defend, trial)
+    return protocol(model, clients, **options, **client)
 
 
 @functools.lru_cache(maxsize=4)
