@@ -63,6 +63,7 @@ ATTACKS = {
     "exact": of_one_image(exact.recover),
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": of_one_image(adaptive.recover),
+    "aware_unrolled_dlm": adaptive.unrolled_dlm,
     "exact_batch": batches.recover_batch,
 }
 DEFENCES = {name: getattr(defenses, name) for name in ("noise", "sparsify", "clip_and_noise", "top_k", "quantise")}
