@@ -5,10 +5,11 @@ coordinates a sparsified snapshot or update keeps need not be told; the snapshot
 """
 
 import math
+from functools import partial
 
 from torch import nn
 
-from dlm_core import attacks, defenses, exact, objectives
+from dlm_core import attacks, clients, defenses, exact, objectives
 from dlm_core.federated import Observation, last_layer_update, weight_delta
 
 LEAVES_OUT = ("sparsify", "top_k")
@@ -40,7 +41,10 @@ def noise_variance(seen, defence):
 
 def recover(seen, *, defence, **options):
     """``exact.recover`` without the coordinates that the defence zeroed, under the noise that it adds. Told: the defence."""
-    return exact.recover(seen, trusted=_trusted(seen, defence), extra_variance=noise_variance(seen, defence), **options)
+    trusted, variance = _trusted(seen, defence), noise_variance(seen, defence)
+    if trusted is not None:  # a zero in both snapshots has not even rounding for a variance: any other will do
+        variance = [(~t).double() for t in trusted]
+    return exact.recover(seen, trusted=trusted, extra_variance=variance, **options)
 
 
 def dlm_plus(seen, *, defence, total_variation=None, **options):
@@ -57,6 +61,12 @@ def dlm_plus(seen, *, defence, total_variation=None, **options):
         total_variation = _prior(seen, weights)
     distance = objectives.weighted(objectives.normalised_distance, weights)
     return attacks.reconstruct(seen, distance, total_variation=total_variation, **options)
+
+
+def unrolled_dlm(seen, *, defence, learning_rate, steps, **options):
+    """``dlm_plus`` on a simulated SGD client. Told: the defence, and η and E, which a server prescribes."""
+    client = partial(clients.update, rate=learning_rate, steps=steps)
+    return dlm_plus(seen, defence=defence, update_of=client, **options)
 
 
 def combined(rounds, *, defence, **options):

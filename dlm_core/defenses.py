@@ -176,19 +176,13 @@ def train_privately(model, images, labels, *, lr, clip, noise_multiplier, steps=
     check.in_range("lr", lr, 0, math.inf, open_low=True)
     check.in_range("clip", clip, 0, math.inf, open_low=True)
     check.in_range("noise_multiplier", noise_multiplier, 0, math.inf)
-    check.at_least("steps", steps, 1)
-    client = GradSampleModule(copy.deepcopy(model))
+    client = copy.deepcopy(model)
+    hooked = GradSampleModule(client)  # its hooks in the layers keep each image's own gradient
     settings = {"max_grad_norm": clip, "expected_batch_size": len(images), "noise_multiplier": noise_multiplier}
     generator = torch.Generator(device=images.device).manual_seed(seed)
-    stepper = DPOptimizer(torch.optim.SGD(client.parameters(), lr=lr), generator=generator, **settings)
+    stepper = DPOptimizer(torch.optim.SGD(hooked.parameters(), lr=lr), generator=generator, **settings)
     images = images.clone().requires_grad_()  # without, the hooks of the first layer warn
-    for _ in range(steps):
-        stepper.zero_grad()
-        federated.loss(client(images), labels).backward()
-        stepper.step()
-    trained = client.to_standard_module()
-    after = {name: tensor.detach().clone() for name, tensor in trained.state_dict().items()}
-    return Observation(copy.deepcopy(model), after, tuple(images.shape[1:]), federated.last_layer(model)[0].out_features)
+    return federated.descend(copy.deepcopy(model), client, stepper, images, labels, steps)
 
 
 def _draw(distribution, shape, generator):

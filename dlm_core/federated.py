@@ -4,7 +4,7 @@ Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step o
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -155,24 +155,30 @@ def train_locally(
     FloatingPointError where the client's own training diverged.
     """
     check.in_range("lr", lr, 0, float("inf"), open_low=True)
+    model = _snapshot(model)
+    model.load_state_dict(_rounded(model.state_dict(), transmitted))
+    client = _snapshot(model)
+    stepper = optimizer(client.parameters(), lr=lr, **(options or {}))
+    seen = descend(model, client, stepper, images, labels, steps, batch_size, clear_gradients)
+    return replace(seen, weights_after=_rounded(seen.weights_after, transmitted))
+
+
+def descend(model, client, stepper, images, labels, steps=1, batch_size=None, clear_gradients=True):
+    """Move ``client``, a copy of ``model``, by ``stepper``, its optimizer; the rest as in ``train_locally``."""
     check.at_least("steps", steps, 1)
     num_classes = _check_data(model, images, labels)
     batch_size = len(images) if batch_size is None else batch_size
     check.at_least("batch_size", batch_size, 1)
-    model = _snapshot(model)
-    model.load_state_dict(_rounded(model.state_dict(), transmitted))
-    client = _snapshot(model)
-    steppable = optimizer(client.parameters(), lr=lr, **(options or {}))
     for step in range(steps):
         batch = torch.arange(step * batch_size, (step + 1) * batch_size) % len(images)
         if clear_gradients:
-            steppable.zero_grad()
+            stepper.zero_grad()
         loss(client(images[batch]), labels[batch]).backward()
-        steppable.step()
+        stepper.step()
     weights_after = {name: tensor.detach().clone() for name, tensor in client.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in weights_after.values()):
-        raise FloatingPointError(f"the client's training diverged within {steps} steps at lr {lr:g}; lower lr")
-    return Observation(model, _rounded(weights_after, transmitted), tuple(images.shape[1:]), num_classes)
+        raise FloatingPointError(f"the client's training diverged within {steps} steps; lower lr")
+    return Observation(model, weights_after, tuple(images.shape[1:]), num_classes)
 
 
 def average(snapshots, sizes):

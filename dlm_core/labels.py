@@ -30,6 +30,8 @@ def infer(seen, num_images=1, trusted=None):
         return (d_bias if d_bias.min() < 0 else d_weight.sum(1)).argmin()[None]
     if num_images == 1:
         return d_bias.argmin()[None]
+    if not d_bias.any():
+        raise ValueError("the last layer's bias did not change, so labels of a batch cannot be read off it: give them")
     h = features(d_weight, d_bias)
     p = F.linear(h, layer.weight.double(), layer.bias.double()).softmax(0)
     counts = torch.zeros_like(p)

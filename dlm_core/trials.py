@@ -68,6 +68,7 @@ ATTACKS = {
     "aware_dlm_plus": adaptive.dlm_plus,
     "aware_exact": of_one_image(adaptive.recover),
     "aware_combined": adaptive.combined,
+    "aware_unrolled_dlm": adaptive.unrolled_dlm,
     "exact_batch": batches.recover_batch,
     "interval_dlm": signlike.interval_dlm,
     "sign_dlm": signlike.sign_dlm,
@@ -169,7 +170,7 @@ def result_key(value, module):
 def observe(trial):
     """The client's side of a trial: returns (Observation after the defence, true images, true labels)."""
     truth = data.load(trial.dataset, indices=range(trial.index, trial.index + trial.batch), source=trial.source)
-    same = dataclasses.replace(trial, attack="grey", attack_options={}, client={"lr": 1.0}, defence={})
+    same = dataclasses.replace(trial, attack="grey", attack_options={}, client={"lr": 1.0}, defence={}, protocol={})
     model = copy.deepcopy(received(same))
     client = dict(trial.client)
     if "optimizer" in client:

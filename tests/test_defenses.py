@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core import adaptive, attacks, defenses, federated, labels, trials
+from dlm_core import adaptive, attacks, defenses, federated, labels, models, trials
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -45,8 +47,6 @@ def test_noise_has_its_scale_times_the_undone_clip(distribution, variance):
 
 
 def test_the_released_noise_is_forty_times_its_nominal_scale():
-    from dlm_core import models
-
     weights = models.build("lenet").state_dict()
     added = torch.cat([(v - weights[k]).flatten() for k, v in defenses.noise(weights, scale=1e-5).items()])
     assert 30 < added.std().item() / (2**0.5 * 1e-5) < 50
@@ -81,8 +81,6 @@ def test_the_server_sees_the_undefended_delta_where_weights_are_kept(seen):
 
 
 def test_buffers_pass_through(device):
-    from dlm_core import models
-
     weights = models.build("resnet18_bn", (1, 8, 8), 10).to(device).state_dict()
     defended = defenses.noise(weights, scale=1.0, parameters=["1.weight"])
     assert not torch.equal(defended["1.weight"], weights["1.weight"])
@@ -273,3 +271,26 @@ def test_labels_with_gaps(seen, digit):
     assert labels.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
     with pytest.raises(ValueError, match="num_images is 2"):
         labels.infer(seen, 2, trusted)
+
+
+def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small, digit):
+    seen = federated.train_locally(small, *digit, lr=0.3, steps=5)
+    defence = {"name": "sparsify", "percent": 30, "observer": "server"}
+    found = aware(seen, partial(adaptive.unrolled_dlm, learning_rate=0.3, steps=5), **defence)
+    assert float((found.images - digit[0]).square().mean()) < 1e-4
+    one_step = aware(seen, adaptive.dlm_plus, **defence)
+    assert found.loss < one_step.loss / 4
+
+
+def test_exact_recovery_bears_units_that_are_zero_in_both_snapshots(digit):
+    model = models.build("mlp", (1, 8, 8), 10, seed=0, init="default").to(digit[0].device)
+    seen = federated.train_locally(model, *digit, lr=1.0)
+    found = aware(seen, adaptive.recover, name="sparsify", percent=30, observer="channel")
+    assert found.images.isfinite().all()
+
+
+def test_labels_of_a_batch_are_not_made_up(seen):
+    last = list(seen.weights_after)[-1]
+    still = replace(seen, weights_after={**seen.weights_after, last: seen.model.state_dict()[last]})
+    with pytest.raises(ValueError, match="the last layer's bias did not change"):
+        labels.infer(still, 2)
