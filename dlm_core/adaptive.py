@@ -16,10 +16,14 @@ LEAVES_OUT = ("sparsify", "top_k")
 CONTRAST = 0.05  # mean difference of neighbouring pixels in natural images: the scale of the total-variation prior
 
 
-def kept(seen):
-    """Where Δ shows the update, one boolean tensor per parameter: no weight was zeroed in a snapshot, and Δ is not zero."""
+def kept(seen, of_update):
+    """Where Δ shows the update, one boolean tensor per parameter: no weight was zeroed in a snapshot.
+
+    of_update  whether the update itself was sparsified: then no entry that Δ leaves at zero counts. Otherwise a weight that
+               stayed is a derivative of zero, such as that of a black pixel's.
+    """
     after = [seen.weights_after[name].to(p.device) for name, p in seen.model.named_parameters()]
-    return [(p != 0) & (a != 0) & (p != a) for p, a in zip(seen.model.parameters(), after)]
+    return [(p != 0) & (a != 0) & ((p != a) | (not of_update)) for p, a in zip(seen.model.parameters(), after)]
 
 
 def noise_variance(seen, defence):
@@ -104,4 +108,4 @@ def _prior(seen, weights):
 
 
 def _trusted(seen, defence):
-    return kept(seen) if defence["name"] in LEAVES_OUT else None
+    return kept(seen, defence["name"] == "top_k") if defence["name"] in LEAVES_OUT else None

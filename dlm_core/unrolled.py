@@ -1,9 +1,10 @@
 """Several local steps: DLM+ with the client's training simulated inside the objective, and η and E found on the way.
 
-    min over x, log η:  Σ_layers ‖Δ(x, y, η, E)/n(Δ(x, y, η, E)) - Δ/n(Δ)‖²,    E by the lowest loss
+    min over x, log η:  Σ_layers ‖Δ(x, y, η, E) - Δ‖²/n(Δ)²,    E by the lowest loss
 
-Where DLM+ takes the update for one gradient, this takes it for E steps of a named optimizer. A wrong E still finds most of
-the image, so each E tried starts where the best one so far ended.
+Where DLM+ takes the update for one gradient, this takes it for E steps of a named optimizer. DLM+ divides the simulated side
+by its own norm, since it has no η; here its length is the best evidence of η there is, and keeps it from running away. A
+wrong E still finds most of the image, so each E tried starts where the best one so far ended.
 """
 
 import copy
@@ -122,7 +123,7 @@ def _search(seen, told, steps, best, options):
         resume = {name: value for name, value in best.point.items() if name != "log_rate"}
     found = reconstruct(
         seen,
-        objectives.normalised_distance,
+        _relative_distance,
         update_of=update_of,
         unknowns={"log_rate": math.log(rate)},
         resume=resume,
@@ -131,6 +132,10 @@ def _search(seen, told, steps, best, options):
     rate = float(found.point["log_rate"].exp())
     about = {"k": 1 / rate, "learning_rate": rate, "local_steps": steps, "tried": [], "seconds": time.perf_counter() - began}
     return Unrolled(**{**vars(found), **about})
+
+
+def _relative_distance(simulated, update):
+    return objectives.squared_distance(simulated, update) / objectives.mean_norm(update) ** 2
 
 
 def _first_rate(seen, steps, told, options):

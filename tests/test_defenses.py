@@ -235,6 +235,17 @@ def test_sparsification_is_void_against_a_server_that_leaves_zeros_out(seen, dig
     assert float((unaware.images - digit[0]).square().mean()) > 1e-2
 
 
+def test_a_weight_that_a_black_pixel_leaves_alone_is_no_zeroed_one(digit):
+    """Such coordinates were once left out with the zeroed ones, and the prior then greyed the pixel."""
+    model = models.build("mlp", (1, 8, 8), 10)
+    assert (digit[0] == 0).any()
+    found = aware(
+        federated.train_locally(model, *digit, lr=0.1), adaptive.recover, name="sparsify", percent=30, observer="server"
+    )
+    assert found.identifiable == 64
+    assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())
+
+
 def test_clipping_without_noise_hides_nothing(seen, digit):
     found = aware(seen, adaptive.recover, name="clip_and_noise", clip=1e-2)
     assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())

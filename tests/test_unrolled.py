@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlm_core import attacks, clients, data, federated, metrics, objectives, trials
+from dlm_core import attacks, clients, data, federated, metrics, objectives, trials, unrolled
 
 FAMILIES = [
     ("sgd", {}),
@@ -112,6 +112,15 @@ def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
     )
     assert found.loss == min(found.losses) == min(loss for _, loss in found.tried) and found.evaluations == len(found.losses)
     assert {2, 3} <= {steps for steps, _ in found.tried}
+
+
+def test_the_length_of_the_update_keeps_the_learning_rate_from_running_away(seen):
+    """A simulated update twice as long is no fit, unlike in DLM+: without that, η once ended at thirty times the truth."""
+    update = [layer.double() for layer in federated.weight_delta(seen)]
+    twice = [2 * layer for layer in update]
+    assert float(objectives.normalised_distance(twice, update)) < 1e-20
+    assert float(unrolled._relative_distance(twice, update)) > 0.5
+    assert float(unrolled._relative_distance(update, update)) == 0
 
 
 def test_steps_told_are_not_searched(seen):
