@@ -119,21 +119,9 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
     check.at_least("max_steps", max_steps, 0)
     began = time.perf_counter()
     layers = recursion.stack(seen.model, seen.image_shape)
-    pack = partial(rounding.pack, seen.model, layers)
-    update = pack(weight_delta(seen))
-    variance, keep = rounding.transmitted_variance(seen, pack, update, trusted, extra_variance, transmitted)
     label = labels.infer(seen, trusted=trusted)[0]
-    scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]  # a first guess
-    guess = [k / (v + s) for k, v, s in zip(keep, variance, scatter)]
+    update, guess, weigh = _noise_model(seen, layers, label, trusted, extra_variance, transmitted)
     problem = _Problem(layers, label, update, guess, weight_decay)
-
-    def weigh(x, eta):
-        arithmetic, shared, errors = rounding.arithmetic_variance(seen, layers, label, x, pack)
-        alone = [v + eta**2 * a for v, a in zip(variance, arithmetic)]
-        weights = [k / (v + (repeats - 1) * eta**2 * a) for k, v, a, repeats in zip(keep, alone, arithmetic, shared)]
-        expected = sum(float((w * v).sum()) for w, v in zip(weights, alone))
-        return {"weights": weights, "error_variance": errors, "expected": expected}
-
     n, equations = math.prod(seen.image_shape), recursion.count_equations(layers)
     features, curvature, plausible = _fit_features(problem, max_steps)
     if equations < n or not _walkable(problem):
@@ -141,9 +129,7 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
         problem, max_steps = replace(problem, mean=x), min(max_steps, FEW_STEPS) if equations < n else max_steps
     else:
         x = _walk_down(problem, features, curvature.variance)
-    if layers[0].window is None and len(layers) > 1:
-        x = torch.cat([x, x.new_zeros(len(layers[0].weight))])
-    start = x, features.eta, features.decay
+    start = _with_errors(layers, x), features.eta, features.decay
     point, curvature, stop_reason, losses = _fit(problem, start, max_steps if plausible else min(1, max_steps), weigh)
     quality = _quality(seen.image_shape, point, curvature, min(equations, n), plausible)
     return Recovery(
@@ -158,6 +144,40 @@ def recover(seen, *, weight_decay=False, trusted=None, extra_variance=None, tran
         weight_decay=point.decay,
         **quality,
     )
+
+
+def bound(seen, images, labels, learning_rate):
+    """Cramér-Rao bound at a known image, as PSNR in dB (data range 1), η granted: for analysis where no attack succeeds.
+
+    images, labels  what the client had, [1, C, H, W] and [1].     learning_rate  η.
+    """
+    layers = recursion.stack(seen.model, seen.image_shape)
+    x = _with_errors(layers, images.double().flatten())
+    known = _noise_model(seen, layers, labels[0])[2](x, learning_rate)
+    curvature = information.curvature(layers, labels[0], known["weights"], x, learning_rate, known["error_variance"])
+    return -10 * math.log10(float(curvature.variance.mean()))
+
+
+def _noise_model(seen, layers, label, trusted=None, extra_variance=None, transmitted=None):
+    """(update, weights, weigh): Δ as matrices, a first guess of the weights of its entries, and how to get them at (x, η)."""
+    pack = partial(rounding.pack, seen.model, layers)
+    update = pack(weight_delta(seen))
+    variance, keep = rounding.transmitted_variance(seen, pack, update, trusted, extra_variance, transmitted)
+    scatter = [torch.finfo(torch.float32).eps ** 2 * d.square().mean(1, keepdim=True) for d in update]
+
+    def weigh(x, eta):
+        arithmetic, shared, errors = rounding.arithmetic_variance(seen, layers, label, x, pack)
+        alone = [v + eta**2 * a for v, a in zip(variance, arithmetic)]
+        weights = [k / (v + (repeats - 1) * eta**2 * a) for k, v, a, repeats in zip(keep, alone, arithmetic, shared)]
+        expected = sum(float((w * v).sum()) for w, v in zip(weights, alone))
+        return {"weights": weights, "error_variance": errors, "expected": expected}
+
+    return update, [k / (v + s) for k, v, s in zip(keep, variance, scatter)], weigh
+
+
+def _with_errors(layers, x):
+    """x with room for the errors of a first linear layer's δ."""
+    return torch.cat([x, x.new_zeros(len(layers[0].weight))]) if layers[0].window is None and len(layers) > 1 else x
 
 
 def _fit_features(problem, max_steps):

@@ -268,3 +268,10 @@ def test_the_closed_form_alone_is_worse_than_the_fit_and_near_it():
     closed, fitted = exact.recover(seen, max_steps=0), exact.recover(seen)
     assert mean_square(fitted.images - images) < mean_square(closed.images - images) < 1e-3
     assert closed.learning_rate == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [lenet, mlp], ids=["lenet", "mlp"])
+def test_the_bound_at_a_known_image_is_that_of_the_fit(build):
+    images = picture()
+    seen = train_locally(build(), images, LABEL, lr=0.01)
+    assert exact.recover(seen).bound_psnr == pytest.approx(exact.bound(seen, images, LABEL, 0.01), abs=1.0)
