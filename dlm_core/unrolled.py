@@ -26,6 +26,7 @@ from dlm_core.search import Reconstruction, reconstruct
 FIRST = 2  # E of the first search
 SHORT = 40  # evaluations that tell two values of E apart
 HURRY = 20  # patience of these searches
+MOST = 60  # searches, about; cut short, each may end a little lower at another E, and so on for ever
 TOLERANCE = 2e-7  # η takes a closer fit than the image does
 
 
@@ -78,7 +79,7 @@ def unrolled_dlm(
     else:
         best = search(min(FIRST, max_steps), patience=HURRY)
         best = _climb(brief, best, {best.local_steps}, max_steps, finest=8)
-    while steps is None and best.stop_reason != "converged":
+    while steps is None and best.stop_reason != "converged" and len(searches) < MOST:
         before = best.local_steps
         best = min(best, search(before, best), key=lambda each: each.loss)
         best = _climb(brief, best, {before - 2, before, before + 2}, max_steps)

@@ -123,6 +123,21 @@ def test_the_length_of_the_update_keeps_the_learning_rate_from_running_away(seen
     assert float(unrolled._relative_distance(update, update)) == 0
 
 
+def test_searches_that_are_cut_short_come_to_an_end(seen, monkeypatch):
+    """Each ends a little lower than the one before, so that E wandered for an hour."""
+    searches = []
+
+    def search(seen, told, steps, best, options):
+        searches.append(steps)
+        about = {"learning_rate": 0.1, "local_steps": steps, "tried": [], "point": {}, "losses": [], "seconds": 0.0}
+        about |= {"images": None, "labels": None, "stop_reason": "budget", "k": 10.0, "loss": 1 / len(searches)}
+        return unrolled.Unrolled(**about)
+
+    monkeypatch.setattr(unrolled, "_search", search)
+    assert attacks.unrolled_dlm(seen).loss == 1 / len(searches)
+    assert len(searches) < 2 * unrolled.MOST
+
+
 def test_steps_told_are_not_searched(seen):
     found = attacks.unrolled_dlm(seen, steps=1, max_evaluations=200)
     assert [steps for steps, _ in found.tried] == [1] and found.learning_rate == pytest.approx(0.05, rel=0.05)
