@@ -113,17 +113,27 @@ def _prepare(profile, jobs, out, scheduler):
 
 
 def results_table(figures):
-    """The README's table in Markdown: one row per claim in ``figures``/claims.json."""
-    rows = ["| notebook | command | statement | whose | what we find |", "|---|---|---|---|---|"]
+    """The README's results in Markdown, from ``figures``/claims.json: one row per notebook, its title (what it finds) and how
+    many claims hold; then each claim of the paper that does not hold, with the numbers."""
+    rows = ["| what we find | command | the paper's claims that hold | ours that hold | profile |", "|---|---|---|---|---|"]
+    failed = ["| the paper's claim | on our data | likely cause |", "|---|---|---|"]
     for name, entry in sorted(report.read_json(Path(figures) / "claims.json").items()):
-        for claim in entry["claims"]:
-            found = f"**{claim['verdict']}** ({entry['profile']}): {claim['evidence']}"
-            found += f" Likely cause: {claim['cause']}" if claim["cause"] else ""
-            command = f"`make figures ONLY={name.split('_')[0]}`"
-            rows.append(
-                f"| [{name}](notebooks/{name}.ipynb) | {command} | {claim['statement']} | {claim['source']} | {found} |"
-            )
-    return "\n".join(rows)
+        link = f"{name[:2]}. [{title(NOTEBOOKS / f'{name}.ipynb')}](notebooks/{name}.ipynb)"
+        held = [[c["verdict"] == "holds" for c in entry["claims"] if c["source"] == whose] for whose in ("paper", "ours")]
+        counts = " | ".join(f"{sum(each)} of {len(each)}" if each else "–" for each in held)
+        rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
+        failed += [
+            f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |"
+            for claim in entry["claims"]
+            if claim["source"] == "paper" and claim["verdict"] != "holds"
+        ]
+    return "\n".join([*rows, "", "Where the paper does not hold on our data:", "", *failed])
+
+
+def title(path):
+    """A notebook's title: the first line of its first cell."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "".join(cells[0]["source"]).splitlines()[0].lstrip("# ")
 
 
 def fill_readme(figures, readme=REPOSITORY / "README.md"):

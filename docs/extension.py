@@ -7,10 +7,10 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import nbformat
 import yaml
 from sphinx.util.fileutil import copy_asset
 
+from dlm_core.reproduce import title
 from dlm_core.trials import imported
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,11 +34,6 @@ def fill(app, page, source):
 
 
 # Pages
-
-
-def title(path):
-    """A notebook's title: the first line of its first cell."""
-    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
 
 
 def notebooks():

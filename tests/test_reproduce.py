@@ -90,16 +90,21 @@ def test_one_parameter_instead_of_the_profile_s(notebooks, tmp_path):
     assert (tmp_path / "out" / "91_works.csv").read_text().count("\n") == 5
 
 
-def test_the_readme_table_is_filled_between_its_markers(tmp_path):
-    claims = {"91_works": {"profile": "smoke", "claims": [
-        {"statement": "s", "source": "paper", "verdict": "does not hold", "evidence": "e", "cause": "c"}]}}  # fmt: skip
+def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", tmp_path)
+    cells = [nbformat.v4.new_markdown_cell("# It works\n\nand how")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "91_works.ipynb")
+    fails = {"statement": "s", "source": "paper", "verdict": "does not hold", "evidence": "e", "cause": "c"}
+    holds = {"statement": "h", "source": "paper", "verdict": "holds", "evidence": "e", "cause": ""}
+    claims = {"91_works": {"profile": "smoke", "claims": [fails, holds]}}
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n")
     reproduce.fill_readme(tmp_path, readme)
     text = readme.read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    assert "`make figures ONLY=91`" in text and "**does not hold** (smoke): e Likely cause: c" in text
+    assert "| 91. [It works](notebooks/91_works.ipynb) | `make figures ONLY=91` | 1 of 2 | – | smoke |" in text
+    assert "| 91. s | e | c |" in text and "h |" not in text
 
 
 @pytest.mark.parametrize(
