@@ -72,6 +72,8 @@ def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
     check.at_least("max_rounds", max_rounds, 1)
     began = time.perf_counter()
     layer, update, bias, sigma, live = _first_update(seen)
+    if not live.any():
+        return _result(seen, num_images or 1, 0, began, "no unit of the first layer moved by more than rounding")
     left, values, right = torch.linalg.svd(update, full_matrices=False)
     computing = max(update.shape) * torch.finfo(values.dtype).eps * values[0]
     floor = RANK * sigma.amax() * sum(map(math.sqrt, update.shape)) + computing  # RANK times what noise alone would have

@@ -106,6 +106,14 @@ def test_an_image_without_a_trace_stays_grey():
     assert found.learning_rate == pytest.approx(1e-4, rel=1e-3)
 
 
+def test_a_first_layer_that_stayed_gives_no_images_and_no_error():
+    seen, *_ = client(4)
+    first = {name: parameter.detach() for name, parameter in list(seen.model.named_parameters())[:2]}
+    found = batches.recover_batch(dataclasses.replace(seen, weights_after={**seen.weights_after, **first}), num_images=4)
+    assert found.num_recovered == 0 and found.rank == 0 and (found.images == 0.5).all()
+    assert "no unit" in found.verdict and found.stop_reason == "stalled"
+
+
 @pytest.mark.parametrize("size, hidden", [(4, 12), (8, 40)], ids=["too few units", "too few zeros"])
 def test_what_cannot_be_told_apart_is_grey(size, hidden):
     seen, images, _ = client(size, hidden=hidden)
