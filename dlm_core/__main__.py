@@ -10,6 +10,14 @@ from pathlib import Path
 
 from dlm_core import environment
 
+ATTACKS = {  # of trials.ATTACKS, those that need be told nothing: when to use each
+    "dlm_plus": "one step of SGD, with momentum or not",
+    "exact": "one step of SGD on one image, convolution and linear layers: every pixel, and a verdict",
+    "exact_batch": "several images, a network that begins with Linear and ReLU",
+    "unrolled_dlm": "several local steps of SGD; slow, up to an hour where they are hard to tell apart",
+    "interval_dlm": "one step of Adam, AdamW or RMSprop",
+}
+UNEXPLAINED = 0.1  # an attack's loss from which its images do not explain the update
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -90,6 +98,7 @@ def _measuring_commands(command):
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
     attack.add_argument("--num-classes", type=int, default=100)
     attack.add_argument("--images", type=int, default=1, help="images in the client's step (default 1)")
+    attack.add_argument("--attack", default="dlm_plus", help=f"one of {', '.join(ATTACKS)} (default dlm_plus)")
     attack.add_argument("--out", default="reconstruction.png", help="picture to write (default reconstruction.png)")
 
 
@@ -186,17 +195,27 @@ def _clean(options):
 def _attack(options):
     from torchvision.utils import save_image
 
-    from dlm_core import attacks, federated, models
+    from dlm_core import check, federated, models, trials
 
+    check.one_of("attack", options.attack, ATTACKS)
     shape = tuple(int(size) for size in options.image_shape.split(","))
     model = models.build(options.model, shape, options.num_classes)
     seen = federated.observe(model, federated.load_weights(options.before), federated.load_weights(options.after), shape)
-    found = attacks.dlm_plus(seen, num_images=options.images, restarts=3)
+    more = {"restarts": 3} if options.attack == "dlm_plus" else {}
+    found = trials.ATTACKS[options.attack](seen, num_images=options.images, **more)
     save_image(found.images.float(), options.out)
     print(
         f"{found.stop_reason} after {found.evaluations} evaluations, loss {found.loss:.3g}, labels {found.labels.tolist()}"
     )
-    print(f"reconstruction written to {options.out}; a loss far below 1 means that the update is explained by these images")
+    for name in ("learning_rate", "local_steps", "verdict"):
+        if hasattr(found, name):
+            print(f"{name}: {getattr(found, name)}")
+    print(f"reconstruction written to {options.out}")
+    if not hasattr(found, "verdict"):
+        print("a loss far below 1 means that the update is explained by these images")
+        if found.loss > UNEXPLAINED:
+            others = "; ".join(f"--attack {name}: {about}" for name, about in ATTACKS.items() if name != options.attack)
+            print(f"this loss is not: that this attack failed is no proof that nothing leaks. Others to try: {others}")
 
 
 def _run(*arguments):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dlm_core import data, federated, models, report, reproduce
+from dlm_core.__main__ import main
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -125,6 +126,7 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
         (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number of at least 1"),
         (["attack", "absent.safetensors", "absent.pt"], "snapshot 'absent.safetensors' does not exist"),
         (["attack", "a", "b", "--model", "lennet"], "model 'lennet' is unknown"),
+        (["attack", "a", "b", "--attack", "dlm_pluss"], "attack 'dlm_pluss' is unknown"),
         (["attack", "a", "b", "--image-shape", "32"], "image_shape is"),
         (["bench", "--images", "21"], "n is 21"),
         (["bench", "--peer-images", "-1"], "peer_images is -1"),
@@ -164,8 +166,29 @@ def test_attack_on_two_files_of_one_s_own(tmp_path, environment):
     done = command("attack", tmp_path / "before.safetensors", tmp_path / "after.pt", *where, environment=environment)
     assert done.returncode == 0, done.stderr
     assert f"labels {labels.tolist()}" in done.stdout and (tmp_path / "found.png").stat().st_size > 0
+    assert "Others to try" not in done.stdout
     done = command("attack", tmp_path / "after.pt", tmp_path / "after.pt", *where, environment=environment)
     assert done.returncode == 2 and "has not trained" in done.stderr
+
+
+def test_attack_by_another_attack_and_the_hint_where_one_fails(tmp_path, capsys):
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("lenet", (1, 8, 8), 10, seed=0)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "before.safetensors")
+    told = {"sgd": {"lr": 0.05}, "adam": {"lr": 1e-3, "optimizer": torch.optim.Adam}}
+    for name, how in told.items():
+        torch.save(federated.train_locally(model, images, labels, **how).weights_after, tmp_path / f"{name}.pt")
+
+    def attack(name, *options):
+        files = [str(tmp_path / "before.safetensors"), str(tmp_path / f"{name}.pt")]
+        where = ["--image-shape", "1,8,8", "--num-classes", "10", "--out", str(tmp_path / "found.png")]
+        assert main(["attack", *files, *where, *options]) == 0
+        return capsys.readouterr().out
+
+    exactly = attack("sgd", "--attack", "exact")
+    assert "learning_rate: 0.05" in exactly and "verdict: determined" in exactly
+    failed = attack("adam")
+    assert "no proof that nothing leaks" in failed and "--attack interval_dlm" in failed
 
 
 def test_make_alone_prints_what_there_is():
