@@ -152,7 +152,8 @@ def _sparse_directions(basis, noise, max_rounds, seed):
         some = (
             pool * (torch.rand(STARTS, pool.shape[1], generator=generator) < share).to(pool)[:, None]
         )  # [STARTS, r, found]
-        q = q - (some @ (torch.linalg.pinv(some) @ q[:, :, None]))[:, :, 0]
+        rest = q - (some @ (torch.linalg.pinv(some) @ q[:, :, None]))[:, :, 0]
+        q = torch.where(rest.norm(dim=1, keepdim=True) > DEPENDENT, rest, q)  # nothing is left where all were taken
         for width in WIDTHS:
             q = q / q.norm(dim=1, keepdim=True)
             weights = ((q @ unit.T).square() + width**2) ** -0.75

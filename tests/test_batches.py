@@ -114,6 +114,15 @@ def test_a_first_layer_that_stayed_gives_no_images_and_no_error():
     assert "no unit" in found.verdict and found.stop_reason == "stalled"
 
 
+def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
+    basis = torch.eye(4, dtype=torch.float64).repeat(
+        3, 1
+    )  # the first round finds every axis; then nothing is left of a start
+    rounds = batches._sparse_directions(basis, torch.full((12, 4), 1e-12, dtype=torch.float64), max_rounds=3, seed=0)
+    for directions in rounds:
+        assert directions.isfinite().all()
+
+
 @pytest.mark.parametrize("size, hidden", [(4, 12), (8, 40)], ids=["too few units", "too few zeros"])
 def test_what_cannot_be_told_apart_is_grey(size, hidden):
     seen, images, _ = client(size, hidden=hidden)
