@@ -27,7 +27,7 @@ def ensure(folder=None):
     )
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--progress-bar", "off"]
         subprocess.run([*install, "-r", REPOSITORY / PINS[0], "-c", REPOSITORY / PINS[1]], check=True, stdout=sys.stderr)
         where = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
     except subprocess.CalledProcessError as error:

@@ -6,6 +6,8 @@ put into an nbgrader course as it is. Their parameters are small; they know no p
 
 import copy
 import json
+import os
+import re
 from pathlib import Path
 
 from dlm_core import report
@@ -72,8 +74,25 @@ def release(folder=None):
     written = []
     for path in paths("teaching"):
         written.append(folder / path.name)
-        nbformat.write(students(_read(path)), written[-1])
+        notebook = students(_read(path))
+        for cell in notebook.cells:
+            cell.source = _without_answers(_relinked(cell.source, path.parent, folder))
+        nbformat.write(notebook, written[-1])
     return written
+
+
+def _relinked(text, origin, folder):
+    """Markdown whose links to files of the repository lead there from ``folder`` too; lessons link to each other as they are."""
+
+    def link(match):
+        return f"]({Path(os.path.relpath((origin / match[1]).resolve(), folder.resolve())).as_posix()})"
+
+    return re.sub(r"\]\((\.\./[^)#]+)\)", link, text)
+
+
+def _without_answers(code):
+    """Code whose figures are described by what they show, not by what it turns out to be: the part up to the colon."""
+    return re.sub(r'(figures\.show\(figure, "[^":]*): [^"]*"', r'\1."', code)
 
 
 def check():

@@ -1,5 +1,6 @@
 """The course: students' versions hold no solutions, every exercise has a test, and a test that cannot fail is found."""
 
+import re
 import subprocess
 
 import nbformat
@@ -49,6 +50,15 @@ def test_students_get_neither_solutions_nor_hidden_tests_nor_outputs(tmp_path):
                 assert "raise NotImplementedError()" in cell.source
             if kind(cell) == "test":
                 assert "assert" in cell.source and cell.metadata.editable is False
+
+
+def test_students_links_lead_somewhere_and_descriptions_tell_no_answers(tmp_path):
+    for path in lessons.release(tmp_path / "anywhere"):
+        text = "\n".join(cell.source for cell in cells(path))
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        assert links and all((path.parent / link).exists() for link in links)
+        described = re.findall(r'figures\.show\(figure, "([^"]*)"', text)
+        assert described and not any(":" in each for each in described)
 
 
 def lesson(test):
