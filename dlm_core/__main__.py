@@ -14,7 +14,7 @@ ATTACKS = {  # of trials.ATTACKS, those that need be told nothing: when to use e
     "dlm_plus": "one step of SGD, with momentum or not",
     "exact": "one step of SGD on one image, convolution and linear layers: every pixel, and a verdict",
     "exact_batch": "several images, a network that begins with Linear and ReLU",
-    "unrolled_dlm": "several local steps of SGD; slow, up to an hour where they are hard to tell apart",
+    "unrolled_dlm": "several local steps of SGD; takes a minute or two",
     "interval_dlm": "one step of Adam, AdamW or RMSprop",
 }
 UNEXPLAINED = 0.1  # an attack's loss from which its images do not explain the update

@@ -191,6 +191,15 @@ def test_attack_by_another_attack_and_the_hint_where_one_fails(tmp_path, capsys)
     assert "no proof that nothing leaks" in failed and "--attack interval_dlm" in failed
 
 
+def test_a_python_without_the_packages_is_told_in_one_line():
+    run = [sys.executable, "-S", "-m", "dlm_core", "attack", "a", "b"]  # -S: without site-packages
+    done = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: torchvision is not installed") and "make env" in done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_make_alone_prints_what_there_is():
     printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert all(f"make {target}" in printed for target in ("figures", "test", "lab", "bench", "clean", "env"))
