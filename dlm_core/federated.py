@@ -225,7 +225,10 @@ def _check_fit(argument, weights, expected):
     odd = sorted(weights.keys() ^ expected.keys())
     if odd:
         where = argument if odd[0] in weights else "the model"
-        raise ValueError(f"{argument} does not fit the model: {odd[0]!r} is only in {where}")
+        raise ValueError(
+            f"{argument} does not fit the model: {odd[0]!r} is only in {where}. It takes the state dict of this very "
+            "architecture; for a network of your own, federated.observe(model, before, after, image_shape) pairs the three"
+        )
     for name, tensor in expected.items():
         for what in ("shape", "dtype"):
             here, there = getattr(weights[name], what), getattr(tensor, what)

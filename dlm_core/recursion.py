@@ -255,4 +255,5 @@ def _layer(name, module, shape):
 
 
 def _unsupported(name, module, why):
-    return ValueError(f"layer {name!r} ({type(module).__name__}) {why}; {SUPPORTED}")
+    what = f"layer {name!r}" if name else "the model"
+    return ValueError(f"{what} ({type(module).__name__}) {why}; {SUPPORTED}")

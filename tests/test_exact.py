@@ -234,6 +234,15 @@ def test_too_few_equations_are_completed_by_dlm_plus():
     assert found.verdict.startswith("partly determined")
 
 
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
 @pytest.mark.parametrize(
     "model, words",
     [
@@ -244,6 +253,7 @@ def test_too_few_equations_are_completed_by_dlm_plus():
             ["'0'", "Conv2d", "padding"],
         ),
         (models.build("resnet18", SHAPE, CLASSES), ["Residual", "nn.Sequential"]),
+        (Own(), ["the model (Own) cannot be walked", "nn.Sequential"]),
     ],
 )
 def test_unsupported_layers_are_named(model, words):
