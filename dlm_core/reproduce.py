@@ -159,7 +159,8 @@ def _execute(source, target, parameters, heading, settings, show_progress):
         watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, finished), daemon=True)
         if show_progress:
             watcher.start()
-        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
+        # CRITICAL, as a kernel that is shut down logs the interrupt as an error
+        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=CRITICAL"]}
         try:
             papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=REPOSITORY, **quiet)
             _tidy(target)
