@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def main():
         white=255,
         imagenet_classes=" ".join(map(str, classes)),
     )
+
+    with tempfile.TemporaryDirectory() as aside:
+        files, labels = foolbox_images(given.foolbox, "fashionMNIST", Path(aside), copy_as_is)
+        sheet(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]), 20, out / "fashion_mnist.png")
+    title = "20 Fashion-MNIST images"
+    manifest["fashion_mnist"] = entry(title, 10, [1, 28, 28], labels, [out / "fashion_mnist.png"], white=255)
 
     sheet(np.rint(255 * lfw_subset()).astype(np.uint8), 20, out / "lfw.png")
     labels = [1] * 100 + [0] * 100

@@ -18,10 +18,11 @@ import torch
 from dlm_core import check
 
 BUNDLE = Path(__file__).resolve().parents[1] / "data"
-NAMES = ("cifar100", "imagenet64", "lfw", "digits")
-FULL = {  # name: archive and its MD5; it unpacks to a folder of the archive's name
+NAMES = ("cifar100", "imagenet64", "fashion_mnist", "lfw", "digits")
+FULL = {  # name: archive and its MD5; it unpacks to a folder of the archive's name. Without MD5: files that torchvision checks
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
     "imagenet64": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+    "fashion_mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/FashionMNIST", None),
 }
 
 
@@ -37,9 +38,9 @@ class Dataset(NamedTuple):
 def load(name, n=None, *, indices=None, source="auto", root=None, download=False):
     """Return a Dataset: the first ``n`` images, those at ``indices`` (one or several) in that order, or all.
 
-    name      "cifar100" (3x32x32, 100 classes), "imagenet64" (3x64x64, 200 classes), "lfw" (1x25x25; label 1 a face, 0 not)
-              or "digits" (1x8x8, 10 classes).
-    source    "bundled"; "full" (the training set of CIFAR-100 or Tiny ImageNet); "auto": full where present, else bundled.
+    name      "cifar100" (3x32x32, 100 classes), "imagenet64" (3x64x64, 200 classes), "fashion_mnist" (1x28x28, 10 classes),
+              "lfw" (1x25x25; label 1 a face, 0 not) or "digits" (1x8x8, 10 classes).
+    source    "bundled"; "full" (the training set of the first three); "auto": full where present, else bundled.
     root      folder of the full sets; by default the environment variable DLM_DATA, else data/downloads.
     download  fetch the full set where it is wanted and absent.
 
@@ -102,16 +103,18 @@ def _bundled(name):
 
 def _full(name, root, download):
     """The same for the full set under ``root``."""
-    from torchvision.datasets import CIFAR100, ImageFolder
+    from torchvision.datasets import CIFAR100, FashionMNIST, ImageFolder
 
     folder = _fetch(name, root, download)
+    kinds = {"cifar100": CIFAR100, "fashion_mnist": FashionMNIST}
     try:
-        whole = CIFAR100(root) if name == "cifar100" else ImageFolder(folder / "train")
+        whole = kinds[name](root) if name in kinds else ImageFolder(folder / "train")
     except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"{folder} is damaged ({error}): delete it, or pass source='bundled'") from error
-    if name == "cifar100":
-        array = torch.from_numpy(whole.data).movedim(3, 1)
-        return "full: CIFAR-100 training set", whole.targets, 100, 255, lambda chosen: array[chosen]
+    if name in kinds:
+        array, labels = torch.as_tensor(whole.data), torch.as_tensor(whole.targets).tolist()
+        title, array = ("CIFAR-100", array.movedim(3, 1)) if name == "cifar100" else ("Fashion-MNIST", array[:, None])
+        return f"full: {title} training set", labels, len(whole.classes), 255, lambda chosen: array[chosen]
     title = f"full: Tiny ImageNet training set, {len(whole)} images of {len(whole.classes)} classes"
     return title, whole.targets, 200, 255, lambda chosen: torch.stack([_decode(whole.samples[i][0], "RGB") for i in chosen])
 
@@ -134,21 +137,20 @@ def _fetch(name, root, download):
     instead = f"or pass source='bundled' for the bundled images of {name}"
     if not archive.exists() and not download:
         raise FileNotFoundError(f"no {folder.name} in {root}: pass download=True, put {archive.name} there, {instead}")
-    from torchvision.datasets import utils
+    from torchvision.datasets import FashionMNIST, utils
 
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as aside:
         if not archive.exists():
             archive = Path(aside, archive.name)
             try:
-                utils.download_url(url, aside, md5=md5)
-            except (OSError, RuntimeError, HTTPException) as error:
-                raise ConnectionError(
-                    f"{url} cannot be downloaded to {root} ({error}): fetch it by hand, {instead}"
-                ) from error
-        if not utils.check_integrity(archive, md5):
+                utils.download_url(url, aside, md5=md5) if md5 else FashionMNIST(aside, download=True)
+            except (OSError, RuntimeError, HTTPException) as why:
+                raise ConnectionError(f"{url} cannot be downloaded to {root} ({why}): fetch it by hand, {instead}") from why
+        if md5 and not utils.check_integrity(archive, md5):
             raise ValueError(f"{archive} is damaged: its MD5 is not {md5}; delete it, {instead}")
-        utils.extract_archive(archive, aside)
+        if md5:
+            utils.extract_archive(archive, aside)
         if not folder.is_dir():  # else another process was faster
             os.replace(Path(aside, folder.name), folder)
     return folder

@@ -64,11 +64,8 @@ def load_weights(path):
     from safetensors.torch import load_file
 
     try:
-        weights = (
-            load_file(path)
-            if str(path).endswith(".safetensors")
-            else torch.load(path, weights_only=True, map_location="cpu")
-        )
+        foreign = {"weights_only": True, "map_location": "cpu"}
+        weights = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, **foreign)
     except FileNotFoundError:
         raise ValueError(f"snapshot {str(path)!r} does not exist") from None
     except Exception as error:
@@ -83,9 +80,8 @@ def load_weights(path):
 
 def weight_delta(seen):
     """Δ = W_t - W_{t+1}, one float64 tensor per parameter in the model's order, on the model's device."""
-    return [
-        p.detach().double() - seen.weights_after[name].to(p.device).double() for name, p in seen.model.named_parameters()
-    ]
+    named = seen.model.named_parameters()
+    return [p.detach().double() - seen.weights_after[name].to(p.device).double() for name, p in named]
 
 
 def rounding_variance(seen):
@@ -225,10 +221,8 @@ def _check_fit(argument, weights, expected):
     odd = sorted(weights.keys() ^ expected.keys())
     if odd:
         where = argument if odd[0] in weights else "the model"
-        raise ValueError(
-            f"{argument} does not fit the model: {odd[0]!r} is only in {where}. It takes the state dict of this very "
-            "architecture; for a network of your own, federated.observe(model, before, after, image_shape) pairs the three"
-        )
+        own = "federated.observe takes a network of your own"
+        raise ValueError(f"{argument} does not fit the model: {odd[0]!r} is only in {where}; {own}")
     for name, tensor in expected.items():
         for what in ("shape", "dtype"):
             here, there = getattr(weights[name], what), getattr(tensor, what)

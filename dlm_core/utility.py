@@ -16,7 +16,7 @@ LAST = 5  # rounds over which the final accuracy is averaged
 class Federation:
     """One federated training, plain data like a ``trials.Trial``, and run by the same ``sweeps.sweep``.
 
-    dataset, model, model_options   as there.
+    dataset, model, model_options   as there; a data set of which only samples are bundled takes its full set.
     clients   number of clients, who share the training images equally and at random.      rounds  of FedAvg.
     client    keyword arguments of ``federated.train_locally``, or with "noise_multiplier" of ``defenses.train_privately``.
     defence   {} or {"name": a key of ``trials.DEFENCES``, …}, applied to what each client sends.
@@ -77,7 +77,7 @@ class Federation:
             return {"accuracy": sum(last) / len(last), "accuracies": accuracies, "stop_reason": stop_reason, "arrays": {}}
 
     def _split(self):
-        everything = data.load(self.dataset)
+        everything = data.load(self.dataset, source="full" if self.dataset in data.FULL else "bundled")
         order = torch.randperm(len(everything.labels), generator=torch.Generator().manual_seed(self.seed))
         cut = int(HELD_OUT * len(order))
         test, train = order[:cut], order[cut:]

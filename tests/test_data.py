@@ -25,6 +25,7 @@ from dlm_core import data
 BUNDLED = {  # count, image shape, classes
     "cifar100": (20, (3, 32, 32), 100),
     "imagenet64": (20, (3, 64, 64), 200),
+    "fashion_mnist": (20, (1, 28, 28), 10),
     "lfw": (200, (1, 25, 25), 2),
     "digits": (1797, (1, 8, 8), 10),
 }
@@ -216,7 +217,7 @@ def test_missing_bundle_says_how_to_install(monkeypatch, tmp_path):
 
 def test_digest_depends_on_files_and_labels(copied_bundle):
     before = {name: data.digest(name) for name in data.NAMES}
-    assert len(set(before.values())) == 4 and all(len(value) == 16 for value in before.values())
+    assert len(set(before.values())) == len(data.NAMES) and all(len(value) == 16 for value in before.values())
     manifest = json.loads((copied_bundle / "manifest.json").read_text())
     manifest["cifar100"]["files"]["cifar100/00_49.png"] = "0" * 64
     manifest["lfw"]["labels"] = manifest["lfw"]["labels"][::-1]
@@ -309,6 +310,9 @@ def test_damaged_zip_is_refused(tmp_path, monkeypatch, download):
     assert left_in(tmp_path / "downloads") == ["tiny-imagenet-200.zip"]
 
 
+FOLDERS = [("cifar100", "cifar-100-python"), ("imagenet64", "tiny-imagenet-200"), ("fashion_mnist", "FashionMNIST")]
+
+
 class Response(io.BytesIO):
     """What urlopen returns; ``fails_after`` bytes it breaks off."""
 
@@ -359,16 +363,16 @@ def test_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, failure):
     assert data.load("imagenet64", n=1).source.startswith("bundled")
 
 
-@pytest.mark.parametrize("name, folder", [("cifar100", "cifar-100-python"), ("imagenet64", "tiny-imagenet-200")])
+@pytest.mark.parametrize("name, folder", FOLDERS)
 def test_no_network(tmp_path, name, folder):
     with pytest.raises(
-        ConnectionError, match=rf"{folder}.* cannot be downloaded to .*downloads .*no network.*source='bundled'"
+        ConnectionError, match=rf"(?s){folder}.* cannot be downloaded to .*downloads .*no network.*source='bundled'"
     ):
         data.load(name, source="full", download=True)
     assert left_in(tmp_path / "downloads") == []
 
 
-@pytest.mark.parametrize("name, folder", [("cifar100", "cifar-100-python"), ("imagenet64", "tiny-imagenet-200")])
+@pytest.mark.parametrize("name, folder", FOLDERS)
 def test_absent_full_set_names_folder_remedy_and_alternative(tmp_path, name, folder):
     with pytest.raises(FileNotFoundError, match=rf"no {folder} in .*downloads: pass download=True.*source='bundled'"):
         data.load(name, source="full")
@@ -406,6 +410,41 @@ def test_full_cifar100(tmp_path, fake_cifar):
     some = data.load("cifar100", indices=[6, 2])
     assert torch.equal(some.images, images[[6, 2]]) and some.labels.tolist() == [8, 0]
     assert data.load("cifar100", source="bundled").source.startswith("bundled")
+
+
+@pytest.fixture
+def fake_fashion(tmp_path):
+    """A Fashion-MNIST of 5 training images, unpacked; returns its folder, pixels and labels."""
+    rng, labels = np.random.default_rng(2), np.array([9, 0, 3, 3, 7], np.uint8)
+    pixels = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    raw = tmp_path / "made" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return raw.parent, torch.from_numpy(pixels)[:, None].float() / 255, labels.tolist()
+
+
+def test_full_fashion_mnist(tmp_path, fake_fashion):
+    folder, images, labels = fake_fashion
+    shutil.copytree(folder, tmp_path / "downloads" / folder.name)
+    loaded = data.load("fashion_mnist")
+    assert loaded.source == "full: Fashion-MNIST training set" and loaded.num_classes == 10
+    assert torch.equal(loaded.images, images) and loaded.labels.tolist() == labels and loaded.labels.dtype == torch.int64
+    assert torch.equal(data.load("fashion_mnist", indices=[4, 1]).images, images[[4, 1]])
+    (tmp_path / "downloads" / folder.name / "raw" / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(ValueError, match="FashionMNIST is damaged.*delete it"):
+        data.load("fashion_mnist")
+
+
+def test_fashion_mnist_is_downloaded_aside(tmp_path, monkeypatch, fake_fashion):
+    from torchvision.datasets import FashionMNIST
+
+    folder, images, _ = fake_fashion
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: shutil.copytree(folder, f"{self.root}/{folder.name}"))
+    assert torch.equal(data.load("fashion_mnist", download=True).images, images)
+    assert left_in(tmp_path / "downloads") == ["FashionMNIST"]
 
 
 def test_full_cifar100_from_its_archive(tmp_path, monkeypatch, fake_cifar):

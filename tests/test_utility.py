@@ -66,3 +66,9 @@ def test_dp_sgd_clients_draw_new_noise_each_time():
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
+
+
+def test_training_on_samples_of_a_data_set_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no FashionMNIST in"):
+        replace(TINY, dataset="fashion_mnist").run()
