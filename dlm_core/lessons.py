@@ -14,6 +14,7 @@ from dlm_core import report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("teaching", "howto")
+QUIET = ["--log-level=CRITICAL"]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -39,7 +40,8 @@ def run(notebook, *, allow_errors=False):
     from nbclient import NotebookClient
 
     where = {"metadata": {"path": str(REPOSITORY)}}
-    return NotebookClient(notebook, timeout=600, allow_errors=allow_errors, resources=where).execute()
+    options = {"timeout": 600, "allow_errors": allow_errors, "resources": where, "extra_arguments": QUIET}
+    return NotebookClient(notebook, **options).execute()
 
 
 def students(notebook):

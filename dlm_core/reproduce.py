@@ -16,6 +16,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from dlm_core import check, report
+from dlm_core.lessons import QUIET
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -159,8 +160,7 @@ def _execute(source, target, parameters, heading, settings, show_progress):
         watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, finished), daemon=True)
         if show_progress:
             watcher.start()
-        # CRITICAL, as a kernel that is shut down logs the interrupt as an error
-        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=CRITICAL"]}
+        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": QUIET}
         try:
             papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=REPOSITORY, **quiet)
             _tidy(target)
