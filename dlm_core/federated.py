@@ -151,9 +151,9 @@ def train_locally(
     FloatingPointError where the client's own training diverged.
     """
     check.in_range("lr", lr, 0, float("inf"), open_low=True)
-    model = _snapshot(model)
+    model = copy.deepcopy(model)
     model.load_state_dict(_rounded(model.state_dict(), transmitted))
-    client = _snapshot(model)
+    client = copy.deepcopy(model)
     stepper = optimizer(client.parameters(), lr=lr, **(options or {}))
     seen = descend(model, client, stepper, images, labels, steps, batch_size, clear_gradients)
     return replace(seen, weights_after=_rounded(seen.weights_after, transmitted))
@@ -195,12 +195,12 @@ def rounds(model, clients, *, number, train=train_locally, defend=None, **traini
     defend    what of it is sent: a function (Observation, number of the round, number of the client) -> Observation.
     """
     check.at_least("number", number, 1)
-    model = _snapshot(model)
+    model = copy.deepcopy(model)  # which leaves gradients behind, and with them all trace of data
     for turn in range(number):
         seen = [train(model, images, labels, **training) for images, labels in clients]
         if defend:
             seen = [defend(each, turn, client) for client, each in enumerate(seen)]
-        model = _snapshot(model)
+        model = copy.deepcopy(model)
         model.load_state_dict(average([each.weights_after for each in seen], [len(labels) for _, labels in clients]))
         yield model, seen
 
@@ -210,11 +210,6 @@ def _rounded(weights, dtype):
     if dtype is None:
         return weights
     return {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
-
-
-def _snapshot(model):
-    """A copy that shares nothing with ``model``; deep copies of parameters carry no gradients, so no trace of the data."""
-    return copy.deepcopy(model)
 
 
 def _check_fit(argument, weights, expected):

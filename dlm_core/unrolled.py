@@ -27,6 +27,7 @@ FIRST = 2  # E of the first search
 SHORT = 40  # evaluations that tell two values of E apart
 HURRY = 20  # patience of these searches
 MOST = 60  # searches, about; cut short, each may end a little lower at another E, and so on for ever
+HEAD_STEPS = 16  # that a last layer takes in ``labels.infer``; where there were several it does not matter how many
 TOLERANCE = 2e-7  # η takes a closer fit than the image does
 
 
@@ -65,6 +66,8 @@ def unrolled_dlm(
             raise ValueError(f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}")
     for name, value in {**numbers, "batch_size": 1 if batch_size is None else batch_size}.items():
         check.at_least(name, value, 1)
+    if options.get("num_images", 1) > 1 and "labels" not in options:
+        options["labels"] = label_inference.infer(seen, options["num_images"], steps=1 if steps == 1 else HEAD_STEPS)
     told = {"batch_size": batch_size, "optimizer": clients.OPTIMIZERS[client], "options": client_options}
     searches = []
 
@@ -122,14 +125,8 @@ def _search(seen, told, steps, best, options):
     else:
         rate, options = _rate_at(seen, steps, told, best), {**options, "restarts": 1}
         resume = {name: value for name, value in best.point.items() if name != "log_rate"}
-    found = reconstruct(
-        seen,
-        _relative_distance,
-        update_of=update_of,
-        unknowns={"log_rate": math.log(rate)},
-        resume=resume,
-        **options,
-    )
+    unknowns = {"log_rate": math.log(rate)}
+    found = reconstruct(seen, _relative_distance, update_of=update_of, unknowns=unknowns, resume=resume, **options)
     rate = float(found.point["log_rate"].exp())
     about = {"k": 1 / rate, "learning_rate": rate, "local_steps": steps, "tried": [], "seconds": time.perf_counter() - began}
     return Unrolled(**{**vars(found), **about})
@@ -148,7 +145,7 @@ def _first_rate(seen, steps, told, options):
         return max(float(layer.abs().max()) for layer in weight_delta(seen)) / steps
     layer, d_weight, d_bias = last_layer_update(seen)
     head, features = copy.deepcopy(layer).double(), label_inference.features(d_weight, d_bias)[None]
-    counted = label_inference.infer(seen, options.get("num_images", 1))
+    counted = label_inference.infer(seen, options.get("num_images", 1), steps=steps)
     shares = torch.bincount(counted, minlength=seen.num_classes).double()[None] / len(counted)
     slope = (head(features).detach().softmax(1) - shares)[0]
     one_step = max(float(d_bias @ slope / slope.square().sum()), 1e-30)

@@ -184,6 +184,16 @@ def test_labels_of_a_batch_by_count(count):
     assert labels.infer(seen, count).tolist() == sorted(truth.tolist())
 
 
+@pytest.mark.parametrize("count, steps", [(2, 5), (8, 2), (16, 2)])
+def test_labels_of_a_batch_after_several_steps(count, steps):
+    images, truth, *_ = data.load("cifar100", n=count, source="bundled")
+    seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=steps)
+    expected = sorted(truth.tolist())
+    assert labels.infer(seen, count).tolist() != expected, "one step does not explain it"
+    assert labels.infer(seen, count, steps=steps).tolist() == expected
+    assert labels.infer(seen, count, steps=16).tolist() == expected, "nor need their number be known"
+
+
 def test_label_of_one_image_is_the_only_negative_bias_entry(seen, digit):
     assert (federated.weight_delta(seen)[-1] < 0).sum() == 1
     assert labels.infer(seen).tolist() == digit[1].tolist()

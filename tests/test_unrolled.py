@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlm_core import attacks, clients, data, federated, metrics, objectives, trials, unrolled
+from dlm_core import attacks, clients, data, federated, metrics, models, objectives, trials, unrolled
 
 FAMILIES = [
     ("sgd", {}),
@@ -169,3 +169,10 @@ def test_as_a_trial():
     )
     record = trials.run_trial(trial)
     assert record["local_steps"] == 2 and math.isfinite(record["learning_rate"]) and record["evaluations"] == 5
+
+
+def test_the_labels_of_a_batch_are_inferred_for_several_steps():
+    images, truth, *_ = data.load("cifar100", n=8, source="bundled")
+    seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=2)
+    found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1)
+    assert found.labels.tolist() == sorted(truth.tolist())
