@@ -36,7 +36,8 @@ def infer(seen, num_images=1, trusted=None, steps=1):
         raise ValueError("the last layer's bias did not change, so labels of a batch cannot be read off it: give them")
     h = features(d_weight, d_bias)
     logits = F.linear(h, layer.weight.double(), layer.bias.double()).detach()
-    p, absent = logits.softmax(0), d_bias >= 0  # the others are certain: without images Δ_b = η p̄ > 0
+    # A class whose Δ_b is negative is certainly present: without images it is η p̄ > 0.
+    p, absent = logits.softmax(0), d_bias >= 0
     rate = d_bias[absent].sum() / p[absent].sum()  # η times the number of steps
     shares = p - d_bias / rate
     for _ in range(ROUNDS):
