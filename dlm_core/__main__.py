@@ -17,7 +17,7 @@ ATTACKS = {  # of trials.ATTACKS, those that need be told nothing: when to use e
     "unrolled_dlm": "several local steps of SGD; takes a minute or two",
     "interval_dlm": "one step of Adam, AdamW or RMSprop",
 }
-UNEXPLAINED = 0.1  # an attack's loss from which its images do not explain the update
+EXPLAINED, PARTLY = 1e-3, 0.1  # an attack's loss up to which its images explain the update, all of it or some
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -212,8 +212,13 @@ def _attack(options):
     check.one_of("attack", options.attack, ATTACKS)
     shape = tuple(int(size) for size in options.image_shape.split(","))
     model = models.build(options.model, shape, options.num_classes)
-    seen = federated.observe(model, federated.load_weights(options.before), federated.load_weights(options.after), shape)
-    more = {"restarts": 3} if options.attack == "dlm_plus" else {}
+    before, after = federated.load_weights(options.before), federated.load_weights(options.after)
+    coarse = _half_precision(after)
+    if coarse:
+        print(f"the weights that came back are rounded to {coarse}")
+        before, after = ({name: w.float() if w.is_floating_point() else w for name, w in s.items()} for s in (before, after))
+    seen = federated.observe(model, before, after, shape)
+    more = {"dlm_plus": {"restarts": 3}, "exact": {"transmitted": coarse}}.get(options.attack, {})
     with trials.one_thread():  # as trials run; and searches side by side on several threads each slow down tenfold
         found = trials.ATTACKS[options.attack](seen, num_images=options.images, **more)
     save_image(found.images.float(), options.out)
@@ -226,13 +231,24 @@ def _attack(options):
     if hasattr(found, "local_steps"):
         print("where later steps hardly move the weights, another number of steps explains the update as well")
     print(f"reconstruction written to {options.out}")
-    if judged:
+    if judged and not found.verdict.startswith("determined"):
         print("where the verdict is against it, the picture may be right all the same: look, or try another --attack")
-    else:
-        print("a loss far below 1 means that the update is explained by these images")
-        if found.loss > UNEXPLAINED:
-            others = "; ".join(f"--attack {name}: {about}" for name, about in ATTACKS.items() if name != options.attack)
-            print(f"this loss is not: that this attack failed is no proof that nothing leaks. Others to try: {others}")
+    elif not judged and found.loss <= EXPLAINED:
+        print("these images explain the update: what they show has leaked")
+    elif not judged:
+        how = "in part" if found.loss <= PARTLY else "hardly at all"
+        print(f"these images explain the update {how}, which is no proof that nothing more leaks. Others to try:")
+        print(*(f"  --attack {name:13} {about}" for name, about in ATTACKS.items() if name != options.attack), sep="\n")
+
+
+def _half_precision(weights):
+    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in; else None."""
+    import torch
+
+    def fits(dtype):
+        return all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in weights.values() if w.is_floating_point())
+
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)  # the coarser first
 
 
 def _run(*arguments):

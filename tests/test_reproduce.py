@@ -187,8 +187,23 @@ def test_attack_by_another_attack_and_the_hint_where_one_fails(tmp_path, capsys)
 
     exactly = attack("sgd", "--attack", "exact")
     assert "learning_rate: 0.05" in exactly and "verdict: determined" in exactly
+    assert "what they show has leaked" in attack("sgd")
     failed = attack("adam")
-    assert "no proof that nothing leaks" in failed and "--attack interval_dlm" in failed
+    assert "hardly at all" in failed and "no proof that nothing more leaks" in failed and "--attack interval_dlm" in failed
+
+
+@pytest.mark.parametrize("dtype, held", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype, held):
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("lenet", (1, 8, 8), 10, seed=0)
+    after = federated.train_locally(model, images, labels, lr=1.0, transmitted=dtype).weights_after
+    rounded = {name: tensor.to(dtype).to(held) for name, tensor in model.state_dict().items()}
+    torch.save(rounded, tmp_path / "before.pt")
+    torch.save({name: tensor.to(held) for name, tensor in after.items()}, tmp_path / "after.pt")
+    where = ["--image-shape", "1,8,8", "--num-classes", "10", "--out", str(tmp_path / "found.png"), "--attack", "exact"]
+    assert main(["attack", str(tmp_path / "before.pt"), str(tmp_path / "after.pt"), *where]) == 0
+    said = capsys.readouterr().out
+    assert f"rounded to {dtype}" in said and "not to be trusted" not in said
 
 
 def test_a_python_without_the_packages_is_told_in_one_line():
