@@ -22,6 +22,7 @@ from dlm_core import check
 from dlm_core.exact import CHI2_RANGE
 from dlm_core.federated import last_layer, last_layer_update, rounding_variance, update_by_name, weight_delta
 from dlm_core.federated import loss as training_loss
+from dlm_core.recursion import WRAPPED
 from dlm_core.search import Reconstruction
 
 MOVED, RANK, ZERO = 3.0, 2.0, 10.0  # times the noise: a unit that moved, a direction that is there, an entry not zero
@@ -119,9 +120,8 @@ def _first_layer(model):
     """(layer, name) of the nn.Linear that the model begins with."""
     modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, (nn.Sequential, nn.Flatten, nn.Identity))]
     if not isinstance(model, nn.Sequential) or len(modules) < 3:
-        raise ValueError(
-            f"the model is a {type(model).__name__}; it takes an nn.Sequential that begins with Linear and ReLU"
-        )
+        wanted = "an nn.Sequential that begins with Linear and ReLU"
+        raise ValueError(f"the model is a {type(model).__name__}; it takes {wanted}; {WRAPPED}")
     for (name, module), wanted in zip(modules, (nn.Linear, nn.ReLU)):
         if not isinstance(module, wanted):
             raise ValueError(

@@ -35,6 +35,7 @@ SUPPORTED = (
     "exact recovery takes an nn.Sequential of Linear, Conv2d (groups 1, numeric zero padding), Flatten, Identity and "
     "elementwise activations: Sigmoid, Tanh or LeakyReLU anywhere, ReLU, GELU or SiLU after the first Linear"
 )
+WRAPPED = "where a module only wraps an nn.Sequential, give that and its own state dicts to federated.observe"
 
 
 def _identity(a):
@@ -255,5 +256,5 @@ def _layer(name, module, shape):
 
 
 def _unsupported(name, module, why):
-    what = f"layer {name!r}" if name else "the model"
-    return ValueError(f"{what} ({type(module).__name__}) {why}; {SUPPORTED}")
+    what, hint = (f"layer {name!r}", SUPPORTED) if name else ("the model", f"{SUPPORTED}; {WRAPPED}")
+    return ValueError(f"{what} ({type(module).__name__}) {why}; {hint}")

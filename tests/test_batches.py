@@ -174,6 +174,15 @@ def test_as_a_trial():
     assert record["num_recovered"] == 2
 
 
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = models.build("mlp", SHAPE, CLASSES)
+
+    def forward(self, x):
+        return self.inside(x)
+
+
 @pytest.mark.parametrize(
     "model, words",
     [
@@ -184,8 +193,9 @@ def test_as_a_trial():
             nn.Sequential(nn.Flatten(), nn.Linear(64, 50, bias=False), nn.ReLU(), nn.Linear(50, CLASSES)),
             ["'1'", "no bias"],
         ),
+        (Wrapper(), ["is a Wrapper", "only wraps an nn.Sequential"]),
     ],
-    ids=["lenet", "sigmoid", "resnet", "no bias"],
+    ids=["lenet", "sigmoid", "resnet", "no bias", "wrapper"],
 )
 def test_unsupported_layers_are_named(model, words):
     seen = train_locally(model, torch.rand(2, *SHAPE, generator=torch.Generator()), torch.tensor([1, 2]), lr=0.01)
