@@ -83,10 +83,10 @@ def unrolled_dlm(
         best = search(min(FIRST, max_steps), patience=HURRY)
         best = _climb(brief, best, {best.local_steps}, max_steps, finest=8)
     while steps is None and best.stop_reason != "converged" and len(searches) < MOST:
-        before = best.local_steps
+        before, loss = best.local_steps, best.loss
         best = min(best, search(before, best), key=lambda each: each.loss)
-        best = _climb(brief, best, {before - 2, before, before + 2}, max_steps)
-        if best.local_steps == before:
+        best = _climb(brief, best, {max(before - 2, 0), before, before + 2}, max_steps)
+        if best.local_steps == before or best.loss > 0.999 * loss:
             break
     return replace(
         best,

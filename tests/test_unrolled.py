@@ -1,6 +1,7 @@
 """The simulated client against torch.optim, its derivatives, and the attack that finds images, η and E through it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ FAMILIES = [
 def digits(device):
     images, labels, *_ = data.load("digits", n=3)
     return images.double().to(device), labels.to(device)
+
+
+@pytest.fixture
+def small_client():
+    images, labels, *_ = data.load("digits", n=1)
+    return federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, lr=0.01)
 
 
 @pytest.fixture
@@ -176,3 +183,29 @@ def test_the_labels_of_a_batch_are_inferred_for_several_steps():
     seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=2)
     found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1)
     assert found.labels.tolist() == sorted(truth.tolist())
+
+
+@pytest.mark.parametrize("true", [1, 2, 3, 7])
+def test_the_search_for_the_steps_tries_no_client_of_zero_steps(monkeypatch, small_client, true):
+    found = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1)
+    monkeypatch.setattr(
+        unrolled,
+        "_search",
+        lambda seen, told, steps, best, limits: replace(
+            found, local_steps=steps, loss=1.0 + abs(steps - true), stop_reason="stalled"
+        ),
+    )
+    found = attacks.unrolled_dlm(small_client, max_steps=16)
+    assert found.local_steps == true and min(steps for steps, _ in found.tried) >= 1
+
+
+def test_a_loss_that_hardly_falls_ends_the_search_for_the_steps(monkeypatch, small_client):
+    found, calls = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1), []
+
+    def creeping(seen, told, steps, best, limits):
+        calls.append(steps)
+        return replace(found, local_steps=steps, loss=1 - 1e-6 * len(calls), stop_reason="stalled")
+
+    monkeypatch.setattr(unrolled, "_search", creeping)
+    attacks.unrolled_dlm(small_client)
+    assert len(calls) < 20
