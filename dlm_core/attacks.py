@@ -49,6 +49,7 @@ def dlm_plus(seen, *, trusted=None, **options):
     """DLM+ (Zhao et al. 2024): both sides divided by their mean layer norm. Told: nothing but the two snapshots.
 
     trusted  one boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
+    options  of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed, max_evaluations, …
     """
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)

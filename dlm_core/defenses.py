@@ -132,8 +132,8 @@ def defend(seen, defence, *, observer="channel", repeats=1, seed=0, **options):
             moved = {name: (before[name].double() - u).to(before[name].dtype) for name, u in zip(names, update)}
             afters.append({**seen.weights_after, **moved})
         else:
-            afters.append(defence(seen.weights_after, parameters=names, **seeds[1], **options))
-            befores.append(defence(before, parameters=names, **seeds[0], **options))
+            afters.append(defence(copy.deepcopy(seen.weights_after), parameters=names, **seeds[1], **options))
+            befores.append(defence(copy.deepcopy(before), parameters=names, **seeds[0], **options))
     model, equal = copy.deepcopy(seen.model), [1] * repeats
     if observer == "channel" and befores:
         model.load_state_dict(befores[0] if repeats == 1 else federated.average(befores, equal))

@@ -305,3 +305,21 @@ def test_labels_of_a_batch_are_not_made_up(seen):
     still = replace(seen, weights_after={**seen.weights_after, last: seen.model.state_dict()[last]})
     with pytest.raises(ValueError, match="the last layer's bias did not change"):
         labels.infer(still, 2)
+
+
+@pytest.mark.parametrize("observer", ["server", "channel"])
+def test_a_defence_that_works_in_place_spoils_nothing(digit, observer):
+    seen = federated.train_locally(models.build("mlp", (1, 8, 8), 10, seed=0), digit[0], digit[1], lr=0.1)
+
+    def pure(weights, *, parameters, seed):
+        return {name: tensor + 0.01 for name, tensor in weights.items()}
+
+    def in_place(weights, *, parameters, seed):
+        for tensor in weights.values():
+            tensor += 0.01
+        return weights
+
+    expected, found = (defenses.defend(seen, each, observer=observer) for each in (pure, in_place))
+    for p, q in zip(expected.model.parameters(), found.model.parameters()):
+        assert torch.equal(p, q)
+    assert all(torch.equal(tensor, found.weights_after[name]) for name, tensor in expected.weights_after.items())
