@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,9 +102,13 @@ def _measuring_commands(command):
     attack = command("attack", _attack, "reconstruct images from two snapshots of your own (safetensors or torch files)")
     attack.add_argument("before", help="state dict that the client received, W_t")
     attack.add_argument("after", help="state dict that it sent back, W_t+1")
-    attack.add_argument("--model", default="lenet", help="a network of dlm_core.models (default lenet)")
+    attack.add_argument(
+        "--model",
+        default="lenet",
+        help="lenet (default), mlp or resnet18, as dlm_core.models builds them: names of the weights included",
+    )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
-    attack.add_argument("--num-classes", type=int, default=100)
+    attack.add_argument("--num-classes", type=int, default=100, help="outputs of the last layer (default 100)")
     attack.add_argument("--images", type=int, default=1, help="images in the client's step (default 1)")
     attack.add_argument("--attack", default="dlm_plus", help=f"one of {', '.join(ATTACKS)} (default dlm_plus)")
     attack.add_argument("--out", default="reconstruction.png", help="picture to write (default reconstruction.png)")
@@ -210,6 +215,10 @@ def _attack(options):
     from dlm_core import check, federated, models, trials
 
     check.one_of("attack", options.attack, ATTACKS)
+    if not re.fullmatch(r"\d+,\d+,\d+", options.image_shape):
+        raise ValueError(f"--image-shape is {options.image_shape!r}; it takes C,H,W such as 3,32,32")
+    if not Path(options.out).absolute().parent.is_dir():
+        raise ValueError(f"--out is {options.out!r}; its folder does not exist")
     shape = tuple(int(size) for size in options.image_shape.split(","))
     model = models.build(options.model, shape, options.num_classes)
     before, after = federated.load_weights(options.before), federated.load_weights(options.after)
@@ -236,8 +245,8 @@ def _attack(options):
     elif not judged and found.loss <= EXPLAINED:
         print("these images explain the update: what they show has leaked")
     elif not judged:
-        how = "in part" if found.loss <= PARTLY else "hardly at all"
-        print(f"these images explain the update {how}, which is no proof that nothing more leaks. Others to try:")
+        print(f"these images explain the update {'in part' if found.loss <= PARTLY else 'hardly at all'}, which is no proof")
+        print("that nothing more leaks. Have the two files changed places? Others to try, by what the client did:")
         print(*(f"  --attack {name:13} {about}" for name, about in ATTACKS.items() if name != options.attack), sep="\n")
 
 

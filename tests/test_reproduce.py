@@ -189,7 +189,19 @@ def test_attack_by_another_attack_and_the_hint_where_one_fails(tmp_path, capsys)
     assert "learning_rate: 0.05" in exactly and "verdict: determined" in exactly
     assert "what they show has leaked" in attack("sgd")
     failed = attack("adam")
-    assert "hardly at all" in failed and "no proof that nothing more leaks" in failed and "--attack interval_dlm" in failed
+    assert "hardly at all" in failed and "no proof\nthat nothing more leaks" in failed and "--attack interval_dlm" in failed
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--image-shape", "1x8x8"], "--image-shape is '1x8x8'; it takes C,H,W"),
+        (["--out", "nowhere/found.png"], "--out is 'nowhere/found.png'; its folder does not exist"),
+    ],
+)
+def test_attack_refuses_before_it_works(capsys, options, message):
+    assert main(["attack", "before.pt", "after.pt", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
