@@ -105,7 +105,7 @@ def _measuring_commands(command):
     attack.add_argument(
         "--model",
         default="lenet",
-        help="lenet (default), mlp or resnet18, as dlm_core.models builds them: names of the weights included",
+        help="lenet (default), mlp, resnet18 or resnet18_bn, as dlm_core.models builds them: names of the weights included",
     )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
     attack.add_argument("--num-classes", type=int, default=100, help="outputs of the last layer (default 100)")
@@ -254,8 +254,10 @@ def _half_precision(weights):
     """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in; else None."""
     import torch
 
+    from dlm_core import federated
+
     def fits(dtype):
-        return all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in weights.values() if w.is_floating_point())
+        return all(torch.equal(w, weights[name]) for name, w in federated.rounded(weights, dtype).items())
 
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)  # the coarser first
 

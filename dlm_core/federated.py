@@ -152,11 +152,11 @@ def train_locally(
     """
     check.in_range("lr", lr, 0, float("inf"), open_low=True)
     model = copy.deepcopy(model)
-    model.load_state_dict(_rounded(model.state_dict(), transmitted))
+    model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
     stepper = optimizer(client.parameters(), lr=lr, **(options or {}))
     seen = descend(model, client, stepper, images, labels, steps, batch_size, clear_gradients)
-    return replace(seen, weights_after=_rounded(seen.weights_after, transmitted))
+    return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 
 
 def descend(model, client, stepper, images, labels, steps=1, batch_size=None, clear_gradients=True):
@@ -205,7 +205,7 @@ def rounds(model, clients, *, number, train=train_locally, defend=None, **traini
         yield model, seen
 
 
-def _rounded(weights, dtype):
+def rounded(weights, dtype):
     """``weights`` to the precision of ``dtype``, held in their own."""
     if dtype is None:
         return weights

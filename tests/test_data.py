@@ -401,17 +401,6 @@ def fake_cifar(tmp_path, monkeypatch):
     return folder, torch.from_numpy(pixels).view(7, 3, 32, 32).float() / 255, labels
 
 
-def test_full_cifar100(tmp_path, fake_cifar):
-    folder, images, labels = fake_cifar
-    shutil.copytree(folder, tmp_path / "downloads" / folder.name)
-    loaded = data.load("cifar100")
-    assert loaded.source == "full: CIFAR-100 training set" and loaded.num_classes == 100
-    assert torch.equal(loaded.images, images) and loaded.labels.tolist() == labels and loaded.labels.dtype == torch.int64
-    some = data.load("cifar100", indices=[6, 2])
-    assert torch.equal(some.images, images[[6, 2]]) and some.labels.tolist() == [8, 0]
-    assert data.load("cifar100", source="bundled").source.startswith("bundled")
-
-
 @pytest.fixture
 def fake_fashion(tmp_path):
     """A Fashion-MNIST of 5 training images, unpacked; returns its folder, pixels and labels."""
@@ -426,13 +415,27 @@ def fake_fashion(tmp_path):
     return raw.parent, torch.from_numpy(pixels)[:, None].float() / 255, labels.tolist()
 
 
-def test_full_fashion_mnist(tmp_path, fake_fashion):
-    folder, images, labels = fake_fashion
+@pytest.mark.parametrize(
+    "name, made, title, classes, chosen, classes_chosen",
+    [
+        ("cifar100", "fake_cifar", "CIFAR-100", 100, [6, 2], [8, 0]),
+        ("fashion_mnist", "fake_fashion", "Fashion-MNIST", 10, [4, 1], [7, 0]),
+    ],
+)
+def test_full_set_of_torchvision(tmp_path, request, name, made, title, classes, chosen, classes_chosen):
+    folder, images, labels = request.getfixturevalue(made)
     shutil.copytree(folder, tmp_path / "downloads" / folder.name)
-    loaded = data.load("fashion_mnist")
-    assert loaded.source == "full: Fashion-MNIST training set" and loaded.num_classes == 10
+    loaded = data.load(name)
+    assert loaded.source == f"full: {title} training set" and loaded.num_classes == classes
     assert torch.equal(loaded.images, images) and loaded.labels.tolist() == labels and loaded.labels.dtype == torch.int64
-    assert torch.equal(data.load("fashion_mnist", indices=[4, 1]).images, images[[4, 1]])
+    some = data.load(name, indices=chosen)
+    assert torch.equal(some.images, images[chosen]) and some.labels.tolist() == classes_chosen
+    assert data.load(name, source="bundled").source.startswith("bundled")
+
+
+def test_fashion_mnist_without_one_of_its_files_is_refused(tmp_path, fake_fashion):
+    folder, *_ = fake_fashion
+    shutil.copytree(folder, tmp_path / "downloads" / folder.name)
     (tmp_path / "downloads" / folder.name / "raw" / "train-images-idx3-ubyte").unlink()
     with pytest.raises(ValueError, match="FashionMNIST is damaged.*delete it"):
         data.load("fashion_mnist")
