@@ -215,7 +215,7 @@ def _attack(options):
     from dlm_core import check, federated, models, trials
 
     check.one_of("attack", options.attack, ATTACKS)
-    if not re.fullmatch(r"\d+,\d+,\d+", options.image_shape):
+    if not re.fullmatch(r"\d+(,\d+)*", options.image_shape):  # how many numbers, and how large, models.build checks
         raise ValueError(f"--image-shape is {options.image_shape!r}; it takes C,H,W such as 3,32,32")
     if not Path(options.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {options.out!r}; its folder does not exist")
