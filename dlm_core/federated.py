@@ -4,7 +4,7 @@ Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step o
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -32,8 +32,8 @@ class Observation:
     they are identical.
     """
 
-    model: nn.Module
-    weights_after: dict
+    model: nn.Module = field(repr=False)
+    weights_after: dict = field(repr=False)
     image_shape: tuple
     num_classes: int
 
@@ -74,7 +74,8 @@ def load_weights(path):
             "it takes a .safetensors file, or a torch file that holds tensors alone"
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ValueError(f"snapshot {str(path)!r} holds a {type(weights).__name__}, not a state dict of tensors")
+        kind = f"dict of {_some(list(weights))}" if isinstance(weights, dict) else type(weights).__name__
+        raise ValueError(f"snapshot {str(path)!r} holds a {kind}, not a state dict of tensors: save the state dict alone")
     return weights
 
 
@@ -213,16 +214,15 @@ def rounded(weights, dtype):
 
 
 def _check_fit(argument, weights, expected):
-    odd = sorted(weights.keys() ^ expected.keys())
-    if odd:
-        where = argument if odd[0] in weights else "the model"
-        own = "federated.observe takes a network of your own"
-        raise ValueError(f"{argument} does not fit the model: {odd[0]!r} is only in {where}; {own}")
-    for name, tensor in expected.items():
-        for what in ("shape", "dtype"):
-            here, there = getattr(weights[name], what), getattr(tensor, what)
-            if here != there:
-                raise ValueError(f"{argument}[{name!r}] has {what} {_plain(here)}; the model's has {_plain(there)}")
+    missing, extra = ([name for name in a if name not in b] for a, b in ((expected, weights), (weights, expected)))
+    if missing or extra:
+        differ = " and ".join(f"{w} {_some(names)}" for w, names in (("lacks", missing), ("has", extra)) if names)
+        cure = "rename its entries, or give federated.observe the network that they come from"
+        raise ValueError(f"{argument} does not fit the model: it {differ}; {cure}")
+    for what, of in (("shape", lambda tensor: list(tensor.shape)), ("dtype", lambda tensor: tensor.dtype)):
+        for name, tensor in expected.items():
+            if of(weights[name]) != of(tensor):
+                raise ValueError(f"{argument}[{name!r}] has {what} {of(weights[name])}; the model's has {of(tensor)}")
 
 
 def _check_data(model, images, labels):
@@ -240,5 +240,5 @@ def _check_data(model, images, labels):
     return num_classes
 
 
-def _plain(value):
-    return list(value) if isinstance(value, torch.Size) else value
+def _some(names):
+    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -5,15 +5,8 @@ import torch
 
 def lbfgs(variables, max_evaluations):
     """L-BFGS with strong-Wolfe line search and a history of 100; when to stop is left to the search."""
-    return torch.optim.LBFGS(
-        variables,
-        max_iter=max_evaluations,
-        max_eval=max_evaluations,
-        history_size=100,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+    limits = {"max_iter": max_evaluations, "max_eval": max_evaluations, "tolerance_grad": 0, "tolerance_change": 0}
+    return torch.optim.LBFGS(variables, history_size=100, line_search_fn="strong_wolfe", **limits)
 
 
 def released_lbfgs(variables, max_evaluations):

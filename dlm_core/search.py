@@ -35,16 +35,16 @@ class Reconstruction:
     point        {name: tensor} of all that was optimised, in the search's own coordinates.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor = field(repr=False)
     labels: torch.Tensor
-    losses: list
+    losses: list = field(repr=False)
     loss: float
     stop_reason: str
     k: float | None
     seconds: float
-    history: list = field(default_factory=list)
-    ks: list = field(default_factory=list)
-    point: dict = field(default_factory=dict)
+    history: list = field(repr=False, default_factory=list)
+    ks: list = field(repr=False, default_factory=list)
+    point: dict = field(repr=False, default_factory=dict)
 
     @property
     def evaluations(self):
@@ -105,7 +105,7 @@ def reconstruct(
     began = time.perf_counter()
     model = copy.deepcopy(seen.model).to(dtype)
     update = [scale * layer.to(dtype) for layer in weight_delta(seen)]
-    known = _known_labels(seen, labels, num_images)
+    known = known_labels(seen, labels, num_images)
     unit, floor = _unit(distance, update, k0), rounding_share(seen)
     numbers = dict(unknowns) if k0 is None else {"growth": 1.0, **dict(unknowns)}  # k = k0 * growth: L-BFGS likes order 1
     limits = (floor, tolerance, math.inf if resume else DESCENT, max_evaluations, patience, keep_every)
@@ -217,11 +217,11 @@ def _unit(distance, update, k0):
     return float(distance([-layer * (k0 or 1.0) for layer in update], update, *k)) / 4
 
 
-def _known_labels(seen, labels, num_images):
-    """The labels where they are told or inferred, None where they are to be optimised."""
+def known_labels(seen, labels, num_images, steps=1):
+    """The labels where they are told or inferred (as after ``steps`` local steps), None where they are to be optimised."""
     if not isinstance(labels, torch.Tensor):
         check.one_of("labels", labels, ("inferred", "optimised"))
-        return label_inference.infer(seen, num_images) if labels == "inferred" else None
+        return label_inference.infer(seen, num_images, steps=steps) if labels == "inferred" else None
     if labels.shape != (num_images,) or labels.is_floating_point():
         raise ValueError(
             f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it takes {num_images} class indices"

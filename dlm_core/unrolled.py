@@ -21,7 +21,7 @@ from dlm_core import check, clients, objectives
 from dlm_core import labels as label_inference
 from dlm_core.federated import last_layer_update, weight_delta
 from dlm_core.federated import loss as training_loss
-from dlm_core.search import Reconstruction, reconstruct
+from dlm_core.search import Reconstruction, known_labels, reconstruct
 
 FIRST = 2  # E of the first search
 SHORT = 40  # evaluations that tell two values of E apart
@@ -60,14 +60,15 @@ def unrolled_dlm(
     """
     check.one_of("client", client, clients.OPTIMIZERS)
     numbers = {"steps": 1 if steps is None else steps, "max_steps": max_steps, "max_evaluations": max_evaluations}
+    labels, num_images = options.get("labels", "inferred"), options.get("num_images", 1)
     takes = list(inspect.signature(clients.OPTIMIZERS[client]).parameters)[4:]
     for name in client_options or {}:
         if name not in takes:
             raise ValueError(f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}")
-    for name, value in {**numbers, "batch_size": 1 if batch_size is None else batch_size}.items():
+    for name, value in {**numbers, "batch_size": 1 if batch_size is None else batch_size, "num_images": num_images}.items():
         check.at_least(name, value, 1)
-    if options.get("num_images", 1) > 1 and "labels" not in options:
-        options["labels"] = label_inference.infer(seen, options["num_images"], steps=1 if steps == 1 else HEAD_STEPS)
+    known = known_labels(seen, labels, num_images, steps=1 if steps == 1 else HEAD_STEPS)
+    options["labels"] = labels if known is None else known
     told = {"batch_size": batch_size, "optimizer": clients.OPTIMIZERS[client], "options": client_options}
     searches = []
 
@@ -145,8 +146,10 @@ def _first_rate(seen, steps, told, options):
         return max(float(layer.abs().max()) for layer in weight_delta(seen)) / steps
     layer, d_weight, d_bias = last_layer_update(seen)
     head, features = copy.deepcopy(layer).double(), label_inference.features(d_weight, d_bias)[None]
-    counted = label_inference.infer(seen, options.get("num_images", 1), steps=steps)
-    shares = torch.bincount(counted, minlength=seen.num_classes).double()[None] / len(counted)
+    labels = options["labels"]
+    if not isinstance(labels, torch.Tensor):  # to be optimised along with the images
+        labels = label_inference.infer(seen, options.get("num_images", 1), steps=steps)
+    shares = torch.bincount(labels, minlength=seen.num_classes).double()[None] / len(labels)
     slope = (head(features).detach().softmax(1) - shares)[0]
     one_step = max(float(d_bias @ slope / slope.square().sum()), 1e-30)
     told = {**told, "batch_size": None}

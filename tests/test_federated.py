@@ -1,6 +1,7 @@
 """The client, the observation, and that nothing of the truth travels with it."""
 
 import gc
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dlm_core import data, federated, models, objectives
+from dlm_core import attacks, data, federated, models, objectives
 
 
 @settings(max_examples=10, deadline=None)
@@ -122,8 +123,9 @@ def test_snapshots_that_do_not_fit_are_refused_by_name(seen):
     after = seen.weights_after
     name = next(iter(after))
     bad = {
-        "is only in the model": {key: value for key, value in after.items() if key != name},
-        "'extra' is only in weights_after.*federated.observe": {**after, "extra": torch.zeros(1)},
+        f"it lacks '{name}'; rename.*federated.observe": {key: value for key, value in after.items() if key != name},
+        "it has 'extra'; rename.*federated.observe": {**after, "extra": torch.zeros(1)},
+        f"it lacks '{name}'.* and 6 more and has 'net.{name}'": {f"net.{key}": value for key, value in after.items()},
         rf"weights_after\['{name}'\] has shape \[1\]": {**after, name: torch.zeros(1)},
         rf"weights_after\['{name}'\] has dtype torch.float64": {**after, name: after[name].double()},
         f"weights_after holds NaN or infinity in '{name}'": {**after, name: after[name] * float("nan")},
@@ -132,6 +134,12 @@ def test_snapshots_that_do_not_fit_are_refused_by_name(seen):
     for message, weights in bad.items():
         with pytest.raises(ValueError, match=message):
             replace(seen, weights_after=weights)
+
+
+def test_an_observation_and_a_result_print_in_a_line(seen):
+    found = attacks.dlm_plus(seen, max_evaluations=2, keep_every=1)
+    assert re.fullmatch(r"Observation\(image_shape=.{1,30}, num_classes=10\)", repr(seen))
+    assert re.fullmatch(r"Reconstruction\(labels=.{1,300}\)", repr(found))
 
 
 @pytest.mark.parametrize(
@@ -182,10 +190,12 @@ class Evil:
 def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path):
     torch.save({"w": Evil()}, tmp_path / "evil.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3, "model": {"w": torch.zeros(1)}}, tmp_path / "checkpoint.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     for name, message in {
         "evil.pt": "cannot be read",
-        "list.pt": "not a state dict",
+        "list.pt": "holds a list, not a state dict",
+        "checkpoint.pt": "holds a dict of 'epoch', 'model', not a state dict",
         "broken.safetensors": "cannot be read",
     }.items():
         with pytest.raises(ValueError, match=f"{name}.*{message}"):

@@ -158,6 +158,8 @@ def test_steps_told_are_not_searched(seen):
         ({"max_steps": 2.5}, "max_steps is 2.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_evaluations": 0}, "max_evaluations is 0"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"num_images": 2, "labels": torch.tensor([0.5, 1.0])}, "labels has shape .* it takes 2 class indices"),
         (
             {"client_options": {"momentun": 0.9}},
             "client_options has 'momentun'; client 'sgd' takes momentum, dampening, nesterov",
@@ -181,8 +183,9 @@ def test_as_a_trial():
 def test_the_labels_of_a_batch_are_inferred_for_several_steps():
     images, truth, *_ = data.load("cifar100", n=8, source="bundled")
     seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=2)
-    found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1)
-    assert found.labels.tolist() == sorted(truth.tolist())
+    for labels in ({}, {"labels": "inferred"}, {"labels": truth.sort().values}):
+        found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1, **labels)
+        assert found.labels.tolist() == sorted(truth.tolist())
 
 
 @pytest.mark.parametrize("true", [1, 2, 3, 7])
