@@ -112,7 +112,8 @@ WITHOUT_CHANCE = (sparsify, top_k)
 
 
 def defend(seen, defence, *, observer="channel", repeats=1, seed=0, **options):
-    """Return what remains visible when the client defends itself with ``defence``, one of this module.
+    """Return what remains visible when the client defends itself with ``defence``, one of this module, or a function of your
+    own (state dict, *, parameters, seed, and your ``options``) -> state dict, as ``noise`` is.
 
     observer  "channel" sees both snapshots defended, each with its own noise (the released experiment; the client trains
               on its raw weights); "server" sent W_t itself and knows it exactly. Defences of Δ leave W_t public: no difference.
@@ -134,6 +135,8 @@ def defend(seen, defence, *, observer="channel", repeats=1, seed=0, **options):
         else:
             afters.append(defence(copy.deepcopy(seen.weights_after), parameters=names, **seeds[1], **options))
             befores.append(defence(copy.deepcopy(before), parameters=names, **seeds[0], **options))
+    if not all(isinstance(weights, dict) for weights in afters + befores):
+        raise ValueError(f"defence {defence!r} returned no dict; it takes a state dict and returns one")
     model, equal = copy.deepcopy(seen.model), [1] * repeats
     if observer == "channel" and befores:
         model.load_state_dict(befores[0] if repeats == 1 else federated.average(befores, equal))

@@ -341,8 +341,8 @@ def _quality(shape, point, curvature, equations, plausible):
     if not plausible or (chi2 >= CHI2_RANGE[1] and equations == n):
         verdict = (
             f"not to be trusted: one SGD step on one image does not explain the update ({found}); several local steps, "
-            "a batch, momentum, noise or sparsification would. The image may be shown all the same, the numbers beside it are "
-            "wrong; attacks.dlm_plus assumes less"
+            "a batch, momentum, Adam, noise or sparsification would. The image may be shown all the same, the numbers beside it "
+            "are wrong; dlm_plus assumes less, interval_dlm is for Adam and its kin"
         )
     elif identifiable < n:
         most = "at most " if curvature.variance is None else ""

@@ -67,7 +67,7 @@ def read(seen):
             raise ValueError(
                 f"weights_after lets {int(known.sum())} of {len(known)} features of the last layer be read; either it is not one "
                 "step of Adam, AdamW or RMSprop at full precision, or gradients so far above ε that they show their signs alone. "
-                "This does not mean that nothing leaks: attacks.unrolled_dlm with client='adam' assumes less"
+                "This does not mean that nothing leaks: unrolled_dlm with client 'adam' assumes less"
             )
         exact = (weight @ h + bias).softmax(0) - one
         ratio = (slope / exact)[slope.isfinite()]

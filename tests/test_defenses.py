@@ -99,6 +99,7 @@ def test_buffers_pass_through(device):
         (defenses.top_k, {"percent": -1}, r"percent is -1; it takes a finite number in \[0, 100\]"),
         (defenses.quantise, {"bits": 1}, "bits is 1; it takes a whole number of at least 2"),
         (defenses.quantise, {"repeats": 0}, "repeats is 0; it takes a whole number of at least 1"),
+        (lambda weights, **_: weights.clear(), {"observer": "server"}, "defence <function .*> returned no dict"),
     ],
 )
 def test_bad_input_is_named(seen, defence, options, message):
