@@ -1,4 +1,4 @@
-"""python -m dlm_core: everything that make does, and an attack on two snapshots of your own."""
+"""python -m dlm_core: everything that make does, and attacks on two snapshots of your own."""
 
 import argparse
 import ast
@@ -11,14 +11,6 @@ from pathlib import Path
 
 from dlm_core import environment
 
-ATTACKS = {  # of trials.ATTACKS, those that need be told nothing: when to use each
-    "dlm_plus": "one step of SGD, with momentum or not",
-    "exact": "one step of SGD on one image, convolution and linear layers: every pixel, and a verdict",
-    "exact_batch": "several images, a network that begins with Linear and ReLU",
-    "unrolled_dlm": "several local steps of SGD; takes a minute or two",
-    "interval_dlm": "one step of Adam, AdamW or RMSprop",
-}
-EXPLAINED, PARTLY = 1e-3, 0.1  # an attack's loss up to which its images explain the update, all of it or some
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -99,7 +91,11 @@ def _measuring_commands(command):
     clean = command("clean", _clean, "remove what make made: build/, the store of trials, caches; not the figures")
     clean.add_argument("--all", action="store_true", help="the environment too")
 
-    attack = command("attack", _attack, "reconstruct images from two snapshots of your own (safetensors or torch files)")
+    attack = command(
+        "attack",
+        _attack,
+        "does this client leak? reconstruct images from two snapshots of your own (safetensors or torch files)",
+    )
     attack.add_argument("before", help="state dict that the client received, W_t")
     attack.add_argument("after", help="state dict that it sent back, W_t+1")
     attack.add_argument(
@@ -108,9 +104,16 @@ def _measuring_commands(command):
         help="lenet (default), mlp, resnet18 or resnet18_bn, as dlm_core.models builds them: names of the weights included",
     )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
-    attack.add_argument("--num-classes", type=int, default=100, help="outputs of the last layer (default 100)")
+    attack.add_argument("--num-classes", type=int, help="outputs of the last layer (default: as in the file)")
     attack.add_argument("--images", type=int, default=1, help="images in the client's step (default 1)")
-    attack.add_argument("--attack", default="dlm_plus", help=f"one of {', '.join(ATTACKS)} (default dlm_plus)")
+    attack.add_argument(
+        "--attack",
+        default="all",
+        help="interval_dlm, exact, exact_batch, dlm_plus or unrolled_dlm; all (default): in turn, until one explains the update",
+    )
+    attack.add_argument(
+        "--client", help="that unrolled_dlm simulates: sgd, adam, adamw or rmsprop (default: as the update looks)"
+    )
     attack.add_argument("--out", default="reconstruction.png", help="picture to write (default reconstruction.png)")
 
 
@@ -210,56 +213,13 @@ def _clean(options):
 
 
 def _attack(options):
-    from torchvision.utils import save_image
+    from dlm_core import snapshots
 
-    from dlm_core import check, federated, models, trials
-
-    check.one_of("attack", options.attack, ATTACKS)
     if not re.fullmatch(r"\d+(,\d+)*", options.image_shape):  # how many numbers, and how large, models.build checks
         raise ValueError(f"--image-shape is {options.image_shape!r}; it takes C,H,W such as 3,32,32")
-    if not Path(options.out).absolute().parent.is_dir():
-        raise ValueError(f"--out is {options.out!r}; its folder does not exist")
     shape = tuple(int(size) for size in options.image_shape.split(","))
-    model = models.build(options.model, shape, options.num_classes)
-    before, after = federated.load_weights(options.before), federated.load_weights(options.after)
-    coarse = _half_precision(after)
-    if coarse:
-        print(f"the weights that came back are rounded to {coarse}")
-        before, after = ({name: w.float() if w.is_floating_point() else w for name, w in s.items()} for s in (before, after))
-    seen = federated.observe(model, before, after, shape)
-    more = {"dlm_plus": {"restarts": 3}, "exact": {"transmitted": coarse}}.get(options.attack, {})
-    with trials.one_thread():  # as trials run; and searches side by side on several threads each slow down tenfold
-        found = trials.ATTACKS[options.attack](seen, num_images=options.images, **more)
-    save_image(found.images.float(), options.out)
-    judged = hasattr(found, "verdict")  # its loss is the chi2/N that the verdict names
-    loss = "" if judged else f" loss {found.loss:.3g},"
-    print(f"{found.stop_reason} after {found.evaluations} evaluations,{loss} labels {found.labels.tolist()}")
-    for name in ("learning_rate", "local_steps", "verdict"):
-        if hasattr(found, name):
-            print(f"{name}: {getattr(found, name)}")
-    if hasattr(found, "local_steps"):
-        print("where later steps hardly move the weights, another number of steps explains the update as well")
-    print(f"reconstruction written to {options.out}")
-    if judged and not found.verdict.startswith("determined"):
-        print("where the verdict is against it, the picture may be right all the same: look, or try another --attack")
-    elif not judged and found.loss <= EXPLAINED:
-        print("these images explain the update: what they show has leaked")
-    elif not judged:
-        print(f"these images explain the update {'in part' if found.loss <= PARTLY else 'hardly at all'}, which is no proof")
-        print("that nothing more leaks. Have the two files changed places? Others to try, by what the client did:")
-        print(*(f"  --attack {name:13} {about}" for name, about in ATTACKS.items() if name != options.attack), sep="\n")
-
-
-def _half_precision(weights):
-    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in; else None."""
-    import torch
-
-    from dlm_core import federated
-
-    def fits(dtype):
-        return all(torch.equal(w, weights[name]) for name, w in federated.rounded(weights, dtype).items())
-
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)  # the coarser first
+    told = {name: getattr(options, name) for name in ("model", "num_classes", "attack", "client", "out")}
+    snapshots.audit(options.before, options.after, image_shape=shape, num_images=options.images, **told)
 
 
 def _run(*arguments):

@@ -1,0 +1,162 @@
+"""Does this client leak? Attacks on two weight files of one's own, and what their results mean, in words."""
+
+from pathlib import Path
+
+import torch
+
+from dlm_core import check, federated, models, recognise, trials
+
+ATTACKS = {  # of trials.ATTACKS, those that need be told nothing, in the order in which they are tried: when to use each
+    "interval_dlm": "one step of Adam, AdamW or RMSprop on one image",
+    "exact": "one step of SGD on one image, convolution and linear layers: every pixel, and a verdict",
+    "exact_batch": "several images, a network that begins with Linear and ReLU",
+    "dlm_plus": "one step of SGD, with momentum or not",
+    "unrolled_dlm": "several local steps; takes a minute or more",
+}
+EXPLAINED, PARTLY = 1e-3, 0.1  # an attack's loss up to which its images explain the update, all of it or some
+GRADES = ("explains the update hardly at all", "explains the update in part", "explains the update")
+ENDS = {
+    "converged": "as closely as the weights' rounding allows or was asked for",
+    "stalled": "it came to rest there, as most searches do",
+    "budget": "it was still falling at its last evaluation",
+    "diverged": "it diverged",
+}
+SIGN_LIKE = ("adam", "adamw", "rmsprop")
+SIDE = 256  # pixels of the picture's width, about
+
+
+def audit(
+    before,
+    after,
+    *,
+    model="lenet",
+    image_shape=(3, 32, 32),
+    num_classes=None,
+    num_images=1,
+    attack="all",
+    client=None,
+    out="reconstruction.png",
+):
+    """Print what two snapshots of a client show, and write the picture. Returns {attack: its Reconstruction}.
+
+    before, after  W_t and W_{t+1}: files, or state dicts.
+    model          network of your own with these weights' names, or a name of ``models.build`` for images [C, H, W] of
+                   ``image_shape`` and ``num_classes`` outputs (None: as in ``before``).
+    num_images     in the client's step.
+    attack         one of ATTACKS, or "all": one after the other until one explains the update.
+    client         that ``unrolled_dlm`` simulates, of ``clients.OPTIMIZERS``; None goes by what the update looks like.
+    out            picture to write, enlarged.
+
+    Raises ValueError, before any attack, for arguments out of range and snapshots that do not fit.
+    """
+    check.one_of("attack", attack, ["all", *ATTACKS])
+    check.at_least("num_images", num_images, 1)
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
+    seen, coarse = _read(before, after, model, image_shape, num_classes)
+    optimizer, kin = _first_look(seen, num_images)
+    left_out = {"exact_batch" if num_images == 1 else "exact", "interval_dlm" if optimizer not in SIGN_LIKE else None}
+    names = [name for name in ATTACKS if name not in left_out] if attack == "all" else [attack]
+    options = {"exact": {"transmitted": coarse}, "dlm_plus": {"restarts": 3}, "unrolled_dlm": {"client": client or kin}}
+    results = {}
+    for name in names:
+        print(f"{name} ({ATTACKS[name]}) ...", flush=True)
+        try:
+            with trials.one_thread():  # as trials run; searches side by side on several threads each slow down tenfold
+                results[name] = trials.ATTACKS[name](seen, num_images=num_images, **options.get(name, {}))
+        except ValueError as why:
+            if attack != "all":
+                raise
+            print(f"    does not apply: {why}")
+            continue
+        print(*(f"    {line}" for line in _lines(results[name])), sep="\n", flush=True)
+        if _grade(results[name]) == 2:
+            break
+    best = max(results, key=lambda name: _grade(results[name]))  # the first of equals
+    _save(results[best].images.float(), out)
+    print(f"{out} shows what {best} found")
+    _conclude(_grade(results[best]), attack, num_images)
+    return results
+
+
+def _read(before, after, model, image_shape, num_classes):
+    """(Observation, dtype of half precision to which the weights that came back are rounded, or None)."""
+    named = isinstance(model, str)
+    if named:
+        network = models.build(model, image_shape)
+    snapshots = [each if isinstance(each, dict) else federated.load_weights(each) for each in (before, after)]
+    if named:
+        last = snapshots[0].get(federated.last_layer(network)[1][1])
+        num_classes = num_classes or (100 if last is None else len(last))  # the file knows
+        model = models.build(model, image_shape, num_classes)
+    coarse = _half_precision(snapshots[1])
+    if coarse:
+        print(f"the weights that came back are rounded to {coarse}")
+        snapshots = [{name: w.float() if w.is_floating_point() else w for name, w in each.items()} for each in snapshots]
+    return federated.observe(model, *snapshots, image_shape), coarse
+
+
+def _half_precision(weights):
+    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in; else None."""
+
+    def fits(dtype):
+        return all(torch.equal(w, weights[name]) for name, w in federated.rounded(weights, dtype).items())
+
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)  # the coarser first
+
+
+def _first_look(seen, num_images):
+    """Print what the update says at once; return the optimizer's name, and whose kin it is if there are several steps."""
+    bias = federated.last_layer_update(seen)[2]
+    if (bias > 0).sum() <= num_images < (bias < 0).sum():  # the labels' classes fall in Δ, all others rise
+        print("have the two files changed places? the last layer moved away from its labels")
+    found = recognise.recognise(seen)
+    kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
+    if found.optimizer == "several steps":
+        too_large = ", or one whose gradients are too large to be read" if kin == "adam" else ""
+        print(f"the update looks like {kin} or its kin: several steps, several images{too_large}")
+    else:
+        print(f"the update looks like one step of {found.optimizer} on one image, learning rate {found.learning_rate:.3g}")
+    return found.optimizer, kin
+
+
+def _grade(found):
+    """2 where the images explain the update, 1 where they do in part, else 0."""
+    if hasattr(found, "recovered"):
+        return 2 if found.recovered.all() else int(found.recovered.any())
+    if hasattr(found, "verdict"):
+        return 2 if found.verdict.startswith("determined") else int(found.verdict.startswith("partly"))
+    return int(found.loss <= EXPLAINED) + int(found.loss <= PARTLY)
+
+
+def _lines(found):
+    """What to print of a result."""
+    if hasattr(found, "verdict"):  # its loss is the chi2/N that the verdict names
+        yield found.verdict
+    else:
+        yield f"{GRADES[_grade(found)]}: loss {found.loss:.3g} after {found.evaluations} evaluations; {ENDS[found.stop_reason]}"
+    yield f"labels {found.labels.tolist()}"
+    if hasattr(found, "learning_rate"):
+        yield f"learning rate {found.learning_rate:.6g}"
+    if hasattr(found, "local_steps"):
+        yield f"local steps {found.local_steps}, and others where later steps hardly move the weights"
+
+
+def _save(images, out):
+    from torchvision.utils import save_image
+
+    factor = max(1, SIDE // images.shape[-1])
+    save_image(images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor)
+
+
+def _conclude(grade, attack, num_images):
+    if grade == 2:
+        print("it explains the update: what it shows has leaked")
+        return
+    print(
+        f"it {GRADES[grade]}, and the picture may be right all the same: look. That attacks fail is no proof that nothing leaks:"
+    )
+    print(f"each is for one kind of client, with {num_images} image{'s' * (num_images > 1)} in the step (--images)")
+    if attack != "all":
+        print("others to try, by what the client did:")
+        print(*(f"  --attack {name:13} {about}" for name, about in ATTACKS.items() if name != attack), sep="\n")
