@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # it would print what the notebook's interrupted kernel was at
         print("\ninterrupted; finished trials are kept, the same command goes on from here", file=sys.stderr)
         return 130
 

@@ -89,7 +89,7 @@ def run(
             shutil.copy(target, source)
     if figures == REPOSITORY / "figures":
         fill_readme(figures)
-    _summary(figures, names, failed, time.time() - began)
+    _summary(figures, names, failed, time.time() - began, profile)
     return failed
 
 
@@ -218,9 +218,11 @@ def _note_seconds(figures, name, seconds):
                 entry["seconds"] = round(seconds, 1)
 
 
-def _summary(figures, names, failed, seconds):
+def _summary(figures, names, failed, seconds, profile):
     claims = report.read_json(figures / "claims.json")
     print(f"\n{len(names) - len(failed)} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}")
+    few = "" if profile == "paper" else ", which has few trials to judge by (PROFILE=paper has them all)"
+    print(f"Claims under the profile {profile}{few}:")
     for name in names:
         for claim in claims.get(name, {}).get("claims", []):
             print(f"  {name.split('_')[0]}  {claim['verdict']:>13}: {claim['statement']}")

@@ -1,9 +1,12 @@
 """The user's commands, as a user runs them, and what they say when something is wrong."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -137,6 +140,19 @@ def test_bad_arguments_get_one_sentence(arguments, message, environment):
     done = command(*arguments, environment=environment)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_an_interrupt_says_what_is_kept_and_nothing_else(tmp_path, environment):
+    run = [sys.executable, "-m", "dlm_core", "figures", "--only", "03", "--out", str(tmp_path / "out")]
+    where = {"cwd": REPOSITORY, "env": {**environment, "DLM_STORE": str(tmp_path / "store")}}
+    process = subprocess.Popen(run, **where, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not list((tmp_path / "store").rglob("*.safetensors")) and time.time() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and list((tmp_path / "store").rglob("*.safetensors"))
+    assert said.rstrip().endswith("the same command goes on from here") and "Traceback" not in said
 
 
 def test_an_unwritable_output_folder_is_said_first(tmp_path, environment):
