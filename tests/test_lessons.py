@@ -41,7 +41,7 @@ def test_students_get_neither_solutions_nor_hidden_tests_nor_outputs(tmp_path):
     assert [path.name for path in written] == [path.name for path in COURSE] and len(written) == 4
     for path, origin in zip(written, COURSE):
         text = path.read_text()
-        assert "SOLUTION" not in text and "HIDDEN" not in text
+        assert not any(mark in text for mark in ("SOLUTION", "HIDDEN", "NBVAL"))
         released = cells(path)
         assert len(released) == len(cells(origin))
         for cell in released:
