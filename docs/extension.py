@@ -15,7 +15,7 @@ from dlm_core.trials import imported
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The modules that are not science; whatever is new counts as science.
-ARTIFACT = ("trials", "utility", "sweeps", "report", "figures", "reproduce", "lessons", "environment", "bench", "peer")
+ARTIFACT = "trials utility sweeps report figures reproduce lessons environment bench peer snapshots".split()
 FONTS = "output/chtml/fonts/woff-v2"
 
 
@@ -72,7 +72,16 @@ def folder(name, caption):
 
 
 def toctree(caption, pages):
-    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
+    entries = [f"{short(page)} <{page}>" for page in pages]
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```\n"
+
+
+def short(page):
+    """What the sidebar calls a notebook: its file's name, in words."""
+    words = Path(page).stem.replace("dlm_plus", "DLM+").replace("dlm", "DLM").replace("dlg", "DLG").replace("relu", "ReLU")
+    number, words = re.fullmatch(r"(\d+_)?(.*)", words).groups(default="")
+    words = words.replace("_", " ")
+    return f"{number.rstrip('_')} {words[0].upper()}{words[1:]}".strip()
 
 
 def results():
