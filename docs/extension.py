@@ -15,7 +15,8 @@ from dlm_core.trials import imported
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The modules that are not science; whatever is new counts as science.
-ARTIFACT = "trials utility sweeps report figures reproduce lessons environment bench peer snapshots".split()
+COMMANDS = ("reproduce", "snapshots", "lessons", "environment", "bench", "peer")
+ARTIFACT = ("trials", "utility", "sweeps", "report", "figures", *COMMANDS)
 FONTS = "output/chtml/fonts/woff-v2"
 
 
