@@ -51,7 +51,7 @@ def update(model, loss, images, labels, *, rate, steps=1, batch_size=None, optim
     batch_size      images per step, in order and cyclically; None takes all in each step.
     optimizer       of this module, with ``options`` of its own, e.g. {"momentum": 0.9}.
     checkpointed    keep the weights after each step alone and compute the rest again on the way back: up to twice the time;
-                    LeNet's memory falls by a tenth on one image, by a quarter on 16. None does so from 100 steps on.
+                    LeNet's memory falls by a third at most. None does so from 100 steps on.
 
     Differentiable in images, soft labels and rate; ``federated.train_locally`` is the same without that.
     """
