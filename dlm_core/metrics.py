@@ -55,7 +55,7 @@ def lpips(estimate, truth, *, data_range=1.0, per_image=False):
 
 
 def exact_pixel_rate(estimate, truth):
-    """Share of the values (pixel by channel) equal after rounding to 8 bits; images in [0, 1]. A NaN equals nothing."""
+    """Share of the values (pixel by channel) equal after rounding to 8 bits; 8-bit images in [0, 1]. A NaN equals nothing."""
     estimate, truth = (torch.round(255 * images) for images in _pair(estimate, truth, 1.0))
     return float((estimate == truth).double().mean())
 

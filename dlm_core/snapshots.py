@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dlm_core import check, federated, models, recognise, trials
+from dlm_core import check, clients, federated, models, recognise, trials
 
 ATTACKS = {  # of trials.ATTACKS, those that need be told nothing, in the order in which they are tried: when to use each
     "interval_dlm": "one step of Adam, AdamW or RMSprop on one image",
@@ -51,10 +51,11 @@ def audit(
     """
     check.one_of("attack", attack, ["all", *ATTACKS])
     check.at_least("num_images", num_images, 1)
+    check.one_of("client", client or "sgd", clients.OPTIMIZERS)
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"out is {str(out)!r}; its folder does not exist")
     seen, coarse = _read(before, after, model, image_shape, num_classes)
-    optimizer, kin = _first_look(seen, num_images)
+    optimizer, kin = _first_look(seen, num_images, coarse)
     left_out = {"exact_batch" if num_images == 1 else "exact", "interval_dlm" if optimizer not in SIGN_LIKE else None}
     names = [name for name in ATTACKS if name not in left_out] if attack == "all" else [attack]
     options = {"exact": {"transmitted": coarse}, "dlm_plus": {"restarts": 3}, "unrolled_dlm": {"client": client or kin}}
@@ -64,14 +65,17 @@ def audit(
         try:
             with trials.one_thread():  # as trials run; searches side by side on several threads each slow down tenfold
                 results[name] = trials.ATTACKS[name](seen, num_images=num_images, **options.get(name, {}))
-        except ValueError as why:
+        except (ValueError, torch.linalg.LinAlgError) as why:
             if attack != "all":
-                raise
+                raise ValueError(str(why)) from None
             print(f"    does not apply: {why}")
             continue
         print(*(f"    {line}" for line in _lines(results[name])), sep="\n", flush=True)
         if _grade(results[name]) == 2:
             break
+    if not results:
+        print("no attack applies, which is no proof that nothing leaks")
+        return results
     best = max(results, key=lambda name: _grade(results[name]))  # the first of equals
     _save(results[best].images.float(), out)
     print(f"{out} shows what {best} found")
@@ -105,7 +109,7 @@ def _half_precision(weights):
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)  # the coarser first
 
 
-def _first_look(seen, num_images):
+def _first_look(seen, num_images, coarse):
     """Print what the update says at once; return the optimizer's name, and whose kin it is if there are several steps."""
     bias = federated.last_layer_update(seen)[2]
     if (bias > 0).sum() <= num_images < (bias < 0).sum():  # the labels' classes fall in Δ, all others rise
@@ -113,8 +117,9 @@ def _first_look(seen, num_images):
     found = recognise.recognise(seen)
     kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
     if found.optimizer == "several steps":
-        too_large = ", or one whose gradients are too large to be read" if kin == "adam" else ""
-        print(f"the update looks like {kin} or its kin: several steps, several images{too_large}")
+        unread = "a step of which rounding has left too little" if coarse else "one whose gradients are too large to be read"
+        more = f", or {unread}" if coarse or kin == "adam" else ""
+        print(f"the update looks like {kin} or its kin: several steps, several images{more}")
     else:
         print(f"the update looks like one step of {found.optimizer} on one image, learning rate {found.learning_rate:.3g}")
     return found.optimizer, kin
