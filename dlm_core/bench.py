@@ -1,6 +1,7 @@
 """Seconds, memory and success of the attacks, ours beside the released settings and the peer's, in one run on one machine."""
 
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -9,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from tqdm import tqdm
 
-from dlm_core import attacks, check, clients, data, exact, federated, labels, metrics, models, objectives, peer
+from dlm_core import attacks, check, clients, data, exact, federated, labels, metrics, models, objectives, peer, sweeps
 
 ATTEMPTS = {  # name: (network, attack)
     "exact": ("lenet", lambda seen, seed: exact.recover(seen)),
@@ -38,7 +39,7 @@ def run(images=20, peer_images=3):
     measured = {name: [] for name in (*ATTEMPTS, *(PEERS if peer_images else ()))}
     python = peer.environment() if peer_images else None
     spawn = multiprocessing.get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) for name in ATTEMPTS}
+    pools = {name: ProcessPoolExecutor(1, spawn, _begin, (threads, os.getpid())) for name in ATTEMPTS}
     for i in tqdm(range(images), unit="image"):
         for name, pool in pools.items():
             measured[name].append(pool.submit(attempt, name, i).result())
@@ -62,6 +63,11 @@ def run(images=20, peer_images=3):
         print(f"| {name} | {shares} | {statistics.median(psnrs):.1f} | {timing} | {max(peaks):.0f} |")
     print()
     cost_of_steps()
+
+
+def _begin(threads, master):
+    torch.set_num_threads(threads)
+    sweeps.end_with(master)
 
 
 def attempt(name, i):

@@ -1,9 +1,12 @@
 """Run many trials: keep what is finished, use all cores or a cluster, show the time left, return a table."""
 
 import contextlib
+import functools
 import json
 import os
 import sys
+import threading
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -83,14 +86,16 @@ def sweep(trials, *, jobs=None, store=None, scheduler=None):
     shelf = Store(store or os.environ.get("DLM_STORE") or REPOSITORY / ".store")
     records = {trial: shelf.get(trial) for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
+    scheduler = scheduler or os.environ.get("SCHEDULER")
+    master = None if scheduler else os.getpid()
     with (
         _progress(len(records), len(records) - len(missing)) as bar,
-        engine(scheduler or os.environ.get("SCHEDULER"), jobs),
+        engine(scheduler, jobs),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces workers that have grown; no trial is lost
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        for trial, record in parallel(joblib.delayed(_numbered)(trial) for trial in missing):
+        for trial, record in parallel(joblib.delayed(_numbered)(trial, master) for trial in missing):
             shelf.put(trial, record)
             records[trial] = record
             bar.update()
@@ -139,8 +144,22 @@ def summarise(frame, by):
     return pandas.DataFrame(rows)
 
 
-def _numbered(trial):
+def _numbered(trial, master):
+    if master not in (None, os.getpid()):
+        end_with(master)
     return trial, trial.run()
+
+
+@functools.cache
+def end_with(master):
+    """End this worker process when ``master``, which started it, is gone: joblib's outlive one that was killed."""
+
+    def watch():
+        while os.getppid() == master:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

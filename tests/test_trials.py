@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -98,6 +99,22 @@ def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expe
     assert 2 <= len(finished) < len(SWEEP)
     assert_same(sweeps.sweep(SWEEP, jobs=1, store=tmp_path), expected)
     assert all(path.stat().st_mtime_ns == then for path, then in finished.items())
+
+
+def test_the_workers_of_a_killed_sweep_end_too(tmp_path):
+    script = (
+        "from dlm_core import sweeps, trials\n"
+        "plan = [trials.Trial('dlm_plus', dataset='digits', index=i, client={'lr': 0.05}) for i in range(500)]\n"
+        f"sweeps.sweep(plan, jobs=2, store={str(tmp_path)!r})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob("*.safetensors")) and time.time() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=15)[1]
 
 
 def test_the_table_is_the_same_text_each_time(expected):
