@@ -101,7 +101,10 @@ def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
         error = (sigma.square().mean() * information * (1 + x.square().mean(1))).sqrt()  # of Δ_W, and of the lengths by Δ_b
         return _explain(seen, num_images, x, agreement, error, rank, began)
     shown = agreement > 1 - 1 / len(update)
-    reason = f"Δ has rank {rank}, and the zeros of {len(update)} units do not settle the others"
+    reason = (
+        f"Δ has rank {rank}, and the zeros of {len(update)} units do not settle which of its mixtures are images; those are "
+    )
+    reason += "shown that agree with their own pattern of zeros, without labels and learning rate"
     return _result(seen, num_images or rank, rank, began, reason, x.reshape(-1, *seen.image_shape), shown, agreement)
 
 

@@ -57,9 +57,8 @@ def sparsify(weights, *, percent, parameters=None):
     for name in weights if parameters is None else parameters:
         tensor = weights[name]
         dropped = tensor.abs().flatten().argsort(stable=True)[: int(tensor.numel() * percent / 100)]
-        kept = tensor.clone()
-        kept.view(-1)[dropped] = 0
-        defended[name] = kept
+        defended[name] = tensor.clone()
+        defended[name].view(-1)[dropped] = 0
     return defended
 
 

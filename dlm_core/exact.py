@@ -10,7 +10,7 @@ are flat vectors [n], and each layer has one matrix [O, I]: the weight, with the
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -45,7 +45,7 @@ class Recovery(attacks.Reconstruction):
     weight_decay: float
     chi2: float
     bound_psnr: float
-    pixel_error: torch.Tensor
+    pixel_error: torch.Tensor = field(repr=False)
     identifiable: int
     verdict: str
 

@@ -73,9 +73,14 @@ def load_weights(path):
             f"snapshot {str(path)!r} cannot be read as weights ({type(error).__name__}); "
             "it takes a .safetensors file, or a torch file that holds tensors alone"
         ) from None
+    return check_weights(f"snapshot {str(path)!r}", weights)
+
+
+def check_weights(argument, weights):
+    """``weights``; ValueError unless they are a state dict of tensors alone."""
+    kind = f"dict of {_some(list(weights))}" if isinstance(weights, dict) else type(weights).__name__
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        kind = f"dict of {_some(list(weights))}" if isinstance(weights, dict) else type(weights).__name__
-        raise ValueError(f"snapshot {str(path)!r} holds a {kind}, not a state dict of tensors: save the state dict alone")
+        raise ValueError(f"{argument} is a {kind}, no state dict of tensors; load_weights reads a file of one")
     return weights
 
 
@@ -214,11 +219,12 @@ def rounded(weights, dtype):
 
 
 def _check_fit(argument, weights, expected):
-    missing, extra = ([name for name in a if name not in b] for a, b in ((expected, weights), (weights, expected)))
-    if missing or extra:
-        differ = " and ".join(f"{w} {_some(names)}" for w, names in (("lacks", missing), ("has", extra)) if names)
-        cure = "rename its entries, or give federated.observe the network that they come from"
-        raise ValueError(f"{argument} does not fit the model: it {differ}; {cure}")
+    check_weights(argument, weights)
+    unlike = {"lacks": [n for n in expected if n not in weights], "has": [n for n in weights if n not in expected]}
+    if any(unlike.values()):
+        differ = " and ".join(f"{verb} {_some(names)}" for verb, names in unlike.items() if names)
+        cure = "; rename its entries, or give snapshots.audit or observe the network that they come from"
+        raise ValueError(f"{argument} does not fit the model: it {differ}{cure if argument == 'before' else ''}")
     for what, of in (("shape", lambda tensor: list(tensor.shape)), ("dtype", lambda tensor: tensor.dtype)):
         for name, tensor in expected.items():
             if of(weights[name]) != of(tensor):

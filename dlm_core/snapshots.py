@@ -1,10 +1,17 @@
-"""Does this client leak? Attacks on two weight files of one's own, and what their results mean, in words."""
+"""Does this client leak? Attacks on two weight files of one's own, and what their results mean, in words.
 
+There is no truth to compare with. An exact attack judges itself; a search is made twice, from different starts: that both
+end at the same images, which explain the update, is the evidence. A small loss alone is none: where an image moves the
+weights little, as from PyTorch's own initial weights, others explain the update nearly as well.
+"""
+
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dlm_core import check, clients, federated, models, recognise, trials
+from dlm_core import check, clients, federated, metrics, models, recognise, trials
 
 ATTACKS = {  # of trials.ATTACKS, those that need be told nothing, in the order in which they are tried: when to use each
     "interval_dlm": "one step of Adam, AdamW or RMSprop on one image",
@@ -14,6 +21,7 @@ ATTACKS = {  # of trials.ATTACKS, those that need be told nothing, in the order 
     "unrolled_dlm": "several local steps; takes a minute or more",
 }
 EXPLAINED, PARTLY = 1e-3, 0.1  # an attack's loss up to which its images explain the update, all of it or some
+AGREED = 25.0  # dB between the images of two searches that found the same: right ones 40 and more, wrong ones below 20
 GRADES = ("explains the update hardly at all", "explains the update in part", "explains the update")
 ENDS = {
     "converged": "as closely as the weights' rounding allows or was asked for",
@@ -21,6 +29,7 @@ ENDS = {
     "budget": "it was still falling at its last evaluation",
     "diverged": "it diverged",
 }
+CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}  # of unrolled searches once their steps are known
 SIGN_LIKE = ("adam", "adamw", "rmsprop")
 SIDE = 256  # pixels of the picture's width, about
 
@@ -55,31 +64,32 @@ def audit(
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"out is {str(out)!r}; its folder does not exist")
     seen, coarse = _read(before, after, model, image_shape, num_classes)
-    optimizer, kin = _first_look(seen, num_images, coarse)
+    optimizer, kin, swapped = _first_look(seen, num_images, coarse)
     left_out = {"exact_batch" if num_images == 1 else "exact", "interval_dlm" if optimizer not in SIGN_LIKE else None}
     names = [name for name in ATTACKS if name not in left_out] if attack == "all" else [attack]
-    options = {"exact": {"transmitted": coarse}, "dlm_plus": {"restarts": 3}, "unrolled_dlm": {"client": client or kin}}
-    results = {}
+    options = {"exact": {"transmitted": coarse}, "dlm_plus": {"restarts": 2}, "unrolled_dlm": {"client": client or kin}}
+    results, agreements = {}, {}
     for name in names:
         print(f"{name} ({ATTACKS[name]}) ...", flush=True)
         try:
             with trials.one_thread():  # as trials run; searches side by side on several threads each slow down tenfold
-                results[name] = trials.ATTACKS[name](seen, num_images=num_images, **options.get(name, {}))
+                run = partial(trials.ATTACKS[name], seen, num_images=num_images, **options.get(name, {}))
+                results[name], agreements[name] = found, _ = _twice(run)
         except (ValueError, torch.linalg.LinAlgError) as why:
             if attack != "all":
                 raise ValueError(str(why)) from None
             print(f"    does not apply: {why}")
             continue
-        print(*(f"    {line}" for line in _lines(results[name])), sep="\n", flush=True)
-        if _grade(results[name]) == 2:
+        print(*(f"    {line}" for line in _lines(found, agreements[name])), sep="\n", flush=True)
+        if _grade(found, agreements[name]) == 2:
             break
     if not results:
         print("no attack applies, which is no proof that nothing leaks")
         return results
-    best = max(results, key=lambda name: _grade(results[name]))  # the first of equals
+    best = max(results, key=lambda name: (_grade(results[name], agreements[name]), agreements[name] or 0))
     _save(results[best].images.float(), out)
     print(f"{out} shows what {best} found")
-    _conclude(_grade(results[best]), attack, num_images)
+    _conclude(_grade(results[best], agreements[best]), attack, num_images, swapped)
     return results
 
 
@@ -89,6 +99,8 @@ def _read(before, after, model, image_shape, num_classes):
     if named:
         network = models.build(model, image_shape)
     snapshots = [each if isinstance(each, dict) else federated.load_weights(each) for each in (before, after)]
+    for argument, each in zip(("before", "after"), snapshots):
+        federated.check_weights(argument, each)
     if named:
         last = snapshots[0].get(federated.last_layer(network)[1][1])
         num_classes = num_classes or (100 if last is None else len(last))  # the file knows
@@ -97,7 +109,14 @@ def _read(before, after, model, image_shape, num_classes):
     if coarse:
         print(f"the weights that came back are rounded to {coarse}")
         snapshots = [{name: w.float() if w.is_floating_point() else w for name, w in each.items()} for each in snapshots]
-    return federated.observe(model, *snapshots, image_shape), coarse
+    try:
+        return federated.observe(model, *snapshots, image_shape), coarse
+    except federated.Unchanged:
+        raise
+    except ValueError as why:
+        raise ValueError(
+            f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})" if named else why
+        ) from None
 
 
 def _half_precision(weights):
@@ -110,9 +129,10 @@ def _half_precision(weights):
 
 
 def _first_look(seen, num_images, coarse):
-    """Print what the update says at once; return the optimizer's name, and whose kin it is if there are several steps."""
+    """Print what the update says at once; return the optimizer's name, whose kin it is, and whether the files look swapped."""
     bias = federated.last_layer_update(seen)[2]
-    if (bias > 0).sum() <= num_images < (bias < 0).sum():  # the labels' classes fall in Δ, all others rise
+    swapped = bool((bias > 0).sum() <= num_images < (bias < 0).sum())  # the labels' classes fall in Δ, all others rise
+    if swapped:
         print("have the two files changed places? the last layer moved away from its labels")
     found = recognise.recognise(seen)
     kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
@@ -122,26 +142,45 @@ def _first_look(seen, num_images, coarse):
         print(f"the update looks like {kin} or its kin: several steps, several images{more}")
     else:
         print(f"the update looks like one step of {found.optimizer} on one image, learning rate {found.learning_rate:.3g}")
-    return found.optimizer, kin
+    return found.optimizer, kin, swapped
 
 
-def _grade(found):
-    """2 where the images explain the update, 1 where they do in part, else 0."""
+def _twice(run):
+    """(Reconstruction, PSNR in dB between its images and those of a search from another start; None for exact attacks)."""
+    found = run()
+    if hasattr(found, "verdict"):
+        return found, None
+    if hasattr(found, "local_steps"):
+        run = partial(run, steps=found.local_steps, **CLOSER)
+        found = run()
+    again = run(seed=1)
+    images, others = (each.images.double().cpu().clamp(0, 1) for each in (found, again))
+    return found, float(metrics.psnr(images[metrics.match(images, others)], others, data_range=1.0, per_image=True).median())
+
+
+def _grade(found, agreement):
+    """2 where the images explain the update and nothing else does, 1 where they do in part, else 0."""
     if hasattr(found, "recovered"):
         return 2 if found.recovered.all() else int(found.recovered.any())
     if hasattr(found, "verdict"):
         return 2 if found.verdict.startswith("determined") else int(found.verdict.startswith("partly"))
-    return int(found.loss <= EXPLAINED) + int(found.loss <= PARTLY)
+    return 2 if found.loss <= EXPLAINED and agreement >= AGREED else int(found.loss <= PARTLY or agreement >= AGREED)
 
 
-def _lines(found):
+def _lines(found, agreement):
     """What to print of a result."""
     if hasattr(found, "verdict"):  # its loss is the chi2/N that the verdict names
         yield found.verdict
+        if not _grade(found, agreement):
+            return
     else:
-        yield f"{GRADES[_grade(found)]}: loss {found.loss:.3g} after {found.evaluations} evaluations; {ENDS[found.stop_reason]}"
-    yield f"labels {found.labels.tolist()}"
-    if hasattr(found, "learning_rate"):
+        size = int(found.loss <= EXPLAINED) + int(found.loss <= PARTLY)
+        yield f"{GRADES[size]}: loss {found.loss:.3g} after {found.evaluations} evaluations; {ENDS[found.stop_reason]}"
+        which = "the same" if agreement >= AGREED else "another"
+        yield f"a search from another start ends at {which} picture ({agreement:.0f} dB between the two)"
+    if (found.labels >= 0).all():
+        yield f"labels {found.labels.tolist()}"
+    if getattr(found, "learning_rate", math.nan) > 0:
         yield f"learning rate {found.learning_rate:.6g}"
     if hasattr(found, "local_steps"):
         yield f"local steps {found.local_steps}, and others where later steps hardly move the weights"
@@ -154,14 +193,18 @@ def _save(images, out):
     save_image(images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor)
 
 
-def _conclude(grade, attack, num_images):
+def _conclude(grade, attack, num_images, swapped):
     if grade == 2:
         print("it explains the update: what it shows has leaked")
         return
     print(
-        f"it {GRADES[grade]}, and the picture may be right all the same: look. That attacks fail is no proof that nothing leaks:"
+        "that is no proof of a leak, and the picture may be right all the same: look. Nor is it a proof that nothing leaks: each"
     )
-    print(f"each is for one kind of client, with {num_images} image{'s' * (num_images > 1)} in the step (--images)")
+    print(
+        f"attack is for one kind of client, here with {num_images} image{'s' * (num_images > 1)} in the step; --images tries others"
+    )
+    if swapped:
+        print("and the files look as if they had changed places")
     if attack != "all":
         print("others to try, by what the client did:")
         print(*(f"  --attack {name:13} {about}" for name, about in ATTACKS.items() if name != attack), sep="\n")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dlm_core import data, federated, metrics, models, report, reproduce
+from dlm_core import data, federated, metrics, models, report, reproduce, trials
 from dlm_core.__main__ import main
 from dlm_core.snapshots import audit
 
@@ -223,7 +224,7 @@ def test_one_attack_by_name_and_the_hint_where_it_fails(ask):
     assert "learning rate 0.05" in exactly and "    determined: one SGD step" in exactly
     assert "it explains the update: what it shows has leaked" in ask("sgd", "--attack", "dlm_plus")
     failed = ask("adam", "--attack", "dlm_plus")
-    assert "hardly at all" in failed and "no proof that nothing leaks" in failed and "--attack interval_dlm" in failed
+    assert "hardly at all" in failed and "a proof that nothing leaks" in failed and "--attack interval_dlm" in failed
 
 
 @pytest.mark.parametrize(
@@ -260,9 +261,38 @@ def test_where_no_attack_applies_it_is_said(capsys, tmp_path):
     assert said.count("does not apply: ") == 3 and "no attack applies, which is no proof" in said
 
 
+def test_images_that_explain_the_update_but_differ_from_start_to_start_are_no_leak(
+    clients_files, tmp_path, capsys, monkeypatch
+):
+    attack = trials.ATTACKS["dlm_plus"]
+
+    def fits_anything(seen, seed=0, **options):
+        images = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        return replace(attack(seen, max_evaluations=1), images=images, loss=1e-9)
+
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    about = {"image_shape": (1, 8, 8), "attack": "dlm_plus", "out": tmp_path / "found.png"}
+    for name, leaks in (("dlm_plus", True), ("fits anything", False)):
+        if not leaks:
+            monkeypatch.setitem(trials.ATTACKS, "dlm_plus", fits_anything)
+        audit(*files, **about)
+        said = capsys.readouterr().out
+        assert ("has leaked" in said) == leaks, name
+        assert f"ends at {'the same' if leaks else 'another'} picture" in said
+
+
+def test_weights_that_are_no_state_dict_are_refused(tmp_path):
+    nested = {"epoch": 3, "model": {"w": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="before is a dict of 'epoch', 'model', no state dict"):
+        audit(nested, nested, out=tmp_path / "found.png")
+    with pytest.raises(ValueError, match="before is a str, no state dict .*load_weights"):
+        federated.observe(models.build("lenet"), "a.pt", "b.pt", (3, 32, 32))
+
+
 def test_files_that_have_changed_places_are_noticed(ask):
     question = "have the two files changed places?"
-    assert question in ask("before", "--attack", "dlm_plus", before="sgd")
+    swapped = ask("before", "--attack", "dlm_plus", before="sgd")
+    assert question in swapped and "look as if they had changed places" in swapped
     assert question not in ask("sgd", "--attack", "dlm_plus")
 
 
