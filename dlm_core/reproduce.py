@@ -221,7 +221,7 @@ def _note_seconds(figures, name, seconds):
 def _summary(figures, names, failed, seconds, profile):
     claims = report.read_json(figures / "claims.json")
     print(f"\n{len(names) - len(failed)} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}")
-    few = "" if profile == "paper" else ", which has few trials to judge by (PROFILE=paper has them all)"
+    few = "" if profile == "paper" else ", which has few trials to judge by (those committed are in figures/claims.md)"
     print(f"Claims under the profile {profile}{few}:")
     for name in names:
         for claim in claims.get(name, {}).get("claims", []):

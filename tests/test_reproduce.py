@@ -147,6 +147,7 @@ def test_bad_arguments_get_one_sentence(arguments, message, environment):
 def test_an_interrupt_says_what_is_kept_and_nothing_else(tmp_path, environment):
     run = [sys.executable, "-m", "dlm_core", "figures", "--only", "03", "--out", str(tmp_path / "out")]
     where = {"cwd": REPOSITORY, "env": {**environment, "DLM_STORE": str(tmp_path / "store")}}
+    where["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in the background
     process = subprocess.Popen(run, **where, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while not list((tmp_path / "store").rglob("*.safetensors")) and time.time() < deadline:
