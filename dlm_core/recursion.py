@@ -35,7 +35,7 @@ SUPPORTED = (
     "exact recovery takes an nn.Sequential of Linear, Conv2d (groups 1, numeric zero padding), Flatten, Identity and "
     "elementwise activations: Sigmoid, Tanh or LeakyReLU anywhere, ReLU, GELU or SiLU after the first Linear"
 )
-WRAPPED = "where a module only wraps an nn.Sequential, give that and its own state dicts to federated.observe"
+WRAPPED = "layers called one after the other can be written as one: notebooks/howto/bring_your_own_model.ipynb shows how"
 
 
 def _identity(a):

@@ -22,12 +22,12 @@ ATTACKS = {  # of trials.ATTACKS, those that need be told nothing, in the order 
 }
 EXPLAINED, PARTLY = 1e-3, 0.1  # an attack's loss up to which its images explain the update, all of it or some
 AGREED = 25.0  # dB between the images of two searches that found the same: right ones 40 and more, wrong ones below 20
-GRADES = ("explains the update hardly at all", "explains the update in part", "explains the update")
+GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 ENDS = {
     "converged": "as closely as the weights' rounding allows or was asked for",
     "stalled": "it came to rest there, as most searches do",
     "budget": "it was still falling at its last evaluation",
-    "diverged": "it diverged",
+    "diverged": "past its best point it diverged",
 }
 CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}  # of unrolled searches once their steps are known
 SIGN_LIKE = ("adam", "adamw", "rmsprop")
@@ -137,9 +137,11 @@ def _first_look(seen, num_images, coarse):
     found = recognise.recognise(seen)
     kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
     if found.optimizer == "several steps":
-        unread = "a step of which rounding has left too little" if coarse else "one whose gradients are too large to be read"
-        more = f", or {unread}" if coarse or kin == "adam" else ""
-        print(f"the update looks like {kin} or its kin: several steps, several images{more}")
+        unread = (
+            "one step of which rounding leaves too little" if coarse else "one step whose gradients are too large to read"
+        )
+        more = f" or {unread}" if coarse or kin == "adam" else ""
+        print(f"the update looks like {kin} or its kin: several steps or several images{more}")
     else:
         print(f"the update looks like one step of {found.optimizer} on one image, learning rate {found.learning_rate:.3g}")
     return found.optimizer, kin, swapped
@@ -183,7 +185,7 @@ def _lines(found, agreement):
     if getattr(found, "learning_rate", math.nan) > 0:
         yield f"learning rate {found.learning_rate:.6g}"
     if hasattr(found, "local_steps"):
-        yield f"local steps {found.local_steps}, and others where later steps hardly move the weights"
+        yield f"local steps {found.local_steps} (where later ones hardly move the weights, other numbers explain it as well)"
 
 
 def _save(images, out):
@@ -198,10 +200,10 @@ def _conclude(grade, attack, num_images, swapped):
         print("it explains the update: what it shows has leaked")
         return
     print(
-        "that is no proof of a leak, and the picture may be right all the same: look. Nor is it a proof that nothing leaks: each"
+        "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. Each attack is for one kind of client,"
     )
     print(
-        f"attack is for one kind of client, here with {num_images} image{'s' * (num_images > 1)} in the step; --images tries others"
+        f"here with {num_images} image{'s' * (num_images > 1)} in the step (--images, num_images), and some need an nn.Sequential"
     )
     if swapped:
         print("and the files look as if they had changed places")

@@ -193,7 +193,7 @@ class Wrapper(nn.Module):
             nn.Sequential(nn.Flatten(), nn.Linear(64, 50, bias=False), nn.ReLU(), nn.Linear(50, CLASSES)),
             ["'1'", "no bias"],
         ),
-        (Wrapper(), ["is a Wrapper", "only wraps an nn.Sequential"]),
+        (Wrapper(), ["is a Wrapper", "can be written as one"]),
     ],
     ids=["lenet", "sigmoid", "resnet", "no bias", "wrapper"],
 )

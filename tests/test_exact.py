@@ -253,7 +253,7 @@ class Own(nn.Module):
             ["'0'", "Conv2d", "padding"],
         ),
         (models.build("resnet18", SHAPE, CLASSES), ["Residual", "nn.Sequential"]),
-        (Own(), ["the model (Own) cannot be walked", "only wraps an nn.Sequential"]),
+        (Own(), ["the model (Own) cannot be walked", "can be written as one"]),
     ],
 )
 def test_unsupported_layers_are_named(model, words):
