@@ -103,8 +103,8 @@ def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
     shown = agreement > 1 - 1 / len(update)
     reason = (
         f"Δ has rank {rank}, and the zeros of {len(update)} units do not settle which of its mixtures are images; those are "
+        "shown that agree with their own pattern of zeros, without labels and learning rate"
     )
-    reason += "shown that agree with their own pattern of zeros, without labels and learning rate"
     return _result(seen, num_images or rank, rank, began, reason, x.reshape(-1, *seen.image_shape), shown, agreement)
 
 

@@ -78,8 +78,8 @@ def load_weights(path):
 
 def check_weights(argument, weights):
     """``weights``; ValueError unless they are a state dict of tensors alone."""
-    kind = f"dict of {_some(list(weights))}" if isinstance(weights, dict) else type(weights).__name__
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        kind = f"dict of {_some(list(weights))}" if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{argument} is a {kind}, no state dict of tensors; load_weights reads a file of one")
     return weights
 

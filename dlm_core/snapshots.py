@@ -30,7 +30,6 @@ ENDS = {
     "diverged": "past its best point it diverged",
 }
 CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}  # of unrolled searches once their steps are known
-SIGN_LIKE = ("adam", "adamw", "rmsprop")
 SIDE = 256  # pixels of the picture's width, about
 
 
@@ -65,31 +64,35 @@ def audit(
         raise ValueError(f"out is {str(out)!r}; its folder does not exist")
     seen, coarse = _read(before, after, model, image_shape, num_classes)
     optimizer, kin, swapped = _first_look(seen, num_images, coarse)
-    left_out = {"exact_batch" if num_images == 1 else "exact", "interval_dlm" if optimizer not in SIGN_LIKE else None}
+    left_out = {"exact_batch" if num_images == 1 else "exact"}
+    if kin != "adam" or optimizer == "several steps":
+        left_out.add("interval_dlm")
     names = [name for name in ATTACKS if name not in left_out] if attack == "all" else [attack]
     options = {"exact": {"transmitted": coarse}, "dlm_plus": {"restarts": 2}, "unrolled_dlm": {"client": client or kin}}
-    results, agreements = {}, {}
+    results, ranks = {}, {}
     for name in names:
         print(f"{name} ({ATTACKS[name]}) ...", flush=True)
         try:
             with trials.one_thread():  # as trials run; searches side by side on several threads each slow down tenfold
                 run = partial(trials.ATTACKS[name], seen, num_images=num_images, **options.get(name, {}))
-                results[name], agreements[name] = found, _ = _twice(run)
+                found, agreement = _twice(run)
         except (ValueError, torch.linalg.LinAlgError) as why:
             if attack != "all":
                 raise ValueError(str(why)) from None
             print(f"    does not apply: {why}")
             continue
-        print(*(f"    {line}" for line in _lines(found, agreements[name])), sep="\n", flush=True)
-        if _grade(found, agreements[name]) == 2:
+        grade = _grade(found, agreement)
+        results[name], ranks[name] = found, (grade, agreement or 0)
+        print(*(f"    {line}" for line in _lines(found, agreement, grade)), sep="\n", flush=True)
+        if grade == 2:
             break
     if not results:
         print("no attack applies, which is no proof that nothing leaks")
         return results
-    best = max(results, key=lambda name: (_grade(results[name], agreements[name]), agreements[name] or 0))
+    best = max(ranks, key=ranks.get)  # the first of equals
     _save(results[best].images.float(), out)
     print(f"{out} shows what {best} found")
-    _conclude(_grade(results[best], agreements[best]), attack, num_images, swapped)
+    _conclude(ranks[best][0], attack, num_images, swapped)
     return results
 
 
@@ -98,9 +101,10 @@ def _read(before, after, model, image_shape, num_classes):
     named = isinstance(model, str)
     if named:
         network = models.build(model, image_shape)
-    snapshots = [each if isinstance(each, dict) else federated.load_weights(each) for each in (before, after)]
-    for argument, each in zip(("before", "after"), snapshots):
-        federated.check_weights(argument, each)
+    snapshots = [
+        federated.load_weights(given) if isinstance(given, (str, Path)) else federated.check_weights(argument, given)
+        for argument, given in (("before", before), ("after", after))
+    ]
     if named:
         last = snapshots[0].get(federated.last_layer(network)[1][1])
         num_classes = num_classes or (100 if last is None else len(last))  # the file knows
@@ -114,9 +118,9 @@ def _read(before, after, model, image_shape, num_classes):
     except federated.Unchanged:
         raise
     except ValueError as why:
-        raise ValueError(
-            f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})" if named else why
-        ) from None
+        if not named:
+            raise
+        raise ValueError(f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})") from None
 
 
 def _half_precision(weights):
@@ -169,11 +173,11 @@ def _grade(found, agreement):
     return 2 if found.loss <= EXPLAINED and agreement >= AGREED else int(found.loss <= PARTLY or agreement >= AGREED)
 
 
-def _lines(found, agreement):
+def _lines(found, agreement, grade):
     """What to print of a result."""
     if hasattr(found, "verdict"):  # its loss is the chi2/N that the verdict names
         yield found.verdict
-        if not _grade(found, agreement):
+        if grade == 0:
             return
     else:
         size = int(found.loss <= EXPLAINED) + int(found.loss <= PARTLY)
