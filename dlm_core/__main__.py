@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dlm_core import environment
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from dlm_core.harness.paths import REPOSITORY
+from dlm_core.project import environment
 
 
 def main(arguments=None):
@@ -120,7 +119,7 @@ def _measuring_commands(command):
 
 
 def _figures(options):
-    from dlm_core import reproduce
+    from dlm_core.project import reproduce
 
     chosen = {name: getattr(options, name) for name in ("only", "chosen_set", "jobs", "out", "scheduler", "in_place")}
     parameters = dict(_assignment(text) for text in options.parameter)
@@ -181,14 +180,14 @@ def _site(options):
 
 
 def _assignment_files(options):
-    from dlm_core import lessons
+    from dlm_core.project import lessons
 
     for path in lessons.release(options.out):
         print(path)
 
 
 def _assignment_check(options):
-    from dlm_core import lessons
+    from dlm_core.project import lessons
 
     wrong = lessons.check()
     print("\n".join(wrong) or "every test passes on the solution and fails without it")
@@ -196,13 +195,13 @@ def _assignment_check(options):
 
 
 def _lessons(options):
-    from dlm_core import lessons
+    from dlm_core.project import lessons
 
     lessons.refresh(options.only)
 
 
 def _bench(options):
-    from dlm_core import bench
+    from dlm_core.project import bench
 
     bench.run(options.images, options.peer_images)
 
@@ -210,18 +209,17 @@ def _bench(options):
 def _clean(options):
     for name in ("build", ".store", ".pytest_cache", ".ruff_cache", ".hypothesis", *([".venv"] if options.all else [])):
         shutil.rmtree(REPOSITORY / name, ignore_errors=True)
-    for cache in REPOSITORY.glob("*/__pycache__"):
+    for cache in REPOSITORY.rglob("__pycache__"):
         shutil.rmtree(cache, ignore_errors=True)
 
 
 def _attack(options):
-    from dlm_core import snapshots
 
     if not re.fullmatch(r"\d+(,\d+)*", options.image_shape):  # how many numbers, and how large, models.build checks
         raise ValueError(f"--image-shape is {options.image_shape!r}; it takes C,H,W such as 3,32,32")
     shape = tuple(int(size) for size in options.image_shape.split(","))
     told = {name: getattr(options, name) for name in ("model", "num_classes", "attack", "client", "out")}
-    snapshots.audit(options.before, options.after, image_shape=shape, num_images=options.images, **told)
+    audit.audit(options.before, options.after, image_shape=shape, num_images=options.images, **told)
 
 
 def _run(*arguments):

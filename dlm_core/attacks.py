@@ -4,55 +4,163 @@ All are one search (``dlm_core.search.reconstruct``, whose options they pass on)
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
-from dlm_core import check, objectives
-from dlm_core import labels as label_inference
+import torch
+
+from dlm_core import check, label_inference, objectives, records
 from dlm_core.coordinates import pixels
+from dlm_core.observation import Observation
 from dlm_core.optimizers import SignedAdam
-from dlm_core.search import Reconstruction, reconstruct
-from dlm_core.unrolled import unrolled_dlm
+from dlm_core.results import Reconstruction, baseline
+from dlm_core.search import Trained, reconstruct
 
-__all__ = ["Reconstruction", "dlg", "dlm", "dlm_plus", "idlg", "inverting_gradients", "reconstruct", "unrolled_dlm"]
+__all__ = ["Reconstruction", "dlg", "dlm", "dlm_plus", "idlg", "inverting_gradients", "reconstruct"]
+
+PLAIN_STEP = "that the client took one plain SGD step"
 
 
-def dlg(seen, *, learning_rate, labels="optimised", **options):
-    """Deep Leakage from Gradients (Zhu et al. 2019). Told: the learning rate, and that the client took one plain SGD step."""
+def __getattr__(name: str) -> Any:
+    if name == "unrolled_dlm":  # lies beyond the paper, and has been an attack by this name
+        import dlm_core
+
+        return dlm_core.unrolled.unrolled_dlm
+    raise AttributeError(f"module 'dlm_core.attacks' has no attribute {name!r}")
+
+
+@records.attack("dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.passes_on_to(reconstruct)
+def dlg(
+    seen: Observation,
+    *,
+    learning_rate: float,
+    labels: str | torch.Tensor = "optimised",
+    **options: Any,
+) -> Reconstruction:
+    """Deep Leakage from Gradients (Zhu et al. 2019): Σ_layers ‖g - Δ/η‖².
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    learning_rate
+        η > 0 of the client's one step, told.
+    labels, **options
+        Of ``search.reconstruct``.
+    """
     check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
-    return reconstruct(seen, objectives.squared_distance, scale=1 / learning_rate, labels=labels, **options)
+    return reconstruct(
+        seen, objectives.squared_distance, scale=1 / learning_rate, labels=labels, **options
+    )
 
 
-def idlg(seen, *, learning_rate, **options):
-    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of optimised. Told: as DLG."""
+@records.attack("idlg", title="iDLG", colour=9, marker="v", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.passes_on_to(reconstruct)
+def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
+    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of optimised.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    learning_rate
+        η > 0 of the client's one step, told.
+    **options
+        Of ``search.reconstruct``.
+    """
     return dlg(seen, learning_rate=learning_rate, labels="inferred", **options)
 
 
-def inverting_gradients(seen, *, total_variation=1e-2, max_evaluations=2000, **options):
+@records.attack(
+    "inverting_gradients",
+    title="IG",
+    colour=2,
+    marker="s",
+    assumes=("a total-variation weight that suits the data", "for batches the labels"),
+    client="one step of SGD, with momentum or not",
+)
+@records.passes_on_to(reconstruct)
+def inverting_gradients(
+    seen: Observation,
+    *,
+    total_variation: float = 1e-2,
+    max_evaluations: int = 2000,
+    **options: Any,
+) -> Reconstruction:
     """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on boxed pixels, full budget.
 
-    Told: nothing about the learning rate, but a total-variation weight that suits the data, and for batches the labels.
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    total_variation
+        Weight of the prior. One that suits the data is told to the attack, and for batches the labels.
+    max_evaluations, **options
+        Of ``search.reconstruct``.
     """
     published = {"coordinates": pixels, "optimizer": SignedAdam, "patience": max_evaluations}
     settings = {"total_variation": total_variation, "max_evaluations": max_evaluations, **published, **options}
     return reconstruct(seen, objectives.cosine_distance, **settings)
 
 
-def dlm(seen, *, k0, **options):
-    """DLM (Zhao et al. 2024): k, which stands for 1/η, is optimised along with the images from the guess ``k0``. Told: k0.
+@records.attack("dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not")
+@records.passes_on_to(reconstruct)
+def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
+    """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the images.
 
-    The label is inferred. The released code optimises it (``labels="optimised"``), and then g -> 0, k -> 0 is a global minimum.
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    k0
+        The guess > 0 that k starts from, told.
+    **options
+        Of ``search.reconstruct``. The label is inferred; the released code optimises it (``labels="optimised"``), and then
+        g -> 0, k -> 0 is a global minimum.
     """
     check.in_range("k0", k0, 0, math.inf, open_low=True)
-    return reconstruct(seen, objectives.scaled_distance, k0=k0, **options)
+    return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0), **options)
 
 
-def dlm_plus(seen, *, trusted=None, **options):
-    """DLM+ (Zhao et al. 2024): both sides divided by their mean layer norm. Told: nothing but the two snapshots.
+@records.attack(
+    "dlm_plus",
+    title="DLM+",
+    colour=4,
+    marker="P",
+    client="one step of SGD, with momentum or not",
+    audited=4,
+)
+@records.passes_on_to(reconstruct)
+def dlm_plus(
+    seen: Observation, *, trusted: Sequence[torch.Tensor] | None = None, **options: Any
+) -> Reconstruction:
+    """DLM+ (Zhao et al. 2024): Σ_layers ‖g/n(g) - Δ/n(Δ)‖², n the mean layer norm. Told: nothing but the two snapshots.
 
-    trusted  one boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
-    options  of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed, max_evaluations, …
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    trusted
+        One boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
+    **options
+        Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed, max_evaluations, …
     """
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
     if "labels" not in options:
         options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
     return reconstruct(seen, objectives.weighted(objectives.normalised_distance, trusted), **options)
+
+
+@records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)
+def grey(seen: Observation, *, num_images: int = 1) -> Reconstruction:
+    """The trivial baseline: a mid-grey image, the best guess of an observer who looks at nothing."""
+    return baseline(torch.full((num_images, *seen.image_shape), 0.5))
+
+
+@records.attack("noise", title="noise", colour=7, marker=".", client="any")
+def noise(seen: Observation, *, num_images: int = 1, seed: int = 0) -> Reconstruction:
+    """The other one: uniform noise in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return baseline(torch.rand((num_images, *seen.image_shape), generator=generator))

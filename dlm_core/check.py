@@ -1,28 +1,55 @@
 """One clear sentence for bad input: the argument, its value, and what is allowed."""
 
 import difflib
+import functools
 import math
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
-def one_of(argument, value, allowed):
+def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is among ``allowed``; the message offers the near ones."""
-    allowed = [str(name) for name in allowed]
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=3, cutoff=0.5)
+    names = [str(name) for name in allowed]
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{argument} {value!r} is unknown: choose from {', '.join(allowed)}{hint}")
+        raise ValueError(f"{argument} {value!r} is unknown: choose from {', '.join(names)}{hint}")
 
 
-def at_least(argument, value, lowest):
+def at_least(argument: str, value: object, lowest: int) -> None:
     """Raise unless ``value`` is a whole number of at least ``lowest``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{argument} is {value!r}; it takes a whole number of at least {lowest}")
 
 
-def in_range(argument, value, low, high, *, open_low=False):
+def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise unless ``value`` is a number in [low, high], or in (low, high] with ``open_low``."""
     inside = isinstance(value, numbers.Real) and math.isfinite(value) and low <= value <= high
     if not inside or (open_low and value == low):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{argument} is {value!r}; it takes a finite number in {interval}")
+
+
+def renamed(**new_names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: keyword arguments by their former names {former: new} still serve, for one version.
+
+    Raises
+    ------
+    TypeError
+        When called with both names of one argument.
+    """
+
+    def accept(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*arguments: Any, **named: Any) -> Any:
+            for former, new in new_names.items():
+                if former in named:
+                    if new in named:
+                        raise TypeError(f"{former} is the former name of {new}; give one of them")
+                    named[new] = named.pop(former)
+            return function(*arguments, **named)
+
+        return called
+
+    return accept

@@ -5,16 +5,19 @@ evaluations on LeNet; in scaled cosine coordinates, where natural images are rou
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
+Start = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 
-def pixels(shape, like, generator):
+
+def pixels(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
     """The released choice: start at N(0, 1) pixel by pixel, unbounded. Returns (start, to_images)."""
     return _noise(shape, like, generator), lambda z: z
 
 
-def cosines(shape, like, generator):
+def cosines(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
     """Images as sigmoid(C^T (a * z)): z are cosine coefficients over channel, row and column, a falls off as 1/frequency.
 
     The sigmoid keeps pixels in (0, 1); the start is mid-grey with faint noise. Returns (start, to_images).
@@ -31,12 +34,12 @@ def cosines(shape, like, generator):
     return 0.1 * _noise(shape, like, generator), to_images
 
 
-def _noise(shape, like, generator):
+def _noise(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """N(0, 1) drawn on the CPU, so that a seed means the same start on every device."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _cosine_basis(n):
+def _cosine_basis(n: int) -> torch.Tensor:
     """Orthonormal DCT-II matrix [n frequencies, n samples]."""
     k = torch.arange(n, dtype=torch.float64)
     basis = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)

@@ -7,7 +7,8 @@ Every network is an ``nn.Module`` whose last layer is ``nn.Linear`` with bias; L
 import torch
 from torch import nn
 
-from dlm_core import check
+from dlm_core import check, records
+from dlm_core.records import NETWORKS
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 INITS = ("paper", "default")
@@ -30,11 +31,12 @@ def build(name, image_shape=(3, 32, 32), num_classes=100, *, seed=0, init="paper
     check.one_of("model", name, NETWORKS)
     check.one_of("init", init, INITS)
     check.at_least("num_classes", num_classes, 2)
+    NETWORKS[name].check_options("option", options)
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape is {tuple(image_shape)}; it takes (channels, height, width), each at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = NETWORKS[name](tuple(image_shape), num_classes, **options)
+        model = NETWORKS[name].function(tuple(image_shape), num_classes, **options)
         if init == "paper":
             for module in model.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -43,6 +45,7 @@ def build(name, image_shape=(3, 32, 32), num_classes=100, *, seed=0, init="paper
     return model
 
 
+@records.network("lenet", title="LeNet")
 def lenet(image_shape, num_classes, *, activation="sigmoid", depth=3):
     """``depth`` 5x5 convolutions of 12 channels (strides 2, 2, then 1), each with its activation, and one linear layer."""
     check.at_least("depth", depth, 1)
@@ -56,6 +59,7 @@ def lenet(image_shape, num_classes, *, activation="sigmoid", depth=3):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * height * width, num_classes))
 
 
+@records.network("mlp", title="MLP")
 def mlp(image_shape, num_classes, *, hidden=32, activation="relu", depth=1):
     """Flatten, ``depth`` linear layers to ``hidden`` units with activation, one linear layer to the classes."""
     check.at_least("hidden", hidden, 1)
@@ -90,6 +94,7 @@ class Residual(nn.Module):
         return self.act(self.body(x) + self.shortcut(x))
 
 
+@records.network("resnet18", title="ResNet-18")
 def resnet18(image_shape, num_classes, *, norm=nn.Identity, activation="sigmoid", width=64, blocks=2):
     """ResNet-18 for small images: first convolution 3x3, no pooling before the blocks; sigmoid unless ``activation`` differs.
 
@@ -107,6 +112,8 @@ def resnet18(image_shape, num_classes, *, norm=nn.Identity, activation="sigmoid"
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
 
 
+@records.network("resnet18_bn", title="ResNet-18 with batch norm")
+@records.passes_on_to(resnet18)
 def resnet18_bn(image_shape, num_classes, **options):
     """The same with batch normalisation after every convolution."""
     return resnet18(image_shape, num_classes, norm=nn.BatchNorm2d, **options)
@@ -116,5 +123,3 @@ def _activation(name):
     check.one_of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
-
-NETWORKS = {"lenet": lenet, "mlp": mlp, "resnet18": resnet18, "resnet18_bn": resnet18_bn}

@@ -4,10 +4,17 @@
 scalar, zero where the two agree (up to positive scale, where it says so), differentiable in ``g`` and, for DLM, in ``k``.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import nn
+
+Tensors = Sequence[torch.Tensor]
 
 
-def gradient(model, loss, images, labels):
+def gradient(
+    model: nn.Module, loss: Callable, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """g(x, y): the gradient of ``loss`` in the model's parameters, one tensor per parameter, itself differentiable.
 
     images [B, C, H, W]; labels [B] class indices or [B, K] distributions.
@@ -15,50 +22,55 @@ def gradient(model, loss, images, labels):
     return torch.autograd.grad(loss(model(images), labels), list(model.parameters()), create_graph=True)
 
 
-def squared_distance(g, d):
+def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:
     """Σ_layers ‖g - d‖²: DLG (Zhu et al. 2019), with d = Δ/η."""
     return sum(_dot(a - b, a - b) for a, b in zip(g, d))
 
 
-def scaled_distance(g, d, k):
-    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η a variable of the attack."""
+def scaled_distance(g: Tensors, d: Tensors, k: torch.Tensor | float) -> torch.Tensor:
+    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η a variable of the attack (``search.Trained``)."""
     return sum(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
 
 
-def normalised_distance(g, d):
-    """Σ_layers ‖g/n(g) - Δ/n(Δ)‖²: DLM+ (Zhao et al. 2024). Invariant to positive scale of either argument."""
+def normalised_distance(g: Tensors, d: Tensors) -> torch.Tensor:
+    """Σ_layers ‖g/n(g) - Δ/n(Δ)‖²: DLM+ (Zhao et al. 2024). Invariant to positive scale of either argument.
+
+    Computed as Σ‖g - (n(g)/n(Δ)) Δ‖²/n(g)², which is the same and divides once instead of once a layer: dividing each layer
+    of g would keep a copy of all of it for the way back.
+    """
     n_g, n_d = mean_norm(g), mean_norm(d)
     return squared_distance(g, [n_g / n_d * layer for layer in d]) / n_g.square()
 
 
-def cosine_distance(g, d):
+def cosine_distance(g: Tensors, d: Tensors) -> torch.Tensor:
     """1 - cos(g, Δ), all layers as one vector: Inverting Gradients (Geiping et al. 2020). Invariant to positive scale."""
     dot, g_squared, d_squared = (sum(_dot(a, b) for a, b in zip(*pair)) for pair in ((g, d), (g, g), (d, d)))
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
-def weighted(distance, weights):
+def weighted(distance: Callable, weights: Sequence[torch.Tensor | float]) -> Callable:
     """The same ``distance`` with every coordinate of g and d multiplied by its weight, one tensor or number per layer.
 
     0 leaves a coordinate out, 1/σ counts it by its noise.
     """
 
-    def between(g, d, *k):
-        return distance([w * layer for w, layer in zip(weights, g)], [w * layer for w, layer in zip(weights, d)], *k)
+    def between(g: Tensors, d: Tensors, *k: torch.Tensor) -> torch.Tensor:
+        g, d = ([w * layer for w, layer in zip(weights, each)] for each in (g, d))
+        return distance(g, d, *k)
 
     return between
 
 
-def mean_norm(tensors):
+def mean_norm(tensors: Tensors) -> torch.Tensor:
     """n(·): the mean over layers of the layers' Euclidean norms."""
     return torch.stack([tensor.norm() for tensor in tensors]).mean()
 
 
-def total_variation(images):
+def total_variation(images: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of vertical and of horizontal neighbours, summed; ``images`` [B, C, H, W]."""
     return images.diff(dim=-2).abs().mean() + images.diff(dim=-1).abs().mean()
 
 
-def _dot(a, b):
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of two tensors; unlike (a * b).sum() it stores no product, which halves the time of a large layer."""
     return torch.dot(a.flatten(), b.flatten())

@@ -4,148 +4,238 @@ import copy
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
-from dlm_core import check, objectives
-from dlm_core import labels as label_inference
+from dlm_core import check, label_inference, objectives
 from dlm_core.coordinates import cosines
 from dlm_core.federated import loss as training_loss
-from dlm_core.federated import rounding_share, weight_delta
+from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
+from dlm_core.records import keyword_names, passes_on_to
+from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
+from dlm_core.threads import for_network
 
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRule:
+    """When a search ends.
+
+    Attributes
+    ----------
+    max_evaluations
+        Budget of each restart.
+    tolerance
+        Relative misfit ‖g - d‖²/‖d‖² at which the search has converged, if it is also a hundred-thousandth of the start's;
+        or the one that rounding of the transmitted weights leaves at best.
+    patience
+        The search has stalled when this many evaluations lower the loss by less than 5 %.
+
+    Raises
+    ------
+    ValueError
+        For a number out of range.
+    """
+
+    max_evaluations: int = 400
+    tolerance: float = 1e-6
+    patience: int = 50
+
+    def __post_init__(self) -> None:
+        check.at_least("max_evaluations", self.max_evaluations, 1)
+        check.at_least("patience", self.patience, 1)
+        check.in_range("tolerance", self.tolerance, 0, math.inf)
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """What an attack found.
+class Trained:
+    """A number that is optimised along with the images, from ``start``; L-BFGS likes variables of order 1, so its growth is."""
 
-    images       [B, C, H, W] in the attacker's precision, the ones that have ``loss``.
-    labels       [B] class indices: given, inferred, or the largest of the optimised logits.
-    losses       the objective at every evaluation of the chosen restart.
-    loss         the lowest of them.
-    stop_reason  "converged" (the misfit fell to ``tolerance``, or to what rounding of the weights explains), "stalled"
-                 (no progress over ``patience`` evaluations), "diverged" (NaN, or far above the best for as long), "budget".
-    k            DLM's k, None for attacks without one.     ks  its value at every evaluation.
-    seconds      wall time of all restarts.
-    history      [(evaluation, images)] where intermediate images were asked for.
-    point        {name: tensor} of all that was optimised, in the search's own coordinates.
-    """
-
-    images: torch.Tensor = field(repr=False)
-    labels: torch.Tensor
-    losses: list = field(repr=False)
-    loss: float
-    stop_reason: str
-    k: float | None
-    seconds: float
-    history: list = field(repr=False, default_factory=list)
-    ks: list = field(repr=False, default_factory=list)
-    point: dict = field(repr=False, default_factory=dict)
-
-    @property
-    def evaluations(self):
-        """How often the objective and its gradient were computed in the chosen restart."""
-        return len(self.losses)
+    start: float
 
 
+@passes_on_to(StopRule)
 def reconstruct(
-    seen,
-    distance,
+    seen: Observation,
+    distance: Callable[..., torch.Tensor],
     *,
-    scale=1.0,
-    k0=None,
-    labels="inferred",
-    num_images=1,
-    total_variation=0.0,
-    coordinates=cosines,
-    optimizer=lbfgs,
-    max_evaluations=400,
-    tolerance=1e-6,
-    patience=50,
-    restarts=1,
-    seed=0,
-    dtype=torch.float64,
-    keep_every=None,
-    update_of=objectives.gradient,
-    unknowns=(),
-    resume=(),
-):
-    """Search for images whose gradient at W_t matches Δ, and return the best, a Reconstruction.
+    num_images: int = 1,
+    labels: str | torch.Tensor = "inferred",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    scale: float | Trained = 1.0,
+    total_variation: float = 0.0,
+    coordinates: Callable = cosines,
+    optimizer: Callable = lbfgs,
+    restarts: int = 1,
+    keep_every: int | None = None,
+    update_of: Callable[..., Tensors] = objectives.gradient,
+    unknowns: Mapping[str, float] | None = None,
+    resume: Mapping[str, torch.Tensor] | None = None,
+    **stop: Any,
+) -> Reconstruction:
+    """Search for images whose gradient at W_t matches Δ, and return the best.
 
-    seen             Observation.
-    distance         of ``dlm_core.objectives``: (g, scale * Δ), and k where ``k0`` is given -> scalar.
-    labels           "inferred" from Δ, "optimised" as soft labels, or a tensor [B] of class indices (told).
-    num_images       B, the number of images in the client's step.
-    total_variation  weight of that prior, added to the distance.
-    coordinates      of ``dlm_core.coordinates``: start and parametrisation of the images.
-    optimizer        of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
-    max_evaluations  budget of each restart.
-    tolerance        relative misfit ‖g - d‖²/‖d‖² (DLM: d = kΔ) at which the search has converged, if it is also a
-                     hundred-thousandth of the start's; or the one that rounding of the transmitted weights leaves at best.
-    patience         the search has stalled when this many evaluations lower the loss by less than 5 %.
-    restarts         independent starts; the one of lowest loss is returned, the first that converges ends the search.
-    seed             of the starts.     dtype  of the attacker's arithmetic.
-    keep_every       keep the images of every so many evaluations in ``history``.
-    update_of        the client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
-    unknowns         {name: number} that are optimised along with the images, from the value given.
-    resume           the ``point`` of an earlier Reconstruction to go on from, or a part of it; it replaces the start, and is
-                     no yardstick for convergence.
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    distance
+        Of ``dlm_core.objectives``: (g, scale · Δ) -> scalar, or with a trained scale (g, Δ, scale) -> scalar.
+    num_images
+        B, the number of images in the client's step.
+    labels
+        "inferred" from Δ, "optimised" as soft labels, or a tensor [B] of class indices (told).
+    seed
+        Of the starts.
+    dtype
+        Of the attacker's arithmetic.
+    scale
+        Δ is multiplied by it: 1/η where that is told; ``Trained`` optimises it too, as DLM's k.
+    total_variation
+        Weight of that prior, added to the distance.
+    coordinates
+        Of ``dlm_core.coordinates``: start and parametrisation of the images.
+    optimizer
+        Of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
+    restarts
+        Independent starts; the one of lowest loss is returned, the first that converges ends the search.
+    keep_every
+        Keep the images of every so many evaluations in ``history``.
+    update_of
+        The client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
+    unknowns
+        {name: number} of that client that are optimised along with the images, from the value given.
+    resume
+        The ``point`` of an earlier search to go on from, or a part of it; it replaces the start, and is no yardstick for
+        convergence.
+    **stop
+        Fields of ``StopRule``.
 
-    Raises ValueError for arguments outside their range.
+    Raises
+    ------
+    ValueError
+        For arguments outside their range.
     """
-    counts = {"num_images": num_images, "max_evaluations": max_evaluations, "patience": patience, "restarts": restarts}
-    for name, value in {**counts, "keep_every": keep_every or 1}.items():
+    for name, value in {"num_images": num_images, "restarts": restarts, "keep_every": keep_every or 1}.items():
         check.at_least(name, value, 1)
-    for name, value in {"total_variation": total_variation, "tolerance": tolerance}.items():
-        check.in_range(name, value, 0, math.inf)
+    check.at_least("seed", seed, 0)
+    check.in_range("total_variation", total_variation, 0, math.inf)
+    for name in stop:
+        check.one_of("option", name, keyword_names(reconstruct))
+    rule = StopRule(**stop)
     began = time.perf_counter()
-    model = copy.deepcopy(seen.model).to(dtype)
-    update = [scale * layer.to(dtype) for layer in weight_delta(seen)]
-    known = known_labels(seen, labels, num_images)
-    unit, floor = _unit(distance, update, k0), rounding_share(seen)
-    numbers = dict(unknowns) if k0 is None else {"growth": 1.0, **dict(unknowns)}  # k = k0 * growth: L-BFGS likes order 1
-    limits = (floor, tolerance, math.inf if resume else DESCENT, max_evaluations, patience, keep_every)
+    with for_network(seen.model):
+        known = known_labels(seen, labels, num_images)
+        target = _Target(seen, distance, scale, dtype)
+        numbers = dict(unknowns or {})
+        model = copy.deepcopy(seen.model).to(dtype)
+        problem = _Problem(model, target, known, update_of, tuple(numbers), total_variation)
+        if target.trained:
+            numbers["growth"] = 1.0
+        searches = []
+        for restart in range(restarts):
+            generator = torch.Generator().manual_seed(seed + 10_007 * restart)
+            variables, to_images = _start(seen, coordinates, target, known, num_images, numbers, generator)
+            variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
+            floor, descent = seen.rounding_share, math.inf if resume else DESCENT
+            objective = partial(problem.evaluate, to_images=to_images)
+            search = _Search(variables, objective, rule, floor, descent, keep_every)
+            search.run(optimizer)
+            searches.append((search, to_images))
+            if search.status is Status.CONVERGED:
+                break
+        best, to_images = min(searches, key=lambda each: each[0].loss)
+        return _result(best, to_images, target, known, time.perf_counter() - began)
 
-    def objective(variables, to_images):
+
+class _Target:
+    """scale · Δ in the attacker's precision, and the unit in which a distance from it is counted."""
+
+    def __init__(self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype) -> None:
+        self.trained = isinstance(scale, Trained)
+        self.k0 = scale.start if isinstance(scale, Trained) else 1.0
+        factor = 1.0 if isinstance(scale, Trained) else scale
+        self.update = [factor * layer.to(dtype) for layer in seen.delta]
+        self.distance = distance
+        # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares, 1/2 for the cosine,
+        # whose small angles count as θ²/2
+        opposite = [-layer * self.k0 for layer in self.update]
+        self.unit = float(self.distance_from(opposite, torch.ones_like(self.update[0].sum()))) / 4
+
+    def distance_from(self, g: Tensors, growth: torch.Tensor | None) -> torch.Tensor:
+        """The distance of ``g``; a trained scale has grown from its start by ``growth``."""
+        if self.trained:
+            return self.distance(g, self.update, self.k0 * growth)
+        return self.distance(g, self.update)
+
+    def misfit(self, g: Tensors, growth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(distance, distance relative to the target's length)."""
+        distance = self.distance_from(g, growth)
+        unit = self.unit * growth.detach() ** 2 if self.trained else self.unit
+        return distance, distance.detach() / unit
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The objective as a function of the search's variables."""
+
+    model: nn.Module
+    target: _Target
+    known: torch.Tensor | None
+    update_of: Callable
+    of_client: tuple[str, ...]
+    total_variation: float
+
+    def evaluate(self, variables: Mapping[str, torch.Tensor], to_images: Callable):
+        """(relative misfit, loss, images) at ``variables``."""
         images = to_images(variables["images"])
-        soft = variables["logits"].softmax(1) if known is None else known
-        g = update_of(model, training_loss, images, soft, **{name: variables[name] for name in dict(unknowns)})
-        misfit = distance(g, update) if k0 is None else distance(g, update, k0 * variables["growth"])
-        relative = misfit.detach() / (unit if k0 is None else unit * variables["growth"].detach() ** 2)
-        return relative, misfit + total_variation * objectives.total_variation(images), images
+        labels = variables["logits"].softmax(1) if self.known is None else self.known
+        client = {name: variables[name] for name in self.of_client}
+        g = self.update_of(self.model, training_loss, images, labels, **client)
+        misfit, relative = self.target.misfit(g, variables.get("growth"))
+        return relative, misfit + self.total_variation * objectives.total_variation(images), images
 
-    searches = []
-    for restart in range(restarts):
-        generator = torch.Generator().manual_seed(seed + 10_007 * restart)
-        start, to_images = coordinates((num_images, *seen.image_shape), update[0], generator)
-        variables = {"images": start}
-        if known is None:
-            logits = torch.randn(num_images, seen.num_classes, generator=generator, dtype=torch.float64)
-            variables["logits"] = logits.to(update[0])
-        variables |= {name: torch.full_like(update[0].sum(), value) for name, value in numbers.items()}
-        variables |= {name: tensor.clone() for name, tensor in dict(resume).items()}
-        search = _Search(variables, partial(objective, to_images=to_images), *limits)
-        search.run(optimizer)
-        searches.append((search, to_images))
-        if search.stop_reason == "converged":
-            break
 
-    search, to_images = min(searches, key=lambda each: each[0].loss)
-    return Reconstruction(
-        images=to_images(search.best["images"]),
-        labels=search.best["logits"].argmax(1) if known is None else known,
+def _start(seen, coordinates, target, known, num_images, numbers, generator):
+    """(variables at the start, the map from coordinates to images)."""
+    like = target.update[0]
+    start, to_images = coordinates((num_images, *seen.image_shape), like, generator)
+    variables = {"images": start}
+    if known is None:
+        logits = torch.randn(num_images, seen.num_classes, generator=generator, dtype=torch.float64)
+        variables["logits"] = logits.to(like)
+    variables |= {name: torch.full_like(like.sum(), value) for name, value in numbers.items()}
+    return variables, to_images
+
+
+def _result(search: "_Search", to_images, target: _Target, known, seconds: float) -> Reconstruction:
+    k = float(target.k0 * search.best["growth"]) if target.trained else None
+    images = to_images(search.best["images"])
+    evidence = SearchEvidence(
         losses=search.losses,
         loss=search.loss,
-        stop_reason=search.stop_reason,
-        k=None if k0 is None else float(k0 * search.best["growth"]),
-        seconds=time.perf_counter() - began,
+        k=k,
+        ks=[target.k0 * growth for growth in search.growths],
         history=search.history,
-        ks=[k0 * growth for growth in search.growths],
         point=search.best,
+    )
+    return Reconstruction(
+        images=images,
+        labels=search.best["logits"].argmax(1) if known is None else known,
+        status=search.status,
+        vouched=torch.zeros(len(images), dtype=torch.bool),
+        evidence=evidence,
+        client=ClientEstimate(learning_rate=1 / k if k else None),
+        seconds=seconds,
     )
 
 
@@ -156,16 +246,23 @@ class _Finished(Exception):
 class _Search:
     """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit, loss, images)."""
 
-    def __init__(self, variables, objective, floor, tolerance, descent, max_evaluations, patience, keep_every):
+    def __init__(self, variables, objective, rule: StopRule, floor: float, descent: float, keep_every: int | None):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
-        self.objective, self.floor, self.tolerance, self.descent, self.enough = objective, floor, tolerance, descent, None
-        self.max_evaluations, self.patience, self.keep_every = max_evaluations, patience, keep_every
-        self.losses, self.lowest, self.history, self.growths = [], [], [], []
-        self.loss, self.best, self.stop_reason = math.inf, self._copy(), None
+        self.objective = objective
+        self.rule = rule
+        self.floor, self.descent = floor, descent
+        self.enough: float | None = None  # misfit at which it has converged, known from the first evaluation on
+        self.keep_every = keep_every
+        self.losses: list[float] = []
+        self.lowest: list[float] = []
+        self.history: list[tuple[int, torch.Tensor]] = []
+        self.growths: list[float] = []
+        self.loss, self.best = math.inf, self._copy()
+        self.status = Status.BUDGET
 
-    def run(self, optimizer):
+    def run(self, optimizer) -> None:
         """Descend until the verdict falls."""
-        stepper = optimizer(list(self.variables.values()), self.max_evaluations)
+        stepper = optimizer(list(self.variables.values()), self.rule.max_evaluations)
         try:
             while True:
                 stepper.step(self._closure)
@@ -178,7 +275,8 @@ class _Search:
         for variable, gradient in zip(self.variables.values(), gradients):
             variable.grad = gradient
         if self.enough is None:
-            self.enough = max(self.floor, min(self.tolerance, self.descent * float(misfit)))
+            start = self.descent * float(misfit)
+            self.enough = max(self.floor, min(self.rule.tolerance, start))
         number = float(loss.detach())
         finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
         if self.keep_every and len(self.losses) % self.keep_every == 0:
@@ -189,39 +287,37 @@ class _Search:
             self.loss, self.best = number, self._copy()
         self.losses.append(number)
         self.lowest.append(self.loss)
-        self.stop_reason = self._verdict(finite, float(misfit))
-        if self.stop_reason:
+        verdict = self._verdict(finite, float(misfit))
+        if verdict:
+            self.status = verdict
             raise _Finished
         return loss.detach()
 
-    def _verdict(self, finite, misfit):
+    def _verdict(self, finite: bool, misfit: float) -> Status | None:
         """The reason to stop now, or None."""
         if not finite:
-            return "diverged"
+            return Status.DIVERGED
         if misfit <= self.enough:
-            return "converged"
-        if len(self.losses) > self.patience and self.lowest[-1] > 0.95 * self.lowest[-1 - self.patience]:
-            return "diverged" if statistics.median(self.losses[-self.patience :]) > 10 * self.loss else "stalled"
-        return "budget" if len(self.losses) >= self.max_evaluations else None
+            return Status.CONVERGED
+        patience = self.rule.patience
+        if len(self.losses) > patience and self.lowest[-1] > 0.95 * self.lowest[-1 - patience]:
+            far = statistics.median(self.losses[-patience:]) > 10 * self.loss
+            return Status.DIVERGED if far else Status.STALLED
+        return Status.BUDGET if len(self.losses) >= self.rule.max_evaluations else None
 
     def _copy(self):
         return {name: variable.detach().clone() for name, variable in self.variables.items()}
 
 
-def _unit(distance, update, k0):
-    """The distance at which g is as far from the update as the update is long, so that misfit/unit is relative.
-
-    distance(-d, d)/4 gives it for all: ‖d‖² for the squares, 1/2 for the cosine, whose small angles count as θ²/2.
-    """
-    k = () if k0 is None else (torch.tensor(float(k0), dtype=update[0].dtype, device=update[0].device),)
-    return float(distance([-layer * (k0 or 1.0) for layer in update], update, *k)) / 4
-
-
-def known_labels(seen, labels, num_images, steps=1):
-    """The labels where they are told or inferred (as after ``steps`` local steps), None where they are to be optimised."""
+def known_labels(
+    seen: Observation, labels: str | torch.Tensor, num_images: int, local_steps: int = 1
+) -> torch.Tensor | None:
+    """The labels where they are told or inferred (as after ``local_steps``), None where they are to be optimised."""
     if not isinstance(labels, torch.Tensor):
         check.one_of("labels", labels, ("inferred", "optimised"))
-        return label_inference.infer(seen, num_images, steps=steps) if labels == "inferred" else None
+        if labels == "optimised":
+            return None
+        return label_inference.infer(seen, num_images, local_steps=local_steps)
     if labels.shape != (num_images,) or labels.is_floating_point():
         raise ValueError(
             f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it takes {num_images} class indices"

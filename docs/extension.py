@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 from sphinx.util.fileutil import copy_asset
 
-from dlm_core.reproduce import title
-from dlm_core.trials import imported
+from dlm_core.harness.trials import imported
+from dlm_core.project.reproduce import title
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The modules that are not science; whatever is new counts as science.

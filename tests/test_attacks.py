@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlm_core import attacks, coordinates, data, federated, labels, metrics, models, objectives, optimizers
+from dlm_core import attacks, coordinates, data, federated, label_inference, metrics, models, objectives, optimizers
 from dlm_core.search import reconstruct
 
 
@@ -181,7 +181,7 @@ def test_labels_of_a_batch_by_count(count):
     truth = truth.clone()
     truth[1] = truth[0]  # a class twice
     seen = federated.train_locally(models.build("lenet", seed=1), images, truth, lr=0.01)
-    assert labels.infer(seen, count).tolist() == sorted(truth.tolist())
+    assert label_inference.infer(seen, count).tolist() == sorted(truth.tolist())
 
 
 @pytest.mark.parametrize("count, steps", [(2, 5), (8, 2), (16, 2)])
@@ -189,14 +189,14 @@ def test_labels_of_a_batch_after_several_steps(count, steps):
     images, truth, *_ = data.load("cifar100", n=count, source="bundled")
     seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=steps)
     expected = sorted(truth.tolist())
-    assert labels.infer(seen, count).tolist() != expected, "one step does not explain it"
-    assert labels.infer(seen, count, steps=steps).tolist() == expected
-    assert labels.infer(seen, count, steps=16).tolist() == expected, "nor need their number be known"
+    assert label_inference.infer(seen, count).tolist() != expected, "one step does not explain it"
+    assert label_inference.infer(seen, count, steps=steps).tolist() == expected
+    assert label_inference.infer(seen, count, steps=16).tolist() == expected, "nor need their number be known"
 
 
 def test_label_of_one_image_is_the_only_negative_bias_entry(seen, digit):
     assert (federated.weight_delta(seen)[-1] < 0).sum() == 1
-    assert labels.infer(seen).tolist() == digit[1].tolist()
+    assert label_inference.infer(seen).tolist() == digit[1].tolist()
 
 
 def test_a_batch_of_two_comes_back():

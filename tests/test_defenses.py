@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core import adaptive, attacks, defenses, federated, labels, models, trials
+from dlm_core import attacks, defenses, federated, label_inference, models
+from dlm_core.beyond import adaptive
+from dlm_core.harness import trials
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -278,11 +280,11 @@ def test_the_noise_that_the_attacker_expects_is_the_noise_that_is_there(seen, de
 def test_labels_with_gaps(seen, digit):
     names = [name for name, _ in seen.model.named_parameters()]
     trusted = [torch.ones_like(seen.weights_after[name], dtype=torch.bool) for name in names]
-    assert labels.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
+    assert label_inference.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
     trusted[-1][digit[1]] = False
-    assert labels.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
+    assert label_inference.infer(seen, trusted=trusted).tolist() == digit[1].tolist()
     with pytest.raises(ValueError, match="num_images is 2"):
-        labels.infer(seen, 2, trusted)
+        label_inference.infer(seen, 2, trusted)
 
 
 def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small, digit):
@@ -305,7 +307,7 @@ def test_labels_of_a_batch_are_not_made_up(seen):
     last = list(seen.weights_after)[-1]
     still = replace(seen, weights_after={**seen.weights_after, last: seen.model.state_dict()[last]})
     with pytest.raises(ValueError, match="the last layer's bias did not change"):
-        labels.infer(still, 2)
+        label_inference.infer(still, 2)
 
 
 @pytest.mark.parametrize("observer", ["server", "channel"])

@@ -1,0 +1,1 @@
+"""Stronger attackers, other clients, other protocols: what lies beyond the paper."""

@@ -1,0 +1,179 @@
+"""What a notebook leaves behind: figures, tables and checked claims, each with its provenance, in the figures folder."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from dlm_core import data
+from dlm_core.harness import figures
+from dlm_core.harness.paths import REPOSITORY
+
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "lpips", "scikit-image", "papermill")
+
+
+def folder():
+    """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it cannot be written."""
+    path = Path(os.environ.get("DLM_FIGURES") or REPOSITORY / "figures")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {str(path)!r} cannot be written ({error.strerror}); set OUT to another") from None
+    return path
+
+
+class Report:
+    """The results of one run of one notebook; ``parameters`` are those of its parameters cell."""
+
+    def __init__(self, notebook, **parameters):
+        self.notebook, self.parameters, self.claims = notebook, parameters, []
+        self.folder = folder()
+
+    def figure(self, figure, alt, suffix=""):
+        """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with ``alt`` as its description."""
+        stem = self.notebook + (f"_{suffix}" if suffix else "")
+        about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
+        figure.savefig(self.folder / f"{stem}.png", metadata={"Title": stem, "Description": about, "Software": None})
+        dates = {"CreationDate": None, "ModDate": None}  # the file depends on nothing but its content
+        figure.savefig(self.folder / f"{stem}.pdf", metadata={"Title": stem, "Subject": about, **dates})
+        figures.show(figure, alt)
+        self._record([f"{stem}.png", f"{stem}.pdf"], alt)
+
+    def table(self, frame, caption, suffix="", digits=2):
+        """Save a DataFrame as CSV (six digits) and Markdown (``digits`` decimals) and return it, rounded, for display."""
+        stem = self.notebook + (f"_{suffix}" if suffix else "")
+        frame.to_csv(self.folder / f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n")
+        shown = frame.copy()
+        for column in shown.select_dtypes("float"):
+            shown[column] = ["" if value != value else f"{value:.{digits}f}" for value in shown[column]]
+        lines = [caption, "", _row(shown.columns), _row(["---"] * shown.shape[1]), *map(_row, shown.itertuples(index=False))]
+        write_atomically(self.folder / f"{stem}.md", "\n".join(lines) + "\n")
+        self._record([f"{stem}.csv", f"{stem}.md"], caption)
+        return shown.style.hide(axis="index").set_caption(caption).set_uuid(stem)  # the same id each time
+
+    def claim(self, statement, holds, evidence, *, source="paper", cause=""):
+        """Print and keep whether ``statement`` holds.
+
+        evidence  the numbers that decide it.       source  "paper" or "ours": whose statement it is.
+        cause     the likely reason where it does not hold.
+        """
+        verdict = "holds" if holds else "does not hold"
+        kept = {
+            "statement": statement,
+            "source": source,
+            "verdict": verdict,
+            "evidence": evidence,
+            "cause": "" if holds else cause,
+        }
+        self.claims.append(kept)
+        print(f"[{verdict}] {statement}\n    {evidence}" + (f"\n    likely cause: {kept['cause']}" if kept["cause"] else ""))
+
+    def finish(self):
+        """Write the verdicts into claims.json and claims.md, beside those of the other notebooks."""
+        entry = {self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}}
+        with shared(self.folder / "claims.json") as everything:
+            everything.update(entry)
+            write_atomically(self.folder / "claims.md", _claims_page(everything))
+
+    def provenance(self):
+        """What the results depend on beside the code: parameters, revision, data digests, versions, machine."""
+        return {
+            "notebook": self.notebook,
+            "parameters": self.parameters,
+            "profile": self.parameters.get("profile"),
+            "revision": revision(),
+            "data": {name: data.digest(name) for name in data.NAMES},
+            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+            "machine": platform.machine(),
+        }
+
+    def _record(self, files, caption):
+        with shared(self.folder / "manifest.json") as manifest:
+            manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
+
+
+def knowledge(seen, attacks):
+    """Who knows what, read off the objects: a DataFrame with what every observer holds and what each attack is told besides.
+
+    seen     Observation.     attacks  {name: attack function}; what a function demands beside the Observation, it is told.
+    """
+    import pandas
+
+    count = sum(p.numel() for p in seen.model.parameters())
+    shown = ", ".join(f.name for f in dataclasses.fields(seen))
+    rows = [
+        (
+            "any observer",
+            f"{shown}: {count:,} weights before and after, image shape {seen.image_shape}, {seen.num_classes} classes",
+        )
+    ]
+    for name, attack in attacks.items():
+        parameters = inspect.signature(attack).parameters.values()
+        told = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+        rows.append((name, "and " + ", ".join(told) if told else "nothing more"))
+    return pandas.DataFrame(rows, columns=["who", "knows"]).style.hide(axis="index").set_uuid("knowledge")
+
+
+@cache
+def revision():
+    """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a checkout."""
+    run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "dlm_core", "data", "requirements.txt"], **run
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if changed.strip() else "")
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def shared(path):
+    """The content of a JSON file that several notebooks add to: read, changed by the caller, written back, under a lock."""
+    from filelock import FileLock
+
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        content = read_json(path)
+        yield content
+        write_atomically(path, json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_atomically(path, text):
+    """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _row(cells):
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _claims_page(everything):
+    lines = ["# Claims, checked in code by the notebooks", ""]
+    for notebook, entry in sorted(everything.items()):
+        lines += [
+            f"## {notebook} (profile {entry['profile']})",
+            "",
+            _row(["statement", "whose", "verdict", "evidence"]),
+            "|---|---|---|---|",
+        ]
+        for claim in entry["claims"]:
+            evidence = claim["evidence"] + (f" Likely cause: {claim['cause']}" if claim["cause"] else "")
+            lines.append(_row([claim["statement"], claim["source"], f"**{claim['verdict']}**", evidence]))
+        lines.append("")
+    return "\n".join(lines)

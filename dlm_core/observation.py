@@ -1,0 +1,212 @@
+"""What the observer sees of a client: two snapshots of the weights, and what follows from them without any assumption.
+
+Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step of learning rate η gives Δ = η·g.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dlm_core.weights import StateDict, check_finite, check_fit
+
+
+class Unchanged(ValueError):
+    """The two snapshots are identical: nothing can leak."""
+
+
+class Head(NamedTuple):
+    """The layer whose output the network returns as class scores, and its part of Δ.
+
+    Attributes
+    ----------
+    layer
+        The ``nn.Linear`` with bias, with the weights of W_t: n inputs, K outputs.
+    names
+        Of its weight and its bias among the network's parameters.
+    delta_weight, delta_bias
+        [K, n] and [K], float64.
+    variance_weight, variance_bias
+        What rounding W_{t+1} adds to each of their entries.
+    """
+
+    layer: nn.Linear
+    names: tuple[str, str]
+    delta_weight: torch.Tensor
+    delta_bias: torch.Tensor
+    variance_weight: torch.Tensor
+    variance_bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an honest-but-curious observer of FedAvg holds about one client in one round.
+
+    Attributes
+    ----------
+    model
+        The network with the weights the client received, W_t.
+    weights_after
+        The state dict that the client sent back, W_{t+1}, batch norm's running statistics included.
+    image_shape
+        (C, H, W), as public as the architecture.
+    num_classes
+        K, the width of the network's head.
+
+    Raises
+    ------
+    ValueError
+        Where the snapshots do not fit each other or hold NaN or infinity; the tensor is named.
+    Unchanged
+        Where they are identical.
+
+    Notes
+    -----
+    What follows from the snapshots is computed on first use and kept: ``delta``, ``rounding_variance``, ``head`` and the
+    rest. Their tensors are shared by all who ask: nobody writes into them. A pickle leaves them out.
+    """
+
+    model: nn.Module = field(repr=False)
+    weights_after: StateDict = field(repr=False)
+    image_shape: tuple
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        before = self.model.state_dict()
+        check_fit("weights_after", self.weights_after, before)
+        check_finite("the model", before)
+        check_finite("weights_after", self.weights_after)
+        if all(torch.equal(p, a) for p, a in zip(self.model.parameters(), self._after)):
+            raise Unchanged(
+                "weights_after equals the model's weights: the client has not trained, nothing can leak"
+            )
+
+    def __getstate__(self) -> dict:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+    @property
+    def _after(self) -> list[torch.Tensor]:
+        """W_{t+1} in the parameters' order, on the model's device."""
+        return [self.weights_after[n].to(p.device) for n, p in self.model.named_parameters()]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters' names in the model's order, which is that of every tuple here."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    @cached_property
+    def delta(self) -> tuple[torch.Tensor, ...]:
+        """Δ = W_t - W_{t+1}, one float64 tensor per parameter, on the model's device."""
+        pairs = zip(self.model.parameters(), self._after)
+        return tuple(p.detach().double() - after.double() for p, after in pairs)
+
+    @cached_property
+    def delta_by_name(self) -> dict[str, torch.Tensor]:
+        """The same tensors as {parameter's name: tensor}."""
+        return dict(zip(self.parameter_names, self.delta))
+
+    @cached_property
+    def rounding_variance(self) -> tuple[torch.Tensor, ...]:
+        """Variance that rounding W_{t+1} to its own dtype adds to each entry of Δ: ulp²/12, one tensor per parameter."""
+        return tuple(unit_in_last_place(after).square() / 12 for after in self._after)
+
+    @cached_property
+    def rounding_share(self) -> float:
+        """The part of ‖Δ‖² that is rounding of W_{t+1}: nothing explains Δ better than to this misfit.
+
+        A weight that moved by less than its rounding error adds no more than it moved.
+        """
+        squares = [layer.square() for layer in self.delta]
+        noise = sum(float(torch.minimum(v, s).sum()) for v, s in zip(self.rounding_variance, squares))
+        return noise / sum(float(s.sum()) for s in squares)
+
+    @cached_property
+    def head(self) -> Head:
+        """The last layer with its part of Δ, found by tracing the forward pass; ValueError where there is none."""
+        prefix, layer = find_head(self.model, self.image_shape)
+        names = (f"{prefix}.weight".lstrip("."), f"{prefix}.bias".lstrip("."))
+        weight, bias = (self.parameter_names.index(name) for name in names)
+        deltas, variances = self.delta, self.rounding_variance
+        return Head(layer, names, deltas[weight], deltas[bias], variances[weight], variances[bias])
+
+
+def observe(
+    model: nn.Module, before: StateDict, after: StateDict, image_shape: Sequence[int]
+) -> Observation:
+    """Return the Observation of two state dicts of ``model``'s architecture, as a practitioner holds them.
+
+    Parameters
+    ----------
+    model
+        The network; a copy takes the weights of ``before``.
+    before, after
+        W_t and W_{t+1}.
+    image_shape
+        (C, H, W).
+
+    Raises
+    ------
+    ValueError
+        Where ``before`` or ``after`` does not fit the model; the tensor is named.
+    """
+    check_fit("before", before, model.state_dict())
+    model = copy.deepcopy(model)
+    model.load_state_dict(before)
+    return Observation(model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features)
+
+
+def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
+    """Return (name, layer) of the ``nn.Linear`` whose output the network returns as class scores.
+
+    One grey image is sent through a copy of the network in eval mode, and every linear layer's output is compared with the
+    network's; where none is it (scores are transformed once more), the last one called is taken.
+
+    Raises
+    ------
+    ValueError
+        Where the network cannot take an image of this shape, or calls no linear layer, or that one has no bias.
+    """
+    called: list[tuple[str, nn.Linear, torch.Tensor]] = []
+    traced = copy.deepcopy(model).eval()
+    for name, module in traced.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, _, output, name=name: called.append((name, m, output)))
+    like = next(model.parameters())
+    try:
+        with torch.no_grad():
+            output = scores(traced(torch.full((1, *image_shape), 0.5).to(like)))
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"image_shape is {tuple(image_shape)}; the model does not take such an image ({said})"
+        ) from None
+    returned = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
+    if not called or (returned or called)[-1][1].bias is None:
+        raise ValueError(
+            "the model does not end in an nn.Linear layer with bias; class scores must come from one"
+        )
+    name = (returned or called)[-1][0]
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear)
+    return name, head
+
+
+def scores(output: Any) -> torch.Tensor:
+    """The class scores among what a network returns: the tensor itself, ``.logits``, "logits", or the first of several."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        return output["logits"] if "logits" in output else next(iter(output.values()))
+    return output[0]
+
+
+def unit_in_last_place(weights: torch.Tensor) -> torch.Tensor:
+    """The distance of each weight to the next number of its dtype, as float64."""
+    exponent = weights.abs().double().clamp(min=1e-300).log2().floor()
+    return torch.finfo(weights.dtype).eps * torch.exp2(exponent)

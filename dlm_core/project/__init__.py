@@ -1,0 +1,1 @@
+"""The repository's own commands, behind ``python -m dlm_core``."""

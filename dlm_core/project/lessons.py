@@ -1,0 +1,137 @@
+"""The course and the how-tos: run them, make the students' versions, and prove that the exercises' tests can pass and fail.
+
+Lessons carry nbgrader's markers and cell metadata, and nbgrader's own preprocessors strip them, so that a lesson can be
+put into an nbgrader course as it is. Their parameters are small; they know no profiles.
+"""
+
+import copy
+import json
+import os
+import re
+from pathlib import Path
+
+from dlm_core.harness import report
+from dlm_core.harness.paths import REPOSITORY
+
+FOLDERS = ("teaching", "howto")
+QUIET = ["--log-level=CRITICAL"]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def paths(*folders):
+    """The notebooks in the given subfolders of notebooks/ (default: all), by name."""
+    return [path for folder in folders or FOLDERS for path in sorted((REPOSITORY / "notebooks" / folder).glob("*.ipynb"))]
+
+
+def refresh(only=None):
+    """Run the notebooks and replace them by their executed versions. ``only`` is a part of the names wanted."""
+    for path in paths():
+        if only is None or only in path.stem:
+            notebook = run(_read(path))
+            print(f"{path.stem}: run", flush=True)
+            report.write_atomically(path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n")
+
+
+def run(notebook, *, allow_errors=False):
+    """Execute a notebook's cells in a fresh kernel, in the repository, and return the notebook.
+
+    Raises nbclient's CellExecutionError at the first cell that fails, unless ``allow_errors``.
+    """
+    from nbclient import NotebookClient
+
+    where = {"metadata": {"path": str(REPOSITORY)}}
+    options = {"timeout": 600, "allow_errors": allow_errors, "resources": where, "extra_arguments": QUIET}
+    return NotebookClient(notebook, **options).execute()
+
+
+def students(notebook):
+    """A copy without solutions, hidden tests and outputs, and with its tests locked, as nbgrader releases it."""
+    from nbgrader import preprocessors as steps
+
+    order = (steps.LockCells, steps.ClearSolutions, steps.ClearOutput, steps.ClearHiddenTests, steps.ComputeChecksums)
+    return _preprocess(notebook, *order, steps.CheckCellMetadata)
+
+
+def blank(notebook):
+    """A copy without solutions in which the hidden tests are still there: what grading an untouched hand-in runs."""
+    from nbgrader import preprocessors as steps
+
+    return _preprocess(notebook, steps.ClearSolutions)
+
+
+def marks(notebook):
+    """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts them."""
+    from nbgrader import utils
+
+    cells = [cell for cell in notebook.cells if utils.is_grade(cell)]
+    return {cell.metadata.nbgrader.grade_id: utils.determine_grade(cell)[:2] for cell in cells}
+
+
+def release(folder=None):
+    """Write the students' versions of the lessons, and return their paths."""
+    import nbformat
+
+    folder = Path(folder or REPOSITORY / "build" / "assignment")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in paths("teaching"):
+        written.append(folder / path.name)
+        notebook = students(_read(path))
+        for cell in notebook.cells:
+            cell.source = _without_answers(_relinked(cell.source, path.parent, folder))
+        nbformat.write(notebook, written[-1])
+    return written
+
+
+def _relinked(text, origin, folder):
+    """Markdown whose links to files of the repository lead there from ``folder`` too; lessons link to each other as they are."""
+
+    def link(match):
+        return f"]({Path(os.path.relpath((origin / match[1]).resolve(), folder.resolve())).as_posix()})"
+
+    return re.sub(r"\]\((\.\./[^)#]+)\)", link, text)
+
+
+def _without_answers(code):
+    """Code without nbval's marks, and with figures described by what they show, not by what it turns out to be: up to the colon."""
+    return re.sub(r'(figures\.show\(figure, "[^":]*): [^"]*"', r'\1."', code.removeprefix("# NBVAL_CHECK_OUTPUT\n"))
+
+
+def check():
+    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an untouched one that passes."""
+    wrong = []
+    for path in paths("teaching"):
+        wrong += [f"{path.stem}: {problem}" for problem in problems(_read(path))]
+        print(f"{path.stem}: checked", flush=True)
+    return wrong
+
+
+def problems(lesson):
+    """The same for one lesson, as a list of sentences."""
+    solved, untouched = (marks(run(version, allow_errors=True)) for version in (copy.deepcopy(lesson), blank(lesson)))
+    found = [] if solved else ["it has no test"]
+    found += [f"{name} fails although solved" for name, (points, most) in solved.items() if points < most]
+    return found + [f"{name} passes although nothing was done" for name, (points, _) in untouched.items() if points]
+
+
+def _read(path):
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _preprocess(notebook, *steps):
+    notebook, resources = copy.deepcopy(notebook), {}
+    for step in steps:
+        notebook, resources = step().preprocess(notebook, resources)
+    return notebook
+
+
+def _tidy(notebook):
+    """Drop the time of execution, and the views of widgets, which nothing but their own kernel can show."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return notebook

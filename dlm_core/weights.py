@@ -1,0 +1,96 @@
+"""State dicts: read from files without running anything in them, compared with a network, rounded to a precision."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+StateDict = dict[str, torch.Tensor]
+
+
+def load_weights(path: str | Path) -> StateDict:
+    """Read a state dict from a safetensors file, or from a torch file without running anything in it.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` file, or any other file as ``torch.save`` writes it.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        On the CPU.
+
+    Raises
+    ------
+    ValueError
+        Where the file is absent, cannot be read, or holds anything but tensors.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if str(path).endswith(".safetensors"):
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"snapshot {str(path)!r} does not exist") from None
+    except Exception as error:
+        raise ValueError(
+            f"snapshot {str(path)!r} cannot be read as weights ({type(error).__name__}); "
+            "it takes a .safetensors file, or a torch file that holds tensors alone"
+        ) from None
+    return check_weights(f"snapshot {str(path)!r}", weights)
+
+
+def check_weights(argument: str, weights: Any) -> StateDict:
+    """Return ``weights``; raise ValueError unless they are a state dict of tensors alone."""
+    if isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values()):
+        return weights
+    kind = type(weights).__name__
+    if isinstance(weights, dict):
+        kind = f"dict of {_some(list(weights))}"
+    raise ValueError(
+        f"{argument} is a {kind}, no state dict of tensors; load_weights reads a file of one"
+    )
+
+
+def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of ``expected``."""
+    check_weights(argument, weights)
+    lacks = [name for name in expected if name not in weights]
+    has = [name for name in weights if name not in expected]
+    if lacks or has:
+        parts = [f"{verb} {_some(names)}" for verb, names in (("lacks", lacks), ("has", has)) if names]
+        cure = "; rename its entries, or give audit or observe the network that they come from"
+        told = cure if argument == "before" else ""
+        raise ValueError(f"{argument} does not fit the model: it {' and '.join(parts)}{told}")
+    properties: tuple[tuple[str, Callable], ...] = (
+        ("shape", lambda tensor: list(tensor.shape)),
+        ("dtype", lambda tensor: tensor.dtype),
+    )
+    for what, of in properties:
+        for name, tensor in expected.items():
+            if of(weights[name]) != of(tensor):
+                raise ValueError(
+                    f"{argument}[{name!r}] has {what} {of(weights[name])}; the model's has {of(tensor)}"
+                )
+
+
+def check_finite(argument: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, naming the tensor, where ``weights`` hold NaN or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{argument} holds NaN or infinity in {name!r}; a snapshot must be finite")
+
+
+def rounded(weights: StateDict, dtype: torch.dtype | None) -> StateDict:
+    """``weights`` to the precision of ``dtype`` (None: as they are), held in their own dtype."""
+    if dtype is None:
+        return weights
+    return {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
+
+
+def _some(names: list) -> str:
+    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,0 +1,288 @@
+"""Exact recovery against known truth: small networks, whose every figure is checked in seconds."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from dlm_core import federated, models
+from dlm_core.beyond import exact, information, recursion
+from dlm_core.federated import train_locally
+
+SHAPE, CLASSES, LABEL = (1, 8, 8), 10, torch.tensor([3])
+
+
+def picture(shape=SHAPE, seed=0):
+    """Random 8-bit pixels, with pure black and pure white among them."""
+    pixels = torch.randint(0, 256, (1, *shape), generator=torch.Generator().manual_seed(seed)) / 255.0
+    pixels.view(-1)[:4] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    return pixels
+
+
+def lenet(shape=SHAPE, seed=0, **options):
+    return models.build("lenet", shape, CLASSES, seed=seed, **({"depth": 2} | options))
+
+
+def mean_square(errors):
+    return float(errors.double().square().mean())
+
+
+def eight_bit(images):
+    return (images * 255).round().long()
+
+
+NETWORKS = {
+    "lenet": lenet,
+    "lenet, three layers, colour": lambda: models.build("lenet", (3, 16, 16), CLASSES),
+    "lenet, tanh": lambda: lenet(activation="tanh"),
+    "leaky relu, no bias, stride 1": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(384, CLASSES)
+    ),
+    "mlp": lambda: models.build("mlp", SHAPE, CLASSES),
+    "mlp, gelu, three layers": lambda: models.build("mlp", SHAPE, CLASSES, depth=3, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recovers_every_pixel_label_and_learning_rate(name):
+    torch.manual_seed(0)
+    images = picture((3, 16, 16) if "colour" in name else SHAPE)
+    found = exact.recover(train_locally(NETWORKS[name](), images, LABEL, lr=0.01))
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+    assert found.labels.tolist() == LABEL.tolist()
+    assert found.learning_rate == pytest.approx(0.01, rel=1e-6)
+    assert found.k == pytest.approx(100, rel=1e-6)
+    assert abs(found.learning_rate - 0.01) < 5 * found.learning_rate_error
+    assert found.identifiable == images.numel()
+    assert found.stop_reason == "converged"
+    assert found.verdict.startswith("determined")
+    assert 0.5 < found.chi2 < 1.5
+    assert mean_square((found.images - images) / found.pixel_error) < 4
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-3, 0.1, 1.0])
+def test_learning_rates_from_below_the_resolution_of_the_weights_to_one(lr):
+    images = picture()
+    found = exact.recover(train_locally(lenet(), images, LABEL, lr=lr))
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+    assert found.learning_rate == pytest.approx(lr, rel=1e-5)
+
+
+def test_float64_snapshots_are_recovered_to_float64():
+    images = picture().double()
+    found = exact.recover(train_locally(lenet().double(), images, LABEL, lr=0.01))
+    assert found.learning_rate == pytest.approx(0.01, rel=1e-13)
+    assert mean_square(found.images - images) < 1e-24
+    assert found.bound_psnr > 240
+
+
+def test_noise_model_chi_square_and_spread_of_the_estimates_match_the_bound():
+    model, images = lenet(depth=2), picture().double()
+    layers = recursion.stack(model, SHAPE)
+    deltas, inputs = recursion.signals(layers, LABEL[0], images.flatten())
+    before = model.state_dict()
+    chi2, pixels, rates = [], [], []
+    for trial in range(200):
+        # another learning rate, another rounding of every weight; so low that arithmetic, exact here, plays no part
+        lr = 2e-4 * (1 + 1e-4 * trial)
+        after = {}
+        for layer, delta, u in zip(layers, deltas, inputs):
+            gradient = layer.gradient(delta, u)
+            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+            after[weight] = (before[weight].double() - lr * gradient[:, :-1].reshape(before[weight].shape)).float()
+            after[bias] = (before[bias].double() - lr * gradient[:, -1]).float()
+        found = exact.recover(federated.Observation(model, after, SHAPE, CLASSES))
+        chi2.append(found.chi2)
+        pixels.append(((found.images - images) / found.pixel_error).flatten())
+        rates.append((found.learning_rate - lr) / found.learning_rate_error)
+    assert sum(chi2) / 200 == pytest.approx(1, abs=0.1)
+    assert mean_square(torch.stack(pixels)) ** 0.5 == pytest.approx(1, abs=0.1)
+    assert mean_square(torch.tensor(rates)) ** 0.5 == pytest.approx(1, abs=0.1)
+
+
+def mlp():
+    return models.build("mlp", SHAPE, CLASSES, activation="sigmoid")
+
+
+def wide():
+    """Layers with more outputs than parameters, a stride and a dilation, and one without a bias."""
+    convolutions = nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, 2, 1, 2, bias=False), nn.Sigmoid()
+    torch.manual_seed(0)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(18, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
+
+
+@pytest.mark.parametrize(
+    "build, errors, largest",
+    [(lenet, 0, 5000), (wide, 0, 5000), (wide, 0, 64), (mlp, 0, 5000), (mlp, 32, 5000)],
+    ids=["many rows", "few rows", "too wide", "low rank", "errors of delta"],
+)
+def test_curvature_is_the_information_matrix(build, errors, largest, monkeypatch):
+    """Against the plain Jacobian of the whole update, in all of its forms."""
+    monkeypatch.setattr(information, "LARGEST", largest)
+    generator = torch.Generator().manual_seed(0)
+    layers = recursion.stack(build(), SHAPE)
+    x, eta, error_variance = picture().double().flatten(), 0.3, 1e-4
+    precision = torch.full_like(x, 1 / recursion.PRIOR_VARIANCE)
+    if errors:
+        x = torch.cat([x, 0.01 * torch.randn(errors, generator=generator, dtype=torch.float64)])
+        precision = torch.cat([precision, torch.full((errors,), 1 / error_variance, dtype=torch.float64)])
+    weights = [torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64) * 1e3 for layer in layers]
+
+    def update(x):
+        deltas, inputs = recursion.signals(layers, LABEL[0], x)
+        return torch.cat(
+            [(w.sqrt() * eta * a.gradient(d, u)).flatten() for a, w, d, u in zip(layers, weights, deltas, inputs)]
+        )
+
+    jacobian = torch.func.jacrev(update)(x)
+    inverse = torch.linalg.inv(jacobian.T @ jacobian + precision.diag())
+    curvature = information.curvature(layers, LABEL[0], weights, x, eta, error_variance)
+    assert torch.allclose(curvature.solve(torch.eye(len(x)).double()), inverse, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(curvature.variance, inverse.diagonal()[:64], rtol=1e-8)
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.1, 1.0])
+def test_an_mlp_reaches_the_bound_where_the_clients_arithmetic_and_not_the_transmission_limits_it(lr):
+    """Errors of float32 arithmetic are shared by rows and columns of the gradient; taken as independent they mislead."""
+    ratios, chi2 = [], []
+    for seed in range(8):
+        images = picture((3, 16, 16), seed)
+        found = exact.recover(train_locally(models.build("mlp", (3, 16, 16), CLASSES, seed=seed), images, LABEL, lr=lr))
+        ratios.append(mean_square(found.images - images) / mean_square(found.pixel_error))
+        chi2.append(found.chi2)
+    assert sorted(ratios)[4] < 1.3
+    assert sorted(chi2)[4] == pytest.approx(1, abs=0.1)
+
+
+def test_signals_give_the_gradient():
+    model, images = lenet().double(), picture().double()
+    expected = torch.autograd.grad(federated.loss(model(images), LABEL), list(model.parameters()))
+    layers = recursion.stack(model, SHAPE)
+    deltas, inputs = recursion.signals(layers, LABEL[0], images.flatten())
+    for layer, delta, u, weight, bias in zip(layers, deltas, inputs, expected[::2], expected[1::2]):
+        assert torch.allclose(layer.gradient(delta, u), torch.cat([weight.flatten(1), bias[:, None]], dim=1), atol=1e-14)
+
+
+def test_weight_decay_is_fitted_where_asked_for_and_noticed_where_not():
+    images = picture()
+    seen = train_locally(lenet(), images, LABEL, lr=0.01, options={"weight_decay": 5e-4})
+    found = exact.recover(seen, weight_decay=True)
+    assert found.weight_decay == pytest.approx(5e-4, rel=1e-4)
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+    assert exact.recover(seen).verdict.startswith("not to be trusted")
+
+
+@pytest.mark.parametrize(
+    "number, training",
+    [(1, {"steps": 2}), (1, {"steps": 5}), (2, {}), (1, {"steps": 2, "options": {"momentum": 0.9}})],
+    ids=["two steps", "five steps", "a batch", "momentum"],
+)
+def test_violated_assumptions_are_said_so(number, training):
+    images = torch.cat([picture(seed=i) for i in range(number)])
+    found = exact.recover(train_locally(lenet(), images, LABEL.repeat(number), lr=0.01, **training))
+    assert found.chi2 > 100
+    assert found.verdict.startswith("not to be trusted")
+    assert found.bound_psnr != found.bound_psnr  # NaN: no claim
+
+
+def defended(seen, change):
+    return dataclasses.replace(seen, weights_after={name: change(w) for name, w in seen.weights_after.items()})
+
+
+def test_noise_of_a_defence_is_noticed_or_accounted_for():
+    images, generator = picture(), torch.Generator().manual_seed(1)
+    seen = train_locally(lenet(), images, LABEL, lr=0.1)
+    noisy = defended(seen, lambda w: w + 1e-5 * torch.randn(w.shape, generator=generator))
+    assert exact.recover(noisy).verdict.startswith("not to be trusted")
+    found = exact.recover(noisy, extra_variance=[1e-10] * 6)
+    assert found.chi2 == pytest.approx(1, abs=0.1)
+    assert mean_square((found.images - images) / found.pixel_error) < 2
+
+
+def test_sparsified_coordinates_can_be_left_out():
+    images = picture()
+    seen = train_locally(lenet(), images, LABEL, lr=0.1)
+    sparse = defended(seen, lambda w: torch.where(w.abs() > w.abs().median(), w, 0))
+    assert exact.recover(sparse).verdict.startswith("not to be trusted")
+    found = exact.recover(sparse, trusted=[w != 0 for w in sparse.weights_after.values()])
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+
+
+def test_half_precision_on_the_way():
+    images = picture()
+    seen = train_locally(lenet(), images, LABEL, lr=0.1)
+    found = exact.recover(defended(seen, lambda w: w.half().float()), transmitted=torch.float16)
+    assert found.chi2 == pytest.approx(1, abs=0.1)
+    assert mean_square((found.images - images) / found.pixel_error) < 2
+
+
+def test_directions_drowned_in_noise_are_counted_as_undetermined():
+    images, generator = picture(), torch.Generator().manual_seed(1)
+    seen = train_locally(lenet(), images, LABEL, lr=0.1)
+    noisy = defended(seen, lambda w: w + 3e-3 * torch.randn(w.shape, generator=generator))
+    found = exact.recover(noisy, extra_variance=[9e-6] * 6)
+    assert 0 < found.identifiable < 64
+    assert found.verdict.startswith("partly determined")
+    assert found.bound_psnr < 30
+
+
+def test_too_few_equations_are_completed_by_dlm_plus():
+    images = picture((3, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(32, CLASSES))
+    found = exact.recover(train_locally(model, images, LABEL, lr=0.1))
+    assert found.identifiable <= 2 * 28 + 32
+    assert found.verdict.startswith("partly determined")
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (lenet(activation="relu"), ["'1'", "ReLU", "Sigmoid"]),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, CLASSES)), ["'1'", "MaxPool2d"]),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3, padding="same"), nn.Flatten(), nn.Linear(128, CLASSES)),
+            ["'0'", "Conv2d", "padding"],
+        ),
+        (models.build("resnet18", SHAPE, CLASSES), ["Residual", "nn.Sequential"]),
+        (Own(), ["the model (Own) cannot be walked", "can be written as one"]),
+    ],
+)
+def test_unsupported_layers_are_named(model, words):
+    with pytest.raises(ValueError) as error:
+        exact.recover(train_locally(model, picture(), LABEL, lr=0.01))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_observation_is_left_as_it_was():
+    seen = train_locally(lenet(), picture(), LABEL, lr=0.01)
+    before = [p.clone() for p in seen.model.parameters()]
+    first, second = exact.recover(seen), exact.recover(seen)
+    assert all(torch.equal(p, q) for p, q in zip(before, seen.model.parameters()))
+    assert all(p.grad is None for p in seen.model.parameters())
+    assert torch.equal(first.images, second.images)
+
+
+def test_the_closed_form_alone_is_worse_than_the_fit_and_near_it():
+    images = picture()
+    seen = train_locally(lenet(), images, LABEL, lr=0.01)
+    closed, fitted = exact.recover(seen, max_steps=0), exact.recover(seen)
+    assert mean_square(fitted.images - images) < mean_square(closed.images - images) < 1e-3
+    assert closed.learning_rate == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [lenet, mlp], ids=["lenet", "mlp"])
+def test_the_bound_at_a_known_image_is_that_of_the_fit(build):
+    images = picture()
+    seen = train_locally(build(), images, LABEL, lr=0.01)
+    assert exact.recover(seen).bound_psnr == pytest.approx(exact.bound(seen, images, LABEL, 0.01), abs=1.0)

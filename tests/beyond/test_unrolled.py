@@ -1,0 +1,216 @@
+"""The simulated client against torch.optim, its derivatives, and the attack that finds images, η and E through it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlm_core import attacks, data, federated, metrics, models, objectives
+from dlm_core.beyond import clients, unrolled
+from dlm_core.harness import trials
+
+FAMILIES = [
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("adam", {}),
+    ("adam", {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.01}),
+    ("adamw", {"weight_decay": 0.1}),
+    ("rmsprop", {}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-4, "weight_decay": 0.01}),
+]
+
+
+@pytest.fixture
+def digits(device):
+    images, labels, *_ = data.load("digits", n=3)
+    return images.double().to(device), labels.to(device)
+
+
+@pytest.fixture
+def small_client():
+    images, labels, *_ = data.load("digits", n=1)
+    return federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, lr=0.01)
+
+
+@pytest.fixture
+def tiny(device):
+    """A network of 26 weights, for finite differences."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Linear(2, 2)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = torch.rand(p.shape, generator=generator) - 0.5
+    return model.double().to(device)
+
+
+@pytest.mark.parametrize("name, options", FAMILIES)
+@pytest.mark.parametrize("steps, batch_size", [(1, None), (4, None), (4, 2)])
+def test_the_simulated_client_is_the_client(small, digits, name, options, steps, batch_size):
+    images, labels = digits
+    model, size = small.double(), {"steps": steps, "batch_size": batch_size, "options": options}
+    seen = federated.train_locally(model, images, labels, lr=0.02, optimizer=trials.OPTIMIZERS[name], **size)
+    ours = clients.update(model, federated.loss, images, labels, rate=0.02, optimizer=clients.OPTIMIZERS[name], **size)
+    for simulated, real in zip(ours, federated.weight_delta(seen)):
+        torch.testing.assert_close(simulated.detach(), real, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "name, options", [("sgd", {"momentum": 0.9, "nesterov": True}), ("adam", {"eps": 0.1}), ("rmsprop", {"eps": 0.1})]
+)
+def test_derivatives_by_finite_differences(tiny, device, name, options, checkpointed):
+    generator = torch.Generator().manual_seed(1)
+    images, observed = (
+        torch.rand(shape, generator=generator, dtype=torch.float64).to(device) for shape in ((2, 1, 3, 3), (26,))
+    )
+    observed = observed.split([p.numel() for p in tiny.parameters()])
+    settings = {"steps": 3, "optimizer": clients.OPTIMIZERS[name], "options": options, "checkpointed": checkpointed}
+
+    def objective(images, log_rate):
+        update = clients.update(
+            tiny, federated.loss, images, torch.tensor([0, 1], device=device), rate=log_rate.exp(), **settings
+        )
+        return objectives.normalised_distance([layer.flatten() for layer in update], observed)
+
+    log_rate = torch.tensor(-1.0, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(objective, (images.requires_grad_(), log_rate))
+
+
+def test_adam_s_derivatives_are_finite_where_a_gradient_vanishes(tiny, device):
+    images = torch.zeros(
+        1, 1, 3, 3, dtype=torch.float64, device=device, requires_grad=True
+    )  # the convolution's gradient is 0
+    for optimizer in (clients.adam, clients.rmsprop):
+        update = clients.update(
+            tiny, federated.loss, images, torch.tensor([0], device=device), rate=0.1, steps=2, optimizer=optimizer
+        )
+        assert (update[0] == 0).all()
+        (slope,) = torch.autograd.grad(sum(layer.sum() for layer in update), images)
+        assert slope.isfinite().all()
+
+
+def test_checkpoints_change_nothing_but_memory(small, digits):
+    images, labels = digits[0].requires_grad_(), digits[1]
+    results = []
+    for checkpointed in (False, True):
+        update = clients.update(
+            small.double(), federated.loss, images, labels, rate=0.05, steps=6, checkpointed=checkpointed
+        )
+        results.append(
+            [*update, *torch.autograd.grad(objectives.squared_distance(update, update[:0]) + update[0].sum(), images)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
+    seen = federated.train_locally(small, *digit, lr=0.2, steps=3, options={"momentum": momentum})
+    found = attacks.unrolled_dlm(seen, client_options={"momentum": momentum})
+    assert metrics.psnr(found.images, digit[0], data_range=1.0) > 30
+    assert (
+        found.local_steps == 3 and found.learning_rate == pytest.approx(0.2, rel=0.01) and found.k == 1 / found.learning_rate
+    )
+    as_published = attacks.dlm_plus(seen, max_evaluations=200)
+    assert (
+        metrics.psnr(as_published.images, digit[0], data_range=1.0)
+        < metrics.psnr(found.images, digit[0], data_range=1.0) - 5
+    )
+    assert found.loss == min(found.losses) == min(loss for _, loss in found.tried) and found.evaluations == len(found.losses)
+    assert {2, 3} <= {steps for steps, _ in found.tried}
+
+
+def test_the_length_of_the_update_keeps_the_learning_rate_from_running_away(seen):
+    """A simulated update twice as long is no fit, unlike in DLM+: without that, η once ended at thirty times the truth."""
+    update = [layer.double() for layer in federated.weight_delta(seen)]
+    twice = [2 * layer for layer in update]
+    assert float(objectives.normalised_distance(twice, update)) < 1e-20
+    assert float(unrolled._relative_distance(twice, update)) > 0.5
+    assert float(unrolled._relative_distance(update, update)) == 0
+
+
+def test_searches_that_are_cut_short_come_to_an_end(seen, monkeypatch):
+    """Each ends a little lower than the one before, so that E wandered for an hour."""
+    searches = []
+
+    def search(seen, told, steps, best, options):
+        searches.append(steps)
+        about = {"learning_rate": 0.1, "local_steps": steps, "tried": [], "point": {}, "losses": [], "seconds": 0.0}
+        about |= {"images": None, "labels": None, "stop_reason": "budget", "k": 10.0, "loss": 1 / len(searches)}
+        return unrolled.Unrolled(**about)
+
+    monkeypatch.setattr(unrolled, "_search", search)
+    assert attacks.unrolled_dlm(seen).loss == 1 / len(searches)
+    assert len(searches) < 2 * unrolled.MOST
+
+
+def test_steps_told_are_not_searched(seen):
+    found = attacks.unrolled_dlm(seen, steps=1, max_evaluations=200)
+    assert [steps for steps, _ in found.tried] == [1] and found.learning_rate == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"client": "sdg"}, "client 'sdg' is unknown.*did you mean sgd"),
+        ({"steps": 0}, "steps is 0; it takes a whole number of at least 1"),
+        ({"max_steps": 2.5}, "max_steps is 2.5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_evaluations": 0}, "max_evaluations is 0"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"num_images": 2, "labels": torch.tensor([0.5, 1.0])}, "labels has shape .* it takes 2 class indices"),
+        (
+            {"client_options": {"momentun": 0.9}},
+            "client_options has 'momentun'; client 'sgd' takes momentum, dampening, nesterov",
+        ),
+    ],
+)
+def test_bad_options_are_named(seen, options, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.unrolled_dlm(seen, **options)
+
+
+def test_as_a_trial():
+    client = {"lr": 0.2, "steps": 2}
+    trial = trials.Trial(
+        attack="unrolled_dlm", attack_options={"steps": 2, "max_evaluations": 5}, dataset="digits", client=client
+    )
+    record = trials.run_trial(trial)
+    assert record["local_steps"] == 2 and math.isfinite(record["learning_rate"]) and record["evaluations"] == 5
+
+
+def test_the_labels_of_a_batch_are_inferred_for_several_steps():
+    images, truth, *_ = data.load("cifar100", n=8, source="bundled")
+    seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=2)
+    for labels in ({}, {"labels": "inferred"}, {"labels": truth.sort().values}):
+        found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1, **labels)
+        assert found.labels.tolist() == sorted(truth.tolist())
+
+
+@pytest.mark.parametrize("true", [1, 2, 3, 7])
+def test_the_search_for_the_steps_tries_no_client_of_zero_steps(monkeypatch, small_client, true):
+    found = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1)
+    monkeypatch.setattr(
+        unrolled,
+        "_search",
+        lambda seen, told, steps, best, limits: replace(
+            found, local_steps=steps, loss=1.0 + abs(steps - true), stop_reason="stalled"
+        ),
+    )
+    found = attacks.unrolled_dlm(small_client, max_steps=16)
+    assert found.local_steps == true and min(steps for steps, _ in found.tried) >= 1
+
+
+def test_a_loss_that_hardly_falls_ends_the_search_for_the_steps(monkeypatch, small_client):
+    found, calls = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1), []
+
+    def creeping(seen, told, steps, best, limits):
+        calls.append(steps)
+        return replace(found, local_steps=steps, loss=1 - 1e-6 * len(calls), stop_reason="stalled")
+
+    monkeypatch.setattr(unrolled, "_search", creeping)
+    attacks.unrolled_dlm(small_client)
+    assert len(calls) < 20

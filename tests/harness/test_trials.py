@@ -1,0 +1,242 @@
+"""Trials are values, records are reproducible, and no finished trial is ever lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dlm_core.harness import sweeps, trials
+from dlm_core.harness.trials import Trial
+
+FAST = Trial(dataset="digits", attack_options={"max_evaluations": 25, "keep_every": 10}, client={"lr": 0.05})
+SWEEP = [replace(FAST, index=i, attack=attack) for i in range(3) for attack in ("dlm_plus", "idlg")]
+SWEEP = [replace(t, attack_options={**t.attack_options, "learning_rate": 0.05}) if t.attack == "idlg" else t for t in SWEEP]
+
+
+def comparable(record):
+    return {name: value for name, value in record.items() if name not in ("arrays", "seconds")}
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert comparable(a) == comparable(b)
+        assert a["arrays"].keys() == b["arrays"].keys()
+        assert all(torch.equal(a["arrays"][name], b["arrays"][name]) for name in a["arrays"])
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return [trials.run_trial(trial) for trial in SWEEP]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_bit_identical_for_any_number_of_workers(expected, jobs, tmp_path):
+    assert_same(sweeps.sweep(SWEEP, jobs=jobs, store=tmp_path), expected)
+    assert_same(sweeps.sweep(SWEEP, jobs=jobs, store=tmp_path), expected)  # and from the store
+
+
+def test_bit_identical_through_dask(expected, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with (
+        warnings.catch_warnings(),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+    ):
+        warnings.simplefilter("ignore")
+        assert_same(sweeps.sweep(SWEEP, store=tmp_path, scheduler=cluster.scheduler_address), expected)
+
+
+def test_thread_count_does_not_matter_and_is_restored(expected):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_same([trials.run_trial(SWEEP[0])], expected[:1])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_second_sweep_computes_only_what_is_missing(tmp_path, monkeypatch):
+    sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
+    ran, run_trial = [], trials.run_trial
+    monkeypatch.setattr(trials, "run_trial", lambda trial: ran.append(trial) or run_trial(trial))
+    sweeps.sweep(SWEEP[:4], jobs=1, store=tmp_path)
+    assert ran == SWEEP[2:4]
+
+
+def test_a_damaged_entry_is_said_and_computed_again(expected, tmp_path):
+    sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path)
+    path = sweeps.Store(tmp_path).path(SWEEP[0])
+    for content in (b"", b"not a record", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=f"store entry {path.name} is damaged .* computed again"):
+            assert_same(sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path), expected[:1])
+
+
+def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expected, tmp_path):
+    script = (
+        "from tests.harness.test_trials import SWEEP; from dlm_core import sweeps, trials; import time\n"
+        "run = trials.run_trial\n"
+        "def slow(trial):\n    record = run(trial)\n    time.sleep(0.3)\n    return record\n"
+        "trials.run_trial = slow\n"
+        f"sweeps.sweep(SWEEP, jobs=1, store={str(tmp_path)!r})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(list(tmp_path.rglob("*.safetensors"))) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert 2 <= len(finished) < len(SWEEP)
+    assert_same(sweeps.sweep(SWEEP, jobs=1, store=tmp_path), expected)
+    assert all(path.stat().st_mtime_ns == then for path, then in finished.items())
+
+
+def test_the_workers_of_a_killed_sweep_end_too(tmp_path):
+    script = (
+        "from dlm_core import sweeps, trials\n"
+        "plan = [trials.Trial('dlm_plus', dataset='digits', index=i, client={'lr': 0.05}) for i in range(500)]\n"
+        f"sweeps.sweep(plan, jobs=2, store={str(tmp_path)!r})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob("*.safetensors")) and time.time() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=15)[1]
+
+
+def test_the_table_is_the_same_text_each_time(expected):
+    again = [trials.run_trial(trial) for trial in SWEEP]
+    first, second = (sweeps.table(SWEEP, records).drop(columns="seconds").to_csv() for records in (expected, again))
+    assert first == second
+    assert {"attack", "index", "client.lr", "psnr", "stop_reason"} <= set(sweeps.table(SWEEP, expected).columns)
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
+    run_trial = trials.run_trial
+
+    def interrupted(trial):
+        if trial == SWEEP[2]:
+            raise KeyboardInterrupt
+        return run_trial(trial)
+
+    monkeypatch.setattr(trials, "run_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.sweep(SWEEP, jobs=1, store=tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_keys_tell_trials_apart_and_ignore_comments():
+    keys = {
+        trial.key for trial in (*SWEEP, replace(FAST, seed=1), replace(FAST, defence={"name": "sparsify", "percent": 10}))
+    }
+    assert len(keys) == len(SWEEP) + 2
+    assert trials.code_version("trials") != trials.code_version("models")
+
+
+def test_a_client_that_diverges_is_a_record(tmp_path):
+    (record,) = sweeps.sweep([replace(FAST, client={"lr": 1e38, "steps": 3})], jobs=1, store=tmp_path)
+    assert record["stop_reason"] == "client diverged"
+    assert (
+        sweeps.sweep([replace(FAST, client={"lr": 1e38, "steps": 3})], jobs=1, store=tmp_path)[0]["stop_reason"]
+        == "client diverged"
+    )
+
+
+def test_a_client_whose_weights_do_not_change_is_a_record(tmp_path):
+    (record,) = sweeps.sweep([replace(FAST, client={"lr": 1e-30})], jobs=1, store=tmp_path)
+    assert record["stop_reason"] == "client unchanged"
+
+
+def test_record_of_a_defended_batch():
+    trial = replace(FAST, batch=2, client={"lr": 0.05, "optimizer": "adam"}, defence={"name": "noise", "scale": 1e-6})
+    record = trials.run_trial(trial)
+    assert len(record["psnrs"]) == 2 and record["history_evaluations"] == [0, 10, 20]
+    assert record["arrays"]["images"].shape == (2, 1, 8, 8) and record["lpips"] is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attack": "dlm_pluss"}, "attack 'dlm_pluss' is unknown.*did you mean dlm_plus"),
+        ({"model": "lenett"}, "model 'lenett' is unknown.*did you mean lenet"),
+        ({"dataset": "cifar10"}, "data set 'cifar10' is unknown.*did you mean cifar100"),
+        ({"index": -1}, "index is -1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"client": {"lr": -1}}, "lr is -1"),
+        ({"client": {"lr": 1, "optimizer": "sdg"}}, "client optimizer 'sdg' is unknown.*did you mean sgd"),
+        ({"defence": {"name": "noize"}}, "defence 'noize' is unknown.*did you mean noise"),
+        ({"attack_options": {"optimizer": "lbgs"}}, "optimizer 'lbgs' is unknown.*did you mean lbfgs"),
+        ({"attack_options": {"dtype": "float46"}}, "dtype 'float46' is unknown.*did you mean float64"),
+    ],
+)
+def test_a_bad_trial_is_refused_when_it_is_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(FAST, **change)
+
+
+def test_an_unwritable_store_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="store folder .* cannot be written"):
+        sweeps.sweep([FAST], store=tmp_path / "file")
+
+
+def test_an_unreachable_scheduler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "PATIENCE", "1s")
+    with pytest.raises(ConnectionError, match="SCHEDULER 'tcp://127.0.0.1:9' cannot be reached"):
+        sweeps.sweep([FAST], store=tmp_path, scheduler="tcp://127.0.0.1:9")
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
+    assert sweeps.Store(tmp_path).get(SWEEP[0]) is not None
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_a_client_may_compute_and_transmit_in_another_precision():
+    seen, *_ = trials.observe(Trial(client={"lr": 0.01, "dtype": "float64"}))
+    assert all(w.dtype == torch.float64 for w in seen.weights_after.values())
+    seen, *_ = trials.observe(Trial(client={"lr": 0.1, "transmitted": "float16"}))
+    assert all(torch.equal(w, w.half().float()) for w in seen.weights_after.values())
+    with pytest.raises(ValueError, match="transmitted.*int8"):
+        Trial(client={"lr": 0.1, "transmitted": "int8"})
+
+
+def test_a_client_may_leave_running_statistics_alone():
+    options = {"width": 4, "blocks": 1}
+    for mode, moved in (("train", True), ("eval", False)):
+        seen, *_ = trials.observe(Trial(model="resnet18_bn", model_options=options, client={"lr": 0.1, "mode": mode}))
+        assert seen.model.training == moved == bool(seen.weights_after["1.num_batches_tracked"])
+    with pytest.raises(ValueError, match="mode 'evil' is unknown"):
+        Trial(client={"lr": 0.1, "mode": "evil"})
+
+
+def test_trials_that_share_a_trained_model_do_not_share_its_changes():
+    trained = replace(FAST, trained=1)
+    first, again = (trials.observe(replace(trained, client=client))[0] for client in ({"lr": 0.1}, {"lr": 0.2}))
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters()))
+    assert first.model is not again.model
+    double, *_ = trials.observe(replace(trained, client={"lr": 0.1, "dtype": "float64", "mode": "eval"}))
+    third, *_ = trials.observe(trained)
+    assert next(double.model.parameters()).dtype == torch.float64 and not double.model.training
+    assert next(third.model.parameters()).dtype == torch.float32 and third.model.training
+    untrained, *_ = trials.observe(FAST)
+    assert not torch.equal(next(untrained.model.parameters()), next(third.model.parameters()))

@@ -1,0 +1,356 @@
+"""The user's commands, as a user runs them, and what they say when something is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dlm_core import data, federated, metrics, models
+from dlm_core.__main__ import main
+from dlm_core.harness import audit, report, trials
+from dlm_core.harness.audit import audit
+from dlm_core.project import reproduce
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command(*arguments, environment, **options):
+    run = [sys.executable, "-m", "dlm_core", *map(str, arguments)]
+    return subprocess.run(run, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+
+NOTEBOOK = """
+from dlm_core import data, report, sweeps, trials
+run = report.Report("{name}", profile=profile, images=images)
+plan = [trials.Trial("dlm_plus", {{"max_evaluations": 5}}, "digits", index=i, client={{"lr": 0.05}}) for i in range(images)]
+table = sweeps.table(plan, sweeps.sweep(plan))
+run.table(table[["index", "psnr", "loss"]], "a table")
+{more}
+run.claim("it runs", True, f"{{len(table)}} trials")
+run.finish()
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Two tiny notebooks of which the first fails, in a folder of their own."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    entries = []
+    for name, more in {"90_breaks": "raise RuntimeError('on purpose')", "91_works": ""}.items():
+        parameters = nbformat.v4.new_code_cell("profile = 'quick'\nimages = 2", metadata={"tags": ["parameters"]})
+        cells = [parameters, nbformat.v4.new_code_cell(NOTEBOOK.format(name=name, more=more))]
+        notebook = nbformat.v4.new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        )
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+        entries.append(f'[{name}]\nset = "paper"\nsmoke = {{ images = 1 }}\nquick = {{}}\npaper = {{ images = 3 }}\n')
+    (folder / "profiles.toml").write_text("\n".join(entries))
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
+    return folder
+
+
+def test_a_failing_notebook_is_named_and_stops_no_other(notebooks, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert reproduce.run("smoke", out=out, jobs=1) == ["90_breaks"]
+    printed = capsys.readouterr().out
+    assert "90_breaks: FAILED" in printed and "RuntimeError: on purpose" in printed and "91_works: done" in printed
+    assert printed.rstrip().endswith("FAILED: 90_breaks") and "holds: it runs" in printed
+    assert (out / "91_works.csv").read_text().count("\n") == 2
+    executed = nbformat.read(out / "notebooks" / "91_works.ipynb", as_version=4)
+    assert "images = 1" in "".join(cell.source for cell in executed.cells) and str(tmp_path) not in json.dumps(executed)
+
+
+def test_twice_the_same_table_and_a_manifest_that_tells(notebooks, tmp_path):
+    reproduce.run("quick", only="91", out=tmp_path / "out", jobs=1)
+    first = (tmp_path / "out" / "91_works.csv").read_bytes()
+    shutil.rmtree(tmp_path / "store")
+    reproduce.run("quick", only="91_works", out=tmp_path / "out", jobs=1)
+    assert (tmp_path / "out" / "91_works.csv").read_bytes() == first
+    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["91_works.csv"]
+    assert entry["notebook"] == "91_works" and entry["profile"] == "quick" and entry["parameters"]["images"] == 2
+    assert (
+        entry["seconds"] > 0
+        and entry["data"].keys() == set(data.NAMES)
+        and torch.__version__.startswith(entry["versions"]["torch"])
+    )
+    assert entry["revision"] == report.revision()
+
+
+def test_in_place_puts_the_executed_notebook_back(notebooks, tmp_path):
+    reproduce.run("smoke", only="91", out=tmp_path / "out", in_place=True)
+    cells = nbformat.read(notebooks / "91_works.ipynb", as_version=4).cells
+    assert all(cell.execution_count for cell in cells if cell.cell_type == "code") and cells[-1].outputs
+
+
+def test_one_parameter_instead_of_the_profile_s(notebooks, tmp_path):
+    assert reproduce.run("quick", only="91", parameters={"images": 4}, out=tmp_path / "out", jobs=1) == []
+    assert (tmp_path / "out" / "91_works.csv").read_text().count("\n") == 5
+
+
+def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", tmp_path)
+    cells = [nbformat.v4.new_markdown_cell("# It works\n\nand how")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "91_works.ipynb")
+    fails = {"statement": "s", "source": "paper", "verdict": "does not hold", "evidence": "e", "cause": "c"}
+    holds = {"statement": "h", "source": "paper", "verdict": "holds", "evidence": "e", "cause": ""}
+    claims = {"91_works": {"profile": "smoke", "claims": [fails, holds]}}
+    (tmp_path / "claims.json").write_text(json.dumps(claims))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n")
+    reproduce.fill_readme(tmp_path, readme)
+    text = readme.read_text()
+    assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "| 91. [It works](notebooks/91_works.ipynb) | `make figures ONLY=91` | 1 of 2 | – | smoke |" in text
+    assert "| 91. s | e | c |" in text and "h |" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["figures", "--profile", "quik"],
+            "PROFILE 'quik' is unknown: choose from smoke, quick, paper; did you mean quick?",
+        ),
+        (["figures", "--only", "01_attack_compared"], "notebook '01_attack_compared' is unknown"),
+        (["figures", "--only", "77"], "notebook '77' is unknown"),
+        (["figures", "--set", "papers"], "SET 'papers' is unknown"),
+        (
+            ["figures", "--only", "03", "--parameter", "seed=100"],
+            "parameter of 03_dlg_needs_the_learning_rate 'seed' is unknown",
+        ),
+        (["figures", "--parameter", "seeds"], "--parameter is 'seeds'; it takes NAME=VALUE"),
+        (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number of at least 1"),
+        (["attack", "absent.safetensors", "absent.pt"], "snapshot 'absent.safetensors' does not exist"),
+        (["attack", "a", "b", "--model", "lennet"], "model 'lennet' is unknown"),
+        (["attack", "a", "b", "--attack", "dlm_pluss"], "attack 'dlm_pluss' is unknown"),
+        (["attack", "a", "b", "--image-shape", "32"], "image_shape is"),
+        (["bench", "--images", "21"], "n is 21"),
+        (["bench", "--peer-images", "-1"], "peer_images is -1"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, message, environment):
+    done = command(*arguments, environment=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_an_interrupt_says_what_is_kept_and_nothing_else(tmp_path, environment):
+    run = [sys.executable, "-m", "dlm_core", "figures", "--only", "03", "--out", str(tmp_path / "out")]
+    where = {"cwd": REPOSITORY, "env": {**environment, "DLM_STORE": str(tmp_path / "store")}}
+    where["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in the background
+    process = subprocess.Popen(run, **where, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not list((tmp_path / "store").rglob("*.safetensors")) and time.time() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and list((tmp_path / "store").rglob("*.safetensors"))
+    assert said.rstrip().endswith("the same command goes on from here") and "Traceback" not in said
+
+
+def test_an_unwritable_output_folder_is_said_first(tmp_path, environment):
+    (tmp_path / "file").write_text("")
+    done = command("figures", "--profile", "smoke", "--out", tmp_path / "file", environment=environment)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "OUT" in done.stderr
+
+
+def test_an_unreachable_scheduler_is_said_first(environment, tmp_path):
+    done = command("figures", "--scheduler", "tcp://127.0.0.1:9", "--out", tmp_path / "out", environment=environment)
+    assert done.returncode == 2 and "SCHEDULER 'tcp://127.0.0.1:9' cannot be reached" in done.stderr
+
+
+def test_every_command_has_help(environment):
+    for name in ("env", "figures", "test", "lab", "bench", "clean", "attack"):
+        done = command(name, "--help", environment=environment)
+        assert done.returncode == 0 and f"dlm_core {name}" in done.stdout
+    assert all(attack in done.stdout for attack in snapshots.ATTACKS)
+
+
+def test_attack_on_two_files_of_one_s_own(tmp_path, environment):
+    images, labels, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=5), images, labels, lr=0.05)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in seen.model.state_dict().items()}, tmp_path / "before.safetensors"
+    )
+    torch.save(seen.weights_after, tmp_path / "after.pt")
+    where = ["--image-shape", "1,8,8", "--out", tmp_path / "found.png"]
+    done = command("attack", tmp_path / "before.safetensors", tmp_path / "after.pt", *where, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "one step of sgd on one image, learning rate 0.05" in done.stdout and "has leaked" in done.stdout
+    assert f"labels {labels.tolist()}" in done.stdout and (tmp_path / "found.png").stat().st_size > 0
+    assert "dlm_plus" not in done.stdout and "other" not in done.stdout  # exact recovery came first, and was enough
+    done = command("attack", tmp_path / "after.pt", tmp_path / "after.pt", *where, environment=environment)
+    assert done.returncode == 2 and "has not trained" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def clients_files(tmp_path_factory):
+    """Files of a LeNet's weights before, and after a round by clients of several kinds."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    images, labels, *_ = data.load("digits", n=2)
+    model = models.build("lenet", (1, 8, 8), 10, seed=0)
+    torch.save(model.state_dict(), folder / "before.pt")
+    kinds = {"sgd": {}, "adam": {"lr": 1e-3, "optimizer": torch.optim.Adam}, "three": {"steps": 3}, "two": {}}
+    for name, how in kinds.items():
+        n = 2 if name == "two" else 1
+        seen = federated.train_locally(model, images[:n], labels[:n], **{"lr": 0.05, **how})
+        torch.save(seen.weights_after, folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture
+def ask(clients_files, tmp_path, capsys):
+    """The attack command on two of these files; returns what it prints."""
+
+    def attack(after, *options, before="before"):
+        files = [str(clients_files / f"{name}.pt") for name in (before, after)]
+        where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png")]
+        assert main(["attack", *files, *where, *options]) == 0
+        return capsys.readouterr().out
+
+    return attack
+
+
+def test_one_attack_by_name_and_the_hint_where_it_fails(ask):
+    exactly = ask("sgd", "--attack", "exact")
+    assert "learning rate 0.05" in exactly and "    determined: one SGD step" in exactly
+    assert "it explains the update: what it shows has leaked" in ask("sgd", "--attack", "dlm_plus")
+    failed = ask("adam", "--attack", "dlm_plus")
+    assert "explains little" in failed and "a proof that nothing leaks" in failed and "--attack interval_dlm" in failed
+
+
+@pytest.mark.parametrize(
+    "after, options, looks, tried, shown",
+    [
+        ("three", [], "sgd or its kin: several steps", ["exact", "dlm_plus", "unrolled_dlm"], "unrolled_dlm"),
+        ("two", ["--images", "2"], "several images", ["exact_batch", "dlm_plus"], "dlm_plus"),
+    ],
+)
+def test_attacks_are_tried_until_one_explains_the_update(ask, after, options, looks, tried, shown):
+    said = ask(after, *options)
+    assert looks in said and f"shows what {shown} found\nit explains the update" in said
+    assert [line.split(" (")[0] for line in said.splitlines() if line.endswith(") ...")] == tried
+    assert ("does not apply: layer '0' is a Conv2d" in said) == ("exact_batch" in tried)
+
+
+def test_adam_s_step_is_recognised_and_met_with_its_own_attack(tmp_path, capsys):
+    images, labels, *_ = data.load("fashion_mnist", n=1, source="bundled")
+    model = models.build("lenet", (1, 28, 28), 10, seed=0)
+    seen = federated.train_locally(model, images, labels, lr=1e-3, optimizer=torch.optim.Adam)
+    results = audit(model.state_dict(), seen.weights_after, image_shape=(1, 28, 28), out=tmp_path / "found.png")
+    assert list(results) == ["interval_dlm"] and "looks like one step of adam on one image" in capsys.readouterr().out
+    assert metrics.psnr(results["interval_dlm"].images, images, data_range=1.0) > 20
+
+
+def test_where_no_attack_applies_it_is_said(capsys, tmp_path):
+    images, labels, *_ = data.load("digits", n=2)
+    seen = federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, lr=0.05)
+    still = {"7.bias": seen.model.state_dict()["7.bias"]}  # from which a batch's labels are read
+    before, after = seen.model.state_dict(), {**seen.weights_after, **still}
+    assert audit(before, after, image_shape=(1, 8, 8), num_images=2, out=tmp_path / "found.png") == {}
+    said = capsys.readouterr().out
+    assert said.count("does not apply: ") == 3 and "no attack applies, which is no proof" in said
+
+
+def test_images_that_explain_the_update_but_differ_from_start_to_start_are_no_leak(
+    clients_files, tmp_path, capsys, monkeypatch
+):
+    attack = trials.ATTACKS["dlm_plus"]
+
+    def fits_anything(seen, seed=0, **options):
+        images = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        return replace(attack(seen, max_evaluations=1), images=images, loss=1e-9)
+
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    about = {"image_shape": (1, 8, 8), "attack": "dlm_plus", "out": tmp_path / "found.png"}
+    for name, leaks in (("dlm_plus", True), ("fits anything", False)):
+        if not leaks:
+            monkeypatch.setitem(trials.ATTACKS, "dlm_plus", fits_anything)
+        audit(*files, **about)
+        said = capsys.readouterr().out
+        assert ("has leaked" in said) == leaks, name
+        assert f"ends at {'the same' if leaks else 'another'} picture" in said
+
+
+def test_weights_that_are_no_state_dict_are_refused(tmp_path):
+    nested = {"epoch": 3, "model": {"w": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="before is a dict of 'epoch', 'model', no state dict"):
+        audit(nested, nested, out=tmp_path / "found.png")
+    with pytest.raises(ValueError, match="before is a str, no state dict .*load_weights"):
+        federated.observe(models.build("lenet"), "a.pt", "b.pt", (3, 32, 32))
+
+
+def test_files_that_have_changed_places_are_noticed(ask):
+    question = "have the two files changed places?"
+    swapped = ask("before", "--attack", "dlm_plus", before="sgd")
+    assert question in swapped and "look as if they had changed places" in swapped
+    assert question not in ask("sgd", "--attack", "dlm_plus")
+
+
+def test_an_audit_of_a_network_of_one_s_own(tmp_path, capsys):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)
+
+        def forward(self, x):
+            return self.head(self.hidden(x.flatten(1)).sigmoid())
+
+    torch.manual_seed(0)
+    images, labels, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(model := Own(), images, labels, lr=0.1)
+    files = {"before": seen.model.state_dict(), "after": seen.weights_after}
+    results = audit(**files, model=model, image_shape=(1, 8, 8), out=tmp_path / "found.png")
+    assert list(results) == ["dlm_plus"] and "exact (" in (said := capsys.readouterr().out) and "does not apply" in said
+    assert metrics.psnr(results["dlm_plus"].images, images, data_range=1.0) > 30
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--image-shape", "1x8x8"], "--image-shape is '1x8x8'; it takes C,H,W"),
+        (["--out", "nowhere/found.png"], "out is 'nowhere/found.png'; its folder does not exist"),
+        (["--images", "0"], "num_images is 0"),
+        (["--client", "adan"], "client 'adan' is unknown: choose from sgd, adam, adamw, rmsprop; did you mean adam"),
+    ],
+)
+def test_attack_refuses_before_it_works(capsys, options, message):
+    assert main(["attack", "before.pt", "after.pt", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, held", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype, held):
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("lenet", (1, 8, 8), 10, seed=0)
+    after = federated.train_locally(model, images, labels, lr=1.0, transmitted=dtype).weights_after
+    rounded = {name: tensor.to(dtype).to(held) for name, tensor in model.state_dict().items()}
+    torch.save(rounded, tmp_path / "before.pt")
+    torch.save({name: tensor.to(held) for name, tensor in after.items()}, tmp_path / "after.pt")
+    where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png"), "--attack", "exact"]
+    assert main(["attack", str(tmp_path / "before.pt"), str(tmp_path / "after.pt"), *where]) == 0
+    said = capsys.readouterr().out
+    assert f"rounded to {dtype}" in said and "not to be trusted" not in said
+
+
+def test_a_python_without_the_packages_is_told_in_one_line():
+    run = [sys.executable, "-S", "-m", "dlm_core", "attack", "a", "b"]  # -S: without site-packages
+    done = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: torch is not installed") and "make env" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_make_alone_prints_what_there_is():
+    printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target}" in printed for target in ("figures", "test", "lab", "bench", "clean", "env"))

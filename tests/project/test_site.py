@@ -1,0 +1,97 @@
+"""The site: it builds without warnings, every link leads somewhere, every image is described, nothing comes from the network."""
+
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Page(HTMLParser):
+    """The anchors, links, images and loaded files of an HTML page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.images, self.loaded, self.text = set(), [], [], [], path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag == "img":
+            self.images.append(values)
+        source = values.get("href") if tag == "link" else values.get("src")
+        if tag in ("link", "script", "img", "iframe", "video", "source") and source:
+            self.loaded.append(source)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("build") / "site"
+    command = [sys.executable, "-m", "dlm_core", "site", "--out", out]
+    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+
+
+def test_the_front_page_and_every_notebook_are_there(site, pages):
+    names = tomllib.loads((REPOSITORY / "notebooks" / "profiles.toml").read_text())
+    notebooks = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "notebooks").glob("*/*.ipynb")]
+    expected = [f"notebooks/{name}.html" for name in names] + [
+        str(path.with_suffix(".html")) for path in notebooks if ".ipynb_checkpoints" not in path.parts
+    ]
+    front = pages[site / "docs" / "index.html"]
+    linked = {str((site / "docs" / urlsplit(link).path).resolve()) for link in front.links}  # the sidebar lists them all
+    for page in expected:
+        assert (site / page).exists() and str((site / page).resolve()) in linked
+    assert "docs/index.html" in (site / "index.html").read_text() and "00_quickstart.png" in front.text
+
+
+def test_every_internal_link_leads_somewhere(site, pages):
+    checked = 0
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.exists(), f"{path.name}: {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {link}"
+            checked += 1
+    assert checked > 100
+
+
+def test_every_image_is_described(pages):
+    images = [(path, image) for path, page in pages.items() for image in page.images]
+    assert len(images) > 20
+    for path, image in images:
+        assert image.get("alt", "").strip(), f"{path.name}: {image.get('src')}"
+
+
+def test_nothing_is_loaded_from_the_network(site, pages):
+    for path, page in pages.items():
+        for source in page.loaded:
+            assert not urlsplit(source).netloc, f"{path.name} loads {source}"
+            assert source.startswith("data:") or (path.parent / urlsplit(source).path).exists(), f"{path.name}: {source}"
+    assert any("mathjax/tex-chtml-full.js" in source for page in pages.values() for source in page.loaded)
+    assert len(list((site / "_static" / "mathjax").rglob("*.woff"))) > 20
+
+
+def test_the_reference_and_the_search_know_the_attacks(site, pages):
+    page = pages[site / "docs" / "api.html"]
+    assert {"dlm_core.attacks.dlm_plus", "dlm_core.federated.Observation", "dlm_core.exact.recover"} <= page.ids
+    assert "‖Δ‖²" in page.text and "Σ_layers" in page.text  # docstrings keep their notation
+    assert "sparsif" in (site / "searchindex.js").read_text()
