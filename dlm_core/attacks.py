@@ -3,6 +3,7 @@
 All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of their own.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +24,13 @@ PLAIN_STEP = "that the client took one plain SGD step"
 
 def __getattr__(name: str) -> Any:
     if name == "unrolled_dlm":  # lies beyond the paper, and has been an attack by this name
-        import dlm_core
-
-        return dlm_core.unrolled.unrolled_dlm
+        return importlib.import_module("dlm_core.beyond.unrolled").unrolled_dlm
     raise AttributeError(f"module 'dlm_core.attacks' has no attribute {name!r}")
 
 
-@records.attack("dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.attack(
+    "dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD"
+)
 @records.passes_on_to(reconstruct)
 def dlg(
     seen: Observation,
@@ -55,7 +56,14 @@ def dlg(
     )
 
 
-@records.attack("idlg", title="iDLG", colour=9, marker="v", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.attack(
+    "idlg",
+    title="iDLG",
+    colour=9,
+    marker="v",
+    assumes=(PLAIN_STEP,),
+    client="one step of plain SGD",
+)
 @records.passes_on_to(reconstruct)
 def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
     """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of optimised.
@@ -100,11 +108,18 @@ def inverting_gradients(
         Of ``search.reconstruct``.
     """
     published = {"coordinates": pixels, "optimizer": SignedAdam, "patience": max_evaluations}
-    settings = {"total_variation": total_variation, "max_evaluations": max_evaluations, **published, **options}
+    settings = {
+        "total_variation": total_variation,
+        "max_evaluations": max_evaluations,
+        **published,
+        **options,
+    }
     return reconstruct(seen, objectives.cosine_distance, **settings)
 
 
-@records.attack("dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not")
+@records.attack(
+    "dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not"
+)
 @records.passes_on_to(reconstruct)
 def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
     """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the images.
@@ -150,7 +165,9 @@ def dlm_plus(
         return reconstruct(seen, objectives.normalised_distance, **options)
     if "labels" not in options:
         options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
-    return reconstruct(seen, objectives.weighted(objectives.normalised_distance, trusted), **options)
+    return reconstruct(
+        seen, objectives.weighted(objectives.normalised_distance, trusted), **options
+    )
 
 
 @records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)

@@ -14,7 +14,17 @@ from dlm_core.observation import Observation, Unchanged, find_head, observe
 from dlm_core.records import CLIENT_OPTIMIZERS, ClientOptimizer, add
 from dlm_core.weights import StateDict, load_weights, rounded
 
-__all__ = ["Observation", "Unchanged", "average", "descend", "load_weights", "loss", "observe", "rounds", "train_locally"]
+__all__ = [
+    "Observation",
+    "Unchanged",
+    "average",
+    "descend",
+    "load_weights",
+    "loss",
+    "observe",
+    "rounds",
+    "train_locally",
+]
 
 loss = F.cross_entropy  # of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it
 
@@ -28,7 +38,10 @@ for _key, _class in (
 
 
 @check.renamed(
-    lr="learning_rate", steps="local_steps", optimizer="client_optimizer", options="optimizer_options"
+    lr="learning_rate",
+    steps="local_steps",
+    optimizer="client_optimizer",
+    options="optimizer_options",
 )
 def train_locally(
     model: nn.Module,
@@ -121,7 +134,9 @@ def average(snapshots: Sequence[StateDict], sizes: Sequence[float]) -> StateDict
     total = float(sum(sizes))
     mean = {}
     for name, first in snapshots[0].items():
-        weighted = [snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)]
+        weighted = [
+            snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)
+        ]
         mean[name] = torch.stack(weighted).sum(0).to(first.dtype)
     return mean
 
@@ -165,7 +180,9 @@ def rounds(
 
 def _check_data(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
     if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1")
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1"
+        )
     if labels.shape != images.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; it takes {len(images)} class indices"
@@ -174,6 +191,7 @@ def _check_data(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
         raise ValueError("images holds NaN or infinity; pixels lie in [0, 1]")
     num_classes = find_head(model, images.shape[1:])[1].out_features
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to {num_classes - 1}")
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to {num_classes - 1}"
+        )
     return num_classes
-

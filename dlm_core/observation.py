@@ -121,7 +121,9 @@ class Observation:
         A weight that moved by less than its rounding error adds no more than it moved.
         """
         squares = [layer.square() for layer in self.delta]
-        noise = sum(float(torch.minimum(v, s).sum()) for v, s in zip(self.rounding_variance, squares))
+        noise = sum(
+            float(torch.minimum(v, s).sum()) for v, s in zip(self.rounding_variance, squares)
+        )
         return noise / sum(float(s.sum()) for s in squares)
 
     @cached_property
@@ -156,7 +158,9 @@ def observe(
     check_fit("before", before, model.state_dict())
     model = copy.deepcopy(model)
     model.load_state_dict(before)
-    return Observation(model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features)
+    return Observation(
+        model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features
+    )
 
 
 def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
@@ -174,7 +178,9 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
     traced = copy.deepcopy(model).eval()
     for name, module in traced.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda m, _, output, name=name: called.append((name, m, output)))
+            module.register_forward_hook(
+                lambda m, _, output, name=name: called.append((name, m, output))
+            )
     like = next(model.parameters())
     try:
         with torch.no_grad():

@@ -8,6 +8,7 @@ the audit, help texts, notebooks. A user's own is registered the same way:
     def mine(seen, *, num_images=1, seed=0): ...
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dlm_core import check
+
+
+def plain(value: Any) -> Any:
+    """``value`` as what JSON can write: dataclasses and mappings as dicts, a whole number the same as int and as float."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 class Options(Mapping):
@@ -33,11 +47,10 @@ class Options(Mapping):
         return len(self._content)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self._content, sort_keys=True, default=repr))
+        return hash(json.dumps(plain(self._content), sort_keys=True, default=repr))
 
     def __repr__(self) -> str:
         return repr(self._content)
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +85,9 @@ class Record:
     @property
     def takes_any(self) -> bool:
         """Whether the function passes further keyword arguments on."""
-        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values())
+        return any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values()
+        )
 
     @property
     def options(self) -> list[str]:
@@ -252,14 +267,18 @@ def _origin(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 def _decorator(kind: type[Record]) -> Callable[..., Callable[[Callable[..., Any]], Any]]:
-    def describe(key: str, *, title: str | None = None, **about: Any) -> Callable[[Callable[..., Any]], Any]:
+    def describe(
+        key: str, *, title: str | None = None, **about: Any
+    ) -> Callable[[Callable[..., Any]], Any]:
         def keep(function: Callable[..., Any]) -> Callable[..., Any]:
             add(kind(key=key, function=function, title=title or key, **about))
             return function
 
         return keep
 
-    describe.__doc__ = f"Decorator: register a function as a {kind.__name__}, with the fields of that record."
+    describe.__doc__ = (
+        f"Decorator: register a function as a {kind.__name__}, with the fields of that record."
+    )
     return describe
 
 

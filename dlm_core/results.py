@@ -1,7 +1,7 @@
 """What every attack returns: one ``Reconstruction``, with its evidence and what it says about the client."""
 
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import torch
@@ -60,6 +60,14 @@ class ClientEstimate:
     optimizer: str | None = None
 
 
+class Explains(IntEnum):
+    """How much of the update a result explains, by its own evidence."""
+
+    LITTLE = 0
+    PARTLY = 1
+    FULLY = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What a reconstruction rests on. Each kind of attack has its own; all have a trace and can be put into words.
@@ -78,6 +86,11 @@ class Evidence:
     @property
     def verdict(self) -> str | None:
         """A sentence that judges the result, derived from the fields; None for evidence that judges nothing."""
+        return None
+
+    @property
+    def explains(self) -> Explains | None:
+        """How much of the update the result explains; None where the evidence alone does not tell, as a search's."""
         return None
 
 

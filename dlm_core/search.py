@@ -125,7 +125,11 @@ def reconstruct(
     ValueError
         For arguments outside their range.
     """
-    for name, value in {"num_images": num_images, "restarts": restarts, "keep_every": keep_every or 1}.items():
+    for name, value in {
+        "num_images": num_images,
+        "restarts": restarts,
+        "keep_every": keep_every or 1,
+    }.items():
         check.at_least(name, value, 1)
     check.at_least("seed", seed, 0)
     check.in_range("total_variation", total_variation, 0, math.inf)
@@ -144,7 +148,9 @@ def reconstruct(
         searches = []
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed + 10_007 * restart)
-            variables, to_images = _start(seen, coordinates, target, known, num_images, numbers, generator)
+            variables, to_images = _start(
+                seen, coordinates, target, known, num_images, numbers, generator
+            )
             variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
             floor, descent = seen.rounding_share, math.inf if resume else DESCENT
             objective = partial(problem.evaluate, to_images=to_images)
@@ -160,7 +166,9 @@ def reconstruct(
 class _Target:
     """scale · Δ in the attacker's precision, and the unit in which a distance from it is counted."""
 
-    def __init__(self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype) -> None:
+    def __init__(
+        self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
+    ) -> None:
         self.trained = isinstance(scale, Trained)
         self.k0 = scale.start if isinstance(scale, Trained) else 1.0
         factor = 1.0 if isinstance(scale, Trained) else scale
@@ -246,12 +254,22 @@ class _Finished(Exception):
 class _Search:
     """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit, loss, images)."""
 
-    def __init__(self, variables, objective, rule: StopRule, floor: float, descent: float, keep_every: int | None):
+    def __init__(
+        self,
+        variables,
+        objective,
+        rule: StopRule,
+        floor: float,
+        descent: float,
+        keep_every: int | None,
+    ):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
         self.objective = objective
         self.rule = rule
         self.floor, self.descent = floor, descent
-        self.enough: float | None = None  # misfit at which it has converged, known from the first evaluation on
+        self.enough: float | None = (
+            None  # misfit at which it has converged, known from the first evaluation on
+        )
         self.keep_every = keep_every
         self.losses: list[float] = []
         self.lowest: list[float] = []
@@ -323,5 +341,7 @@ def known_labels(
             f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it takes {num_images} class indices"
         )
     if labels.min() < 0 or labels.max() >= seen.num_classes:
-        raise ValueError(f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}")
+        raise ValueError(
+            f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
+        )
     return labels.to(next(seen.model.parameters()).device)
