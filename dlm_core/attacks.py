@@ -1,6 +1,8 @@
-"""The attacks by name. Each takes an Observation and, as explicit arguments, whatever else it has to be told.
+"""The attacks by name. Each takes an Observation and, as explicit arguments, whatever else it has
+to be told.
 
-All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of their own.
+All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of
+their own.
 """
 
 import importlib
@@ -66,7 +68,8 @@ def dlg(
 )
 @records.passes_on_to(reconstruct)
 def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
-    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of optimised.
+    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of
+    optimised.
 
     Parameters
     ----------
@@ -96,14 +99,16 @@ def inverting_gradients(
     max_evaluations: int = 2000,
     **options: Any,
 ) -> Reconstruction:
-    """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on boxed pixels, full budget.
+    """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on
+    boxed pixels, full budget.
 
     Parameters
     ----------
     seen
         What the observer sees.
     total_variation
-        Weight of the prior. One that suits the data is told to the attack, and for batches the labels.
+        Weight of the prior. One that suits the data is told to the attack, and for batches the
+        labels.
     max_evaluations, **options
         Of ``search.reconstruct``.
     """
@@ -122,7 +127,8 @@ def inverting_gradients(
 )
 @records.passes_on_to(reconstruct)
 def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
-    """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the images.
+    """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the
+    images.
 
     Parameters
     ----------
@@ -131,8 +137,8 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
     k0
         The guess > 0 that k starts from, told.
     **options
-        Of ``search.reconstruct``. The label is inferred; the released code optimises it (``labels="optimised"``), and then
-        g -> 0, k -> 0 is a global minimum.
+        Of ``search.reconstruct``. The label is inferred; the released code optimises it
+        (``labels="optimised"``), and then g -> 0, k -> 0 is a global minimum.
     """
     check.in_range("k0", k0, 0, math.inf, open_low=True)
     return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0), **options)
@@ -150,16 +156,19 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
 def dlm_plus(
     seen: Observation, *, trusted: Sequence[torch.Tensor] | None = None, **options: Any
 ) -> Reconstruction:
-    """DLM+ (Zhao et al. 2024): Σ_layers ‖g/n(g) - Δ/n(Δ)‖², n the mean layer norm. Told: nothing but the two snapshots.
+    """DLM+ (Zhao et al. 2024): Σ_layers ‖g/n(g) - Δ/n(Δ)‖², n the mean layer norm. Told: nothing
+    but the two snapshots.
 
     Parameters
     ----------
     seen
         What the observer sees.
     trusted
-        One boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
+        One boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's);
+        None takes all.
     **options
-        Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed, max_evaluations, …
+        Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed,
+        max_evaluations, …
     """
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
@@ -172,7 +181,7 @@ def dlm_plus(
 
 @records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)
 def grey(seen: Observation, *, num_images: int = 1) -> Reconstruction:
-    """The trivial baseline: a mid-grey image, the best guess of an observer who looks at nothing."""
+    """The trivial baseline: mid-grey, the best guess of an observer who looks at nothing."""
     return baseline(torch.full((num_images, *seen.image_shape), 0.5))
 
 

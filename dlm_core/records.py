@@ -1,8 +1,10 @@
-"""What the artifact knows of each attack, defence, client optimizer, network, data set and protocol: one record of each.
+"""What the artifact knows of each attack, defence, client optimizer, network, data set and
+protocol: one record of each.
 
-A record stands beside the function that it describes, as a decorator, and puts it into the table of its kind when that module
-is imported (``harness.registry`` imports all of ours). Whatever names one of them by key reads these tables: trials, figures,
-the audit, help texts, notebooks. A user's own is registered the same way:
+A record stands beside the function that it describes, as a decorator, and puts it into the table of
+its kind when that module is imported (``harness.registry`` imports all of ours). Whatever names one
+of them by key reads these tables: trials, figures, the audit, help texts, notebooks. A user's own
+is registered the same way:
 
     @records.attack("mine", title="Mine", client="one step of SGD")
     def mine(seen, *, num_images=1, seed=0): ...
@@ -19,7 +21,9 @@ from dlm_core import check
 
 
 def plain(value: Any) -> Any:
-    """``value`` as what JSON can write: dataclasses and mappings as dicts, a whole number the same as int and as float."""
+    """``value`` as what JSON can write: dataclasses and mappings as dicts, a whole number the same
+    as int and as float.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -32,7 +36,9 @@ def plain(value: Any) -> Any:
 
 
 class Options(Mapping):
-    """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers keep their types."""
+    """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers
+    keep their types.
+    """
 
     def __init__(self, given: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         self._content = dict(sorted({**(given or {}), **named}.items()))
@@ -91,7 +97,9 @@ class Record:
 
     @property
     def options(self) -> list[str]:
-        """Names of the options that may be given, and those of the functions that it passes others on to."""
+        """Names of the options that may be given, and those of the functions that it passes others
+        on to.
+        """
         return keyword_names(self.function)
 
     def check_options(self, argument: str, options: Mapping[str, Any]) -> None:
@@ -118,7 +126,8 @@ class Attack(Record):
     seeded
         Whether it starts at random.
     audited
-        Its place among the attacks that an audit tries in turn; None where an audit does not try it.
+        Its place among the attacks that an audit tries in turn; None where an audit does not try
+        it.
     """
 
     colour: int = 7
@@ -145,7 +154,8 @@ class Attack(Record):
         check.at_least("seed", seed, 0)
         if num_images > 1 and not self.several:
             raise ValueError(
-                f"num_images is {num_images}; {self.key} takes one: exact_batch and dlm_plus take several"
+                f"num_images is {num_images}; {self.key} takes one: "
+                "exact_batch and dlm_plus take several"
             )
         common = {"num_images": num_images} if self.several else {}
         if self.seeded:
@@ -160,13 +170,14 @@ class Defence(Record):
     Attributes
     ----------
     acts_on
-        "snapshot" (a state dict; whether both snapshots are defended is the observer's matter), "update" (Δ, a list of
-        tensors; W_t is public), or "training" (it replaces the client's training).
+        "snapshot" (a state dict; whether both snapshots are defended is the observer's matter),
+        "update" (Δ, a list of tensors; W_t is public), or "training" (it replaces the client's
+        training).
     random
         Whether it draws noise, and takes a ``seed``.
     variance
-        (Observation, ``defenses.Setting``) -> variance of what its noise adds to an entry of Δ, one number per parameter; None
-        for a defence without noise.
+        (Observation, ``defenses.Setting``) -> variance of what its noise adds to an entry of Δ, one
+        number per parameter; None for a defence without noise.
     leaves_out
         Whether it zeroes entries, which an observer can see and leave out.
     """
@@ -186,7 +197,8 @@ class ClientOptimizer(Record):
     Attributes
     ----------
     step
-        The same as a differentiable function of one tensor (``beyond.clients``); None where none is written.
+        The same as a differentiable function of one tensor (``beyond.clients``); None where none is
+        written.
     """
 
     step: Callable[..., Any] | None = None
@@ -194,7 +206,9 @@ class ClientOptimizer(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Record):
-    """A network: a function (image_shape, num_classes, **options) -> nn.Module that ends in nn.Linear with bias."""
+    """A network: a function (image_shape, num_classes, **options) -> nn.Module that ends in
+    nn.Linear with bias.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +230,8 @@ class DataSet(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Record):
-    """A way to learn together: a function (model, clients, **options) -> Observation, or a list of them.
+    """A way to learn together: a function (model, clients, **options) -> Observation, or a list of
+    them.
 
     Attributes
     ----------
@@ -244,7 +259,8 @@ TABLES: dict[type[Record], dict[str, Any]] = {
 
 
 def add(record: Record) -> Record:
-    """Put a record into the table of its kind; it replaces one of the same key by the same function's name and module.
+    """Put a record into the table of its kind; it replaces one of the same key by the same
+    function's name and module.
 
     Raises
     ------
@@ -256,7 +272,8 @@ def add(record: Record) -> Record:
     if taken is not None and _origin(taken.function) != _origin(record.function):
         kind = type(record).__name__
         raise ValueError(
-            f"key {record.key!r} is taken by {'.'.join(_origin(taken.function))}; a {kind} of another name can be added"
+            f"key {record.key!r} is taken by {'.'.join(_origin(taken.function))}; "
+            f"a {kind} of another name can be added"
         )
     table[record.key] = record
     return record
@@ -299,7 +316,9 @@ def keyword_names(function: Callable[..., Any]) -> list[str]:
 
 
 def passes_on_to(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator for a function with ``**options``: they are those of ``functions``, so that a misspelt one is refused."""
+    """Decorator for a function with ``**options``: they are those of ``functions``, so that a
+    misspelt one is refused.
+    """
 
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         function.passes_on_to = tuple(  # type: ignore[attr-defined]

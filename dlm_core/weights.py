@@ -1,4 +1,6 @@
-"""State dicts: read from files without running anything in them, compared with a network, rounded to a precision."""
+"""State dicts: read from files without running anything in them, compared with a network, rounded
+to a precision.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,8 @@ StateDict = dict[str, torch.Tensor]
 
 
 def load_weights(path: str | Path) -> StateDict:
-    """Read a state dict from a safetensors file, or from a torch file without running anything in it.
+    """Read a state dict from a safetensors file, or from a torch file without running anything in
+    it.
 
     Parameters
     ----------
@@ -57,7 +60,9 @@ def check_weights(argument: str, weights: Any) -> StateDict:
 
 
 def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of ``expected``."""
+    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of
+    ``expected``.
+    """
     check_weights(argument, weights)
     lacks = [name for name in expected if name not in weights]
     has = [name for name in weights if name not in expected]
@@ -76,7 +81,8 @@ def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor])
         for name, tensor in expected.items():
             if of(weights[name]) != of(tensor):
                 raise ValueError(
-                    f"{argument}[{name!r}] has {what} {of(weights[name])}; the model's has {of(tensor)}"
+                    f"{argument}[{name!r}] has {what} {of(weights[name])}; "
+                    f"the model's has {of(tensor)}"
                 )
 
 

@@ -1,8 +1,10 @@
-"""Does this client leak? Attacks on two weight files of one's own, and what their results mean, in words.
+"""Does this client leak? Attacks on two weight files of one's own, and what their results mean, in
+words.
 
-There is no truth to compare with. An exact attack judges itself; a search is made twice, from different starts: that both
-end at the same images, which explain the update, is the evidence. A small loss alone is none: where an image moves the
-weights little, as from PyTorch's own initial weights, others explain the update nearly as well.
+There is no truth to compare with. An exact attack judges itself; a search is made twice, from
+different starts: that both end at the same images, which explain the update, is the evidence. A
+small loss alone is none: where an image moves the weights little, as from PyTorch's own initial
+weights, others explain the update nearly as well.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,9 @@ EXPLAINED, PARTLY = (
     1e-3,
     0.1,
 )  # an attack's loss up to which its images explain the update, all of it or some
-AGREED = 25.0  # dB between the images of two searches that found the same: right ones 40 and more, wrong ones below 20
+# dB between the images of two searches that found the same: right ones 40 and more, wrong ones
+# below 20
+AGREED = 25.0
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 CLOSER = {
     "tolerance": 0.0,
@@ -35,7 +39,7 @@ SIDE = 256  # pixels of the picture's width, about
 
 
 def tried() -> dict[str, records.Attack]:
-    """The registered attacks that an audit tries, in their order: those that need be told nothing."""
+    """The registered attacks that an audit tries, in their order: they need be told nothing."""
     chosen = [record for record in records.ATTACKS.values() if record.audited is not None]
     return {record.key: record for record in sorted(chosen, key=lambda record: record.audited)}
 
@@ -69,7 +73,8 @@ def audit(
     attack
         A key of ``tried``, or "all": one after the other until one explains the update.
     client
-        That ``unrolled_dlm`` simulates, of ``records.CLIENT_OPTIMIZERS``; None goes by what the update looks like.
+        That ``unrolled_dlm`` simulates, of ``records.CLIENT_OPTIMIZERS``; None goes by what the
+        update looks like.
     out
         Picture to write, enlarged.
 
@@ -139,7 +144,9 @@ def _read(
     image_shape: Sequence[int],
     num_classes: int | None,
 ) -> tuple[Observation, torch.dtype | None]:
-    """(Observation, dtype of half precision to which the weights that came back are rounded, or None)."""
+    """(Observation, dtype of half precision to which the weights that came back are rounded, or
+    None).
+    """
     named = isinstance(model, str)
     if named:
         network = models.build(model, image_shape)
@@ -173,7 +180,9 @@ def _read(
 
 
 def _half_precision(weights):
-    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in; else None."""
+    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in;
+    else None.
+    """
 
     def fits(dtype):
         return all(torch.equal(w, weights[name]) for name, w in rounded(weights, dtype).items())
@@ -184,7 +193,9 @@ def _half_precision(weights):
 
 
 def _first_look(seen, num_images, coarse):
-    """Print what the update says at once; return the optimizer's name, whose kin it is, and whether the files look swapped."""
+    """Print what the update says at once; return the optimizer's name, whose kin it is, and whether
+    the files look swapped.
+    """
     bias = seen.head.delta_bias
     swapped = bool(
         (bias > 0).sum() <= num_images < (bias < 0).sum()
@@ -203,13 +214,16 @@ def _first_look(seen, num_images, coarse):
         print(f"the update looks like {kin} or its kin: several steps or several images{more}")
     else:
         print(
-            f"the update looks like one step of {found.optimizer} on one image, learning rate {found.learning_rate:.3g}"
+            f"the update looks like one step of {found.optimizer} on one image, "
+            f"learning rate {found.learning_rate:.3g}"
         )
     return found.optimizer, kin, swapped
 
 
 def _twice(run: Callable[..., Reconstruction]) -> tuple[Reconstruction, float | None]:
-    """(the result, PSNR in dB between its images and those of a search from another start; None for exact attacks)."""
+    """(the result, PSNR in dB between its images and those of a search from another start; None for
+    exact attacks).
+    """
     found = run()
     if not isinstance(found.evidence, SearchEvidence):
         return found, None
@@ -241,9 +255,15 @@ def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> I
     if agreement is not None:
         loss = found.evidence.loss
         size = int(loss <= EXPLAINED) + int(loss <= PARTLY)
-        yield f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; {found.status.sentence}"
+        yield (
+            f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; "
+            f"{found.status.sentence}"
+        )
         which = "the same" if agreement >= AGREED else "another"
-        yield f"a search from another start ends at {which} picture ({agreement:.0f} dB between the two)"
+        yield (
+            f"a search from another start ends at {which} picture "
+            f"({agreement:.0f} dB between the two)"
+        )
     if (found.labels >= 0).all():
         yield f"labels {found.labels.tolist()}"
     simulated = isinstance(found.evidence, SearchEvidence) and found.local_steps is not None
@@ -251,7 +271,8 @@ def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> I
         yield f"learning rate {found.learning_rate:.6g}"
     if simulated:
         yield (
-            f"local steps {found.local_steps} (where later ones hardly move the weights, other numbers explain it as well)"
+            f"local steps {found.local_steps} (where later ones hardly move the weights, "
+            "other numbers explain it as well)"
         )
 
 
@@ -269,10 +290,12 @@ def _conclude(grade, attack, num_images, swapped):
         print("it explains the update: what it shows has leaked")
         return
     print(
-        "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. Each attack is for one kind of client,"
+        "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. "
+        "Each attack is for one kind of client,"
     )
     print(
-        f"here with {num_images} image{'s' * (num_images > 1)} in the step (--images, num_images), and some need an nn.Sequential"
+        f"here with {num_images} image{'s' * (num_images > 1)} in the step "
+        "(--num-images, num_images), and some need an nn.Sequential"
     )
     if swapped:
         print("and the files look as if they had changed places")

@@ -30,7 +30,9 @@ STYLE = {
 
 
 def style() -> None:
-    """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe colours."""
+    """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe
+    colours.
+    """
     import matplotlib
     import seaborn
 
@@ -44,7 +46,9 @@ def name(key: str) -> str:
 
 
 def look(key: str) -> dict[str, Any]:
-    """Keyword arguments (label, color, marker) that draw a registered attack or defence the same way everywhere."""
+    """Keyword arguments (label, color, marker) that draw a registered attack or defence the same
+    way everywhere.
+    """
     import seaborn
 
     record = _record(key)
@@ -73,7 +77,9 @@ def show_images(
     column_names: Sequence[str] = (),
     cell: float = 0.42,
 ) -> Any:
-    """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display). Returns the figure."""
+    """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display).
+    Returns the figure.
+    """
     import matplotlib.pyplot as plt
 
     columns = max(map(len, rows))

@@ -9,7 +9,9 @@ from dlm_core.results import Reconstruction, SearchEvidence
 
 
 def judge(found: Reconstruction, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return a reconstruction's own numbers and its distance from the true ``images`` [B, C, H, W]; a batch is matched first."""
+    """Return a reconstruction's own numbers and its distance from the true ``images`` [B, C, H, W];
+    a batch is matched first.
+    """
     order = metrics.match(found.images, images) if len(images) > 1 else torch.tensor([0])
     best = found.images[order]
     psnrs = metrics.psnr(best, images, data_range=1.0, per_image=True)

@@ -1,7 +1,9 @@
-"""The name of a result: a digest of the value that asked for it, and of the code and the data behind it.
+"""The name of a result: a digest of the value that asked for it, and of the code and the data
+behind it.
 
-A key covers the closure of imports of the modules that take part (an attack's own, the scene's, the judge's) and nothing else:
-adding an attack costs no finished trial. Comments and docstrings do not count. What cannot be followed is an error.
+A key covers the closure of imports of the modules that take part (an attack's own, the scene's, the
+judge's) and nothing else: adding an attack costs no finished trial. Comments and docstrings do not
+count. What cannot be followed is an error.
 """
 
 import ast
@@ -43,7 +45,9 @@ def result_key(value: Any, modules: Iterable[str], functions: Iterable[Callable]
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Digest of the code of a function that a record holds: its module's closure, or for a user's all that it reaches."""
+    """Digest of the code of a function that a record holds: its module's closure, or for a user's
+    all that it reaches.
+    """
     module = function.__module__
     if is_foreign(function):
         parts: dict[int, str] = {}
@@ -51,7 +55,8 @@ def fingerprint(function: Callable[..., Any]) -> str:
         return _digest(sorted(parts.values()))
     if module.split(".")[0] == "dlm_core":
         return code_version(module)
-    return f"{module}.{getattr(function, '__qualname__', function)}"  # of a package: its version stands in the environment
+    # of an installed package, whose version is part of the environment
+    return f"{module}.{getattr(function, '__qualname__', function)}"
 
 
 @cache
@@ -103,7 +108,9 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def _imported_from(base: str, name: str, module: str) -> str:
-    """The module that ``from base import name`` takes: a submodule, one by its public name, or ``base`` itself."""
+    """The module that ``from base import name`` takes: a submodule, one by its public name, or
+    ``base`` itself.
+    """
     if _path(f"{base}.{name}") is not None:
         return f"{base}.{name}"
     if base == "dlm_core":
@@ -139,14 +146,16 @@ def _tree(module: str) -> ast.AST:
     """A module's syntax tree without docstrings."""
     tree = ast.parse(_file(module).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
     return tree
 
 
 def _reach(thing: Any, parts: dict[int, str]) -> None:
-    """Collect a description of a user's function or class, and of all the user's own that it refers to."""
+    """Collect a description of a user's function or class, and of all the user's own that it refers
+    to.
+    """
     if id(thing) in parts:
         return
     if isinstance(thing, type):
@@ -198,7 +207,9 @@ def _described(value: Any) -> str:
 
 
 def _code(code: types.CodeType) -> str:
-    """A code object's instructions and constants, nested functions' included; not its lines and its docstring's place."""
+    """A code object's instructions and constants, nested functions' included; not its lines and its
+    docstring's place.
+    """
     constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     return _digest([code.co_code.hex(), *constants, *code.co_names])
 

@@ -1,4 +1,6 @@
-"""Where the checkout lies, for what is only useful in one: figures, notebooks, the store of finished trials."""
+"""Where the checkout lies, for what is only useful in one: figures, notebooks, the store of
+finished trials.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,9 @@
-"""All that is registered: importing this module imports every module with records, so that their tables are full.
+"""All that is registered: importing this module imports every module with records, so that their
+tables are full.
 
-A user's own records (``dlm_core.records``) join the same tables from a notebook or a module of theirs. Workers of a sweep are
-other processes, which have not run that code: ``shipped`` takes these records along.
+A user's own records (``dlm_core.records``) join the same tables from a notebook or a module of
+theirs. Workers of a sweep are other processes, which have not run that code: ``shipped`` takes
+these records along.
 """
 
 import functools
@@ -42,7 +44,9 @@ MODULES = (
 
 
 def shipped() -> bytes:
-    """The records that are not ours, to be sent to a worker: their functions go by value, whatever module they are in."""
+    """The records that are not ours, to be sent to a worker: their functions go by value, whatever
+    module they are in.
+    """
     foreign = [
         r for table in records.TABLES.values() for r in table.values() if is_foreign(r.function)
     ]

@@ -1,4 +1,6 @@
-"""What a notebook leaves behind: figures, tables and checked claims, each with its provenance, in the figures folder."""
+"""What a notebook leaves behind: figures, tables and checked claims, each with its provenance, in
+the figures folder.
+"""
 
 import ast
 import contextlib
@@ -33,7 +35,9 @@ PACKAGES = (
 
 
 def folder():
-    """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it cannot be written."""
+    """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it
+    cannot be written.
+    """
     path = Path(os.environ.get("DLM_FIGURES") or REPOSITORY / "figures")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -48,12 +52,14 @@ def folder():
 
 
 def start(notebook: str) -> "Report":
-    """The Report of the notebook that calls this, with the parameters that its cell tagged "parameters" names.
+    """The Report of the notebook that calls this, with the parameters that its cell tagged
+    "parameters" names.
 
     Parameters
     ----------
     notebook
-        Its name in notebooks/, without the suffix. The values are those that the caller's variables have now.
+        Its name in notebooks/, without the suffix. The values are those that the caller's variables
+        have now.
 
     Raises
     ------
@@ -93,7 +99,9 @@ class Report:
         self.sentence = ""
 
     def figure(self, figure, alt, suffix=""):
-        """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with ``alt`` as its description."""
+        """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with
+        ``alt`` as its description.
+        """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
         figure.savefig(
@@ -111,7 +119,9 @@ class Report:
         self._record([f"{stem}.png", f"{stem}.pdf"], alt)
 
     def table(self, frame, caption, suffix="", digits=2):
-        """Save a DataFrame as CSV (six digits) and Markdown (``digits`` decimals) and return it, rounded, for display."""
+        """Save a DataFrame as CSV (six digits) and Markdown (``digits`` decimals) and return it,
+        rounded, for display.
+        """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         frame.to_csv(
             self.folder / f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n"
@@ -137,8 +147,8 @@ class Report:
     def claim(self, statement, holds, evidence, *, source="paper", cause=""):
         """Print and keep whether ``statement`` holds.
 
-        evidence  the numbers that decide it.       source  "paper" or "ours": whose statement it is.
-        cause     the likely reason where it does not hold.
+        evidence  the numbers that decide it.       source  "paper" or "ours": whose statement it
+        is. cause     the likely reason where it does not hold.
         """
         verdict = "holds" if holds else "does not hold"
         kept = {
@@ -155,14 +165,16 @@ class Report:
         )
 
     def setting(self, trials: Iterable[Any], *, n: str | None = None) -> Any:
-        """Show, and keep beside the claims, the sentence that says what the ``trials`` have in common."""
+        """Show, and keep beside the claims, the sentence that says what the ``trials`` have in
+        common.
+        """
         from IPython.display import Markdown
 
         self.sentence = settings.sentence(trials, n=n)
         return Markdown(self.sentence)
 
     def finish(self):
-        """Write the verdicts into claims.json and claims.md, beside those of the other notebooks."""
+        """Write the verdicts into claims.json and claims.md, beside those of other notebooks."""
         entry = {self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}}
         if self.sentence:
             entry[self.notebook]["setting"] = self.sentence
@@ -171,7 +183,9 @@ class Report:
             write_atomically(self.folder / "claims.md", _claims_page(everything))
 
     def provenance(self):
-        """What the results depend on beside the code: parameters, revision, data digests, versions, machine."""
+        """What the results depend on beside the code: parameters, revision, data digests, versions,
+        machine.
+        """
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -191,7 +205,8 @@ class Report:
 
 
 def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
-    """Who knows what: a table of what every observer holds and what each attack is told besides, from its record.
+    """Who knows what: a table of what every observer holds and what each attack is told besides,
+    from its record.
 
     Parameters
     ----------
@@ -204,7 +219,10 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
 
     count = sum(p.numel() for p in seen.model.parameters())
     shown = ", ".join(f.name for f in dataclasses.fields(seen))
-    holds = f"{shown}: {count:,} weights before and after, image shape {seen.image_shape}, {seen.num_classes} classes"
+    holds = (
+        f"{shown}: {count:,} weights before and after, image shape {seen.image_shape}, "
+        f"{seen.num_classes} classes"
+    )
     rows = [("any observer", holds)]
     for key in attacks:
         check.one_of("attack", key, records.ATTACKS)
@@ -221,7 +239,9 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
 
 @cache
 def revision():
-    """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a checkout."""
+    """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a
+    checkout.
+    """
     run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
@@ -239,7 +259,9 @@ def read_json(path):
 
 @contextlib.contextmanager
 def shared(path):
-    """The content of a JSON file that several notebooks add to: read, changed by the caller, written back, under a lock."""
+    """The content of a JSON file that several notebooks add to: read, changed by the caller,
+    written back, under a lock.
+    """
     from filelock import FileLock
 
     with FileLock(path.with_name(f".{path.name}.lock")):

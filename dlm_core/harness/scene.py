@@ -1,4 +1,6 @@
-"""What a trial says, played: the client trains, the defence defends, the attack attacks, and the result is judged."""
+"""What a trial says, played: the client trains, the defence defends, the attack attacks, and the
+result is judged.
+"""
 
 import copy
 import dataclasses
@@ -14,7 +16,8 @@ from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
 from dlm_core.threads import one_thread
 
-# Names that stand for functions and dtypes among an attack's options, so that a trial stays plain data.
+# Names that stand for functions and dtypes among an attack's options, so that a trial stays plain
+# data.
 PARTS = {
     "pixels": coordinates.pixels,
     "cosines": coordinates.cosines,
@@ -28,10 +31,12 @@ OPTION_PARTS = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES,
 
 
 def play(trial: Any) -> dict[str, Any]:
-    """Return the trial's record: plain numbers and strings, and under "arrays" tensors (images, losses, history).
+    """Return the trial's record: plain numbers and strings, and under "arrays" tensors (images,
+    losses, history).
 
-    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or an attack that diverges
-    numerically is a result, not an error; so is a client whose weights do not change. Its ``Status`` says so.
+    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or
+    an attack that diverges numerically is a result, not an error; so is a client whose weights do
+    not change. Its ``Status`` says so.
     """
     with one_thread():
         try:
@@ -76,7 +81,9 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:
-    """What the trial's defence leaves of an Observation, with noise of its own for each round ``turn`` and each client."""
+    """What the trial's defence leaves of an Observation, with noise of its own for each round
+    ``turn`` and each client.
+    """
     setting = trial.defence
     if setting is None:
         return seen
@@ -86,7 +93,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
 
 
 def take_part(trial: Any, model: nn.Module) -> Any:
-    """The Observation that the trial's protocol leaves to its observer; of "rounds" a list of them."""
+    """What the trial's protocol leaves to its observer: an Observation, of "rounds" a list."""
     last = trial.index + trial.num_images + trial.protocol.others
     everyone = data.load(trial.dataset, indices=range(trial.index, last), source=trial.source)
     images = everyone.images.to(next(model.parameters()))
@@ -106,7 +113,9 @@ def _start(trial: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def received(trial: Any) -> nn.Module:
-    """The model that the client receives, trained or not; trials that differ in client, attack or defence share it."""
+    """The model that the client receives, trained or not; trials that differ in client, attack or
+    defence share it.
+    """
     truth = data.load(trial.dataset, indices=[trial.index], source=trial.source)
     shape, options = truth.images.shape[1:], trial.model_options
     model = models.build(trial.model, shape, truth.num_classes, seed=trial.seed, **options)
@@ -114,7 +123,9 @@ def received(trial: Any) -> nn.Module:
 
 
 def train(model: nn.Module, trial: Any) -> nn.Module:
-    """``model`` after ``trial.trained`` rounds of FedAvg: 5 clients, up to 1,000 images, 10 Adam steps of 32 images each."""
+    """``model`` after ``trial.trained`` rounds of FedAvg: 5 clients, up to 1,000 images, 10 Adam
+    steps of 32 images each.
+    """
     everything = data.load(trial.dataset, source=trial.source)
     attacked = range(trial.index, trial.index + trial.num_images)
     available = range(min(len(everything.labels), 1000 + trial.num_images))
@@ -131,7 +142,9 @@ def train(model: nn.Module, trial: Any) -> nn.Module:
 
 
 def attack(trial: Any, seen: Any, labels: torch.Tensor) -> Reconstruction:
-    """The observer's side: ``labels`` are used only where the trial says that the attack is told them."""
+    """The observer's side: ``labels`` are used only where the trial says that the attack is told
+    them.
+    """
     record = records.ATTACKS[trial.attack]
     options = {}
     for name, value in trial.attack_options.items():

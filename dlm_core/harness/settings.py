@@ -17,7 +17,8 @@ def sentence(trials: Iterable[Any], *, n: str | None = None) -> str:
     Parameters
     ----------
     trials
-        Of ``trials.Trial``; others, such as trainings for their accuracy, are left out. What differs among them is listed.
+        Of ``trials.Trial``; others, such as trainings for their accuracy, are left out. What
+        differs among them is listed.
     n
         What is counted, where the trials do not say it.
     """
@@ -90,4 +91,5 @@ def _count(trials: list[Trial]) -> str:
     """Images and networks, which are not the same thing."""
     images = len({(t.dataset, t.index) for t in trials})
     networks = len({(t.model, t.model_options, t.seed) for t in trials})
-    return f"{images} image{'s' * (images > 1)}, {networks} network{'s' * (networks > 1)}, {len(trials)} attacks"
+    counts = {"image": images, "network": networks, "attack": len(trials)}
+    return ", ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())

@@ -1,4 +1,6 @@
-"""Run many trials: keep what is finished, use all cores or a cluster, show the time left, return a table."""
+"""Run many trials: keep what is finished, use all cores or a cluster, show the time left, return a
+table.
+"""
 
 import contextlib
 import dataclasses
@@ -105,19 +107,21 @@ def sweep(
     Parameters
     ----------
     trials
-        Values with a ``key`` and a ``run``: ``trials.Trial``, ``utility.Federation``. What they name may be a user's own,
-        registered in a notebook or a module (``dlm_core.records``): workers are sent it, and its code is part of the key.
+        Values with a ``key`` and a ``run``: ``trials.Trial``, ``utility.Federation``. What they
+        name may be a user's own, registered in a notebook or a module (``dlm_core.records``):
+        workers are sent it, and its code is part of the key.
     jobs
         Worker processes; default DLM_JOBS or the number of cores.
     store
-        Folder of finished records; by default DLM_STORE or ".store" in the repository. None keeps nothing.
+        Folder of finished records; by default DLM_STORE or ".store" in the repository. None keeps
+        nothing.
     scheduler
         Address of a Dask scheduler (tcp://…) to use instead of local processes; default SCHEDULER.
 
     Notes
     -----
-    Records are stored one by one as they finish, so that an interrupt loses only what is under way. Keys are computed here,
-    once, and never by a worker.
+    Records are stored one by one as they finish, so that an interrupt loses only what is under way.
+    Keys are computed here, once, and never by a worker.
     """
     import joblib
 
@@ -152,7 +156,9 @@ def sweep(
 
 
 def table(trials, records):
-    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its record's numbers."""
+    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its
+    record's numbers.
+    """
     import pandas
 
     rows = []
@@ -163,7 +169,9 @@ def table(trials, records):
 
 
 def _flat(trial: Any) -> dict[str, Any]:
-    """A trial's fields with those of its parts, "client.learning_rate"; a part's options stand among its fields."""
+    """A trial's fields with those of its parts, "client.learning_rate"; a part's options stand
+    among its fields.
+    """
     row: dict[str, Any] = {}
     for field in dataclasses.fields(trial):
         value = getattr(trial, field.name)
@@ -178,10 +186,12 @@ def _flat(trial: Any) -> dict[str, Any]:
 
 
 def summarise(frame, by):
-    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns ``by``, in order of appearance.
+    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns
+    ``by``, in order of appearance.
 
-    success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and lpips are medians, with
-    the quartiles of psnr; released_20 is the share that the released code's PSNR of at least 20 would call a success.
+    success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and
+    lpips are medians, with the quartiles of psnr; released_20 is the share that the released code's
+    PSNR of at least 20 would call a success.
     """
     import pandas
     from scipy.stats import binomtest
@@ -227,13 +237,17 @@ def _numbered(
 
 
 def leave_interrupts() -> None:
-    """Leave an interrupt, which a terminal sends to all, to the process that started this worker: it says what is kept."""
+    """Leave an interrupt, which a terminal sends to all, to the process that started this worker:
+    it says what is kept.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @functools.cache
 def end_with(master):
-    """End this worker process when ``master``, which started it, is gone: joblib's outlive one that was killed."""
+    """End this worker process when ``master``, which started it, is gone: joblib's outlive one that
+    was killed.
+    """
 
     def watch():
         while os.getppid() == master:
@@ -245,7 +259,7 @@ def end_with(master):
 
 @contextlib.contextmanager
 def engine(scheduler, jobs):
-    """joblib's processes on this machine, or its Dask backend on the cluster behind ``scheduler``."""
+    """joblib's processes on this machine, or its Dask backend on the cluster of ``scheduler``."""
     import joblib
 
     if not scheduler:
@@ -261,8 +275,9 @@ def engine(scheduler, jobs):
         client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"SCHEDULER {scheduler!r} cannot be reached within {PATIENCE} ({type(error).__name__}); "
-            "give the tcp:// address of a running Dask scheduler, or leave it unset to use this machine"
+            f"SCHEDULER {scheduler!r} cannot be reached within {PATIENCE} "
+            f"({type(error).__name__}); give the tcp:// address of a running Dask scheduler, "
+            "or leave it unset to use this machine"
         ) from None
     with client, joblib.parallel_config(backend="dask"):
         yield
@@ -270,7 +285,9 @@ def engine(scheduler, jobs):
 
 @contextlib.contextmanager
 def _progress(total, done):
-    """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in the file it watches."""
+    """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in
+    the file it watches.
+    """
     from tqdm.auto import tqdm
 
     watched = os.environ.get("DLM_PROGRESS")

@@ -1,4 +1,6 @@
-"""What notebooks ask of their tables: rows that are chosen by name, and what to say of them in a sentence."""
+"""What notebooks ask of their tables: rows that are chosen by name, and what to say of them in a
+sentence.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +8,9 @@ from typing import Any
 
 
 def where(frame: Any, **columns: Any) -> Any:
-    """The rows in which each column has the value given, or one of a list of values; dots in names are written as "__"."""
+    """The rows in which each column has the value given, or one of a list of values; dots in names
+    are written as "__".
+    """
     for name, value in columns.items():
         column = frame[name.replace("__", ".")]
         several = isinstance(value, (list, tuple, set))
@@ -36,7 +40,8 @@ def success(frame: Any, threshold: float = 20.0) -> float:
 def said(frame: Any, threshold: float = 20.0) -> str:
     """A table's trials in words: "40% of 10 at 20 dB, median 17.9 dB"."""
     psnr = frame["psnr"].fillna(-math.inf)
-    return f"{success(frame, threshold):.0%} of {len(frame)} at {threshold:g} dB, median {psnr.median():.1f} dB"
+    share = f"{success(frame, threshold):.0%} of {len(frame)} at {threshold:g} dB"
+    return f"{share}, median {psnr.median():.1f} dB"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -63,7 +63,9 @@ class Client:
         object.__setattr__(self, "optimizer_options", Options(self.optimizer_options))
 
     def training(self, *, plainly: bool = False) -> dict[str, Any]:
-        """The keyword arguments of ``federated.train_locally``; ``plainly``: only those that differ from its defaults."""
+        """The keyword arguments of ``federated.train_locally``; ``plainly``: only those that differ
+        from its defaults.
+        """
         given = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dtype", "mode")
         }
@@ -104,7 +106,8 @@ class Protocol:
             return given
         if "name" not in given:
             raise ValueError(
-                f"protocol is {dict(given)!r}; it takes a name, one of {', '.join(records.PROTOCOLS)}"
+                f"protocol is {dict(given)!r}; it takes a name, "
+                f"one of {', '.join(records.PROTOCOLS)}"
             )
         own = {name: given[name] for name in ("name", "others") if name in given}
         return cls(options=Options({n: v for n, v in given.items() if n not in own}), **own)
@@ -112,13 +115,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Trial:
-    """One client, one observation, one attack: plain data, so that it can be compared, stored and sent to a worker.
+    """One client, one observation, one attack: plain data, so that it can be compared, stored and
+    sent to a worker.
 
     Attributes
     ----------
     attack
-        Key of ``records.ATTACKS``, with ``attack_options``; "labels": "given" tells it the true labels. An attack that demands
-        the defence is told it, but not its noise.
+        Key of ``records.ATTACKS``, with ``attack_options``; "labels": "given" tells it the true
+        labels. An attack that demands the defence is told it, but not its noise.
     dataset, source
         Of ``data.load``.
     index, num_images
@@ -126,11 +130,13 @@ class Trial:
     model
         Key of ``records.NETWORKS``, with ``model_options`` of ``models.build``.
     trained
-        FedAvg rounds the model went through before, on images of the data set that are not attacked.
+        FedAvg rounds the model went through before, on images of the data set that are not
+        attacked.
     client
         A ``Client``, or a dict of its fields.
     defence
-        A ``defenses.Setting``, or a dict of its name, observer, repeats and options; None for no defence.
+        A ``defenses.Setting``, or a dict of its name, observer, repeats and options; None for no
+        defence.
     protocol
         A ``Protocol``, or a dict; None for FedAvg, whose server sees one client.
     seed
@@ -218,7 +224,9 @@ class Trial:
 
 
 def typed(argument: str, kind: type, given: Any) -> Any:
-    """A part of a trial as its type: as it is, or from a dict of its fields; ValueError for a field that it has not."""
+    """A part of a trial as its type: as it is, or from a dict of its fields; ValueError for a field
+    that it has not.
+    """
     if isinstance(given, kind):
         return given
     for name in given:
@@ -232,7 +240,9 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
 
 def repeated(trial: Trial, n: int, start: int = 0) -> list[Trial]:
-    """``n`` trials like this one, each with images, a network and noise of its own, from number ``start`` on."""
+    """``n`` trials like this one, each with images, a network and noise of its own, from number
+    ``start`` on.
+    """
     numbers = range(start, start + n)
     return [
         replace(trial, index=trial.index + i * trial.num_images, seed=trial.seed + i)

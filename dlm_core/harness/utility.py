@@ -1,4 +1,6 @@
-"""What a defence costs: the accuracy of a federated training in which every client defends all that it sends."""
+"""What a defence costs: the accuracy of a federated training in which every client defends all that
+it sends.
+"""
 
 import itertools
 import math
@@ -22,7 +24,8 @@ LAST = 5  # rounds over which the final accuracy is averaged
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How each client trains in a round: keyword arguments of ``federated.train_locally``, or by DP-SGD.
+    """How each client trains in a round: keyword arguments of ``federated.train_locally``, or by
+    DP-SGD.
 
     Attributes
     ----------
@@ -65,13 +68,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Federation:
-    """One federated training, plain data like a ``trials.Trial``, and run by the same ``sweeps.sweep``.
+    """One federated training, plain data like a ``trials.Trial``, and run by the same
+    ``sweeps.sweep``.
 
     Attributes
     ----------
     defence
-        A ``defenses.Setting``, or a dict of its name and options, applied to what each client sends; None for no defence. Its
-        observer is the server unless it says otherwise.
+        A ``defenses.Setting``, or a dict of its name and options, applied to what each client
+        sends; None for no defence. Its observer is the server unless it says otherwise.
     dataset
         Of ``data.load``; one of which only samples are bundled takes its full set.
     model
@@ -127,9 +131,11 @@ class Federation:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def run(self) -> dict[str, Any]:
-        """The record: accuracy on held-out images after each round, and averaged over the last ``LAST``.
+        """The record: accuracy on held-out images after each round, and averaged over the last
+        ``LAST``.
 
-        A training that diverges stops there; its accuracy is that of guessing the most frequent class.
+        A training that diverges stops there; its accuracy is that of guessing the most frequent
+        class.
         """
         with one_thread():
             (images, labels), held_out, everything = self._split()
