@@ -118,7 +118,9 @@ def test_a_first_layer_that_stayed_gives_no_images_and_no_error():
 def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
     # the first round finds every axis; then nothing is left of a start that is made orthogonal to all of them
     basis = torch.eye(4, dtype=torch.float64).repeat(3, 1)
-    rounds = batches._sparse_directions(basis, torch.full((12, 4), 1e-12, dtype=torch.float64), max_rounds=3, seed=0)
+    noise = torch.full((12, 4), 1e-12, dtype=torch.float64)
+    mixture = batches._Mixture(basis, noise)
+    rounds = batches._sparse_directions(mixture, max_rounds=3, seed=0)
     for directions in rounds:
         assert directions.isfinite().all()
 
