@@ -25,6 +25,7 @@ from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Reconstruction, Status
 from dlm_core.search import known_labels, reconstruct
+from dlm_core.threads import for_network
 
 FIRST = 2  # E of the first search
 FINEST = 8  # the first climb leaves out neighbours closer than E/8
@@ -114,7 +115,8 @@ def unrolled_dlm(
     labels = options.get("labels", "inferred")
     head_steps = 1 if local_steps == 1 else HEAD_STEPS
     known = known_labels(seen, labels, num_images, local_steps=head_steps)
-    settings = {"tolerance": TOLERANCE, **options, "labels": labels if known is None else known}
+    labels = labels if known is None else known
+    settings = {"tolerance": TOLERANCE, **options, "labels": labels}
     simulated = _Client(step, client_options, batch_size)
 
     def search(
@@ -127,7 +129,11 @@ def unrolled_dlm(
         budget = {"max_evaluations": min(evaluations, max_evaluations), **patience}
         return _search(seen, simulated, steps, best, {**settings, **budget})
 
-    searches = [search(local_steps)] if local_steps is not None else find_steps(search, max_steps)
+    with for_network(seen.model):
+        if local_steps is not None:
+            searches = [search(local_steps)]
+        else:
+            searches = find_steps(search, max_steps)
     return _joined(searches, client)
 
 
@@ -141,8 +147,8 @@ def _check_options(client: str, step: clients.Step, given: Mapping[str, Any] | N
 
 
 def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
-    """The first of the best of several searches, with the trace of all of them."""
-    best = min(searches, key=lambda each: each.loss)
+    """The best of several searches, with the trace of all of them."""
+    best = _best(searches)
     evidence = replace(
         best.evidence,
         losses=[loss for each in searches for loss in each.losses],
@@ -204,16 +210,15 @@ def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
     A first climb over E goes by short searches. Then the best E is searched at full length, and its
     neighbours but one shortly from where that ended, until E stays or the loss hardly falls.
     """
-    searches = [search(min(FIRST, max_steps), patience=HURRY)]
-    best = searches[0]
-    best = _climb(search, searches, {best.local_steps: best.loss}, max_steps, FINEST)
+    first = min(FIRST, max_steps)
+    searches = [search(first, patience=HURRY)]
+    best = _climb(search, searches, {first: searches[0].loss}, max_steps, FINEST)
     while best.status is not Status.CONVERGED and len(searches) < MOST:
-        before = best
-        searches.append(search(before.local_steps, before))
-        here, loss = before.local_steps, _best(searches).loss
-        losses = {here: loss, max(here - 2, 0): math.inf, here + 2: math.inf}
+        here, loss = best.local_steps, best.loss
+        searches.append(search(here, best))
+        losses = {here: _best(searches).loss, max(here - 2, 0): math.inf, here + 2: math.inf}
         best = _climb(search, searches, losses, max_steps)
-        if best.local_steps == here or best.loss > LOWER * before.loss:
+        if best.local_steps == here or best.loss > LOWER * loss:
             break
     return searches
 
@@ -236,6 +241,7 @@ def _climb(
 
 
 def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
+    """The first of lowest loss."""
     return min(searches, key=lambda each: each.loss)
 
 

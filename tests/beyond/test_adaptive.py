@@ -1,4 +1,7 @@
-"""What is declared of the attackers who know the defence; what they find is tested beside the defences."""
+"""What is declared of the attackers who know the defence.
+
+What they find is tested beside the defences.
+"""
 
 import pytest
 import torch

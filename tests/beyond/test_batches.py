@@ -151,7 +151,8 @@ def test_a_first_layer_that_stayed_gives_no_images_and_no_error():
 
 
 def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
-    # the first round finds every axis; then nothing is left of a start that is made orthogonal to all of them
+    # The first round finds every axis. Then nothing is left of a start that is made orthogonal to
+    # all of them.
     basis = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     noise = torch.full((12, 4), 1e-12, dtype=torch.float64)
     mixture = batches._Mixture(basis, noise)
@@ -173,7 +174,10 @@ def test_what_cannot_be_told_apart_is_grey(size, hidden):
 
 
 def test_the_same_signal_from_two_images_is_not_taken_for_a_recovery():
-    """Trace d_i = D_i v with one v for both: their difference vanishes in more units than either of them."""
+    """Trace d_i = D_i v with one v for both.
+
+    Their difference vanishes in more units than either of them.
+    """
     seen, images, _ = client(2)
     model, after = seen.model.double(), {}
     signal = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

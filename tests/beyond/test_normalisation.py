@@ -1,4 +1,7 @@
-"""Running statistics tell the client's batch: against PyTorch's own, by finite differences, and in an attack."""
+"""Running statistics tell the client's batch.
+
+Against PyTorch's own, by finite differences, and in an attack.
+"""
 
 import pytest
 import torch
@@ -74,9 +77,8 @@ def test_several_batches_give_a_weighted_mean_and_their_number(model, images, la
 
 def test_eval_mode_sends_none(model, images, labels):
     seen = federated.train_locally(model.eval(), images, labels, learning_rate=0.1)
-    assert not seen.model.training and normalisation.local_batches(
-        seen
-    ) == {} == normalisation.batch_statistics(seen)
+    assert not seen.model.training
+    assert normalisation.local_batches(seen) == {} == normalisation.batch_statistics(seen)
     with pytest.raises(ValueError, match="seen holds no batch statistics"):
         normalisation.reconstruct(seen)
     lenet = federated.train_locally(

@@ -1,4 +1,7 @@
-"""Other ways to learn together: what their observers hold is the gradient, the mean or the mixture that mathematics says."""
+"""Other ways to learn together.
+
+What their observers hold is the gradient, the mean or the mixture that mathematics says.
+"""
 
 import subprocess
 import sys
@@ -135,10 +138,8 @@ def test_a_listener_reaches_through_the_peer_between(clients):
     seen = protocols.two_hops(model, clients, learning_rate=0.1)
     assert_update(seen, [0.1 * g for g in gradient(model, clients[:1])], atol=1e-6)
     found = exact.recover(seen, extra_variance=[1e-15] * 4)
-    assert (
-        metrics.psnr(found.images, clients[0][0], data_range=1.0) > 60
-        and found.labels == clients[0][1]
-    )
+    assert metrics.psnr(found.images, clients[0][0], data_range=1.0) > 60
+    assert found.labels == clients[0][1]
     with pytest.raises(ValueError, match="number of clients is 3"):
         protocols.two_hops(model, clients[:3], learning_rate=0.1)
 
@@ -207,6 +208,9 @@ def test_two_hops_says_which_attack_does(clients):
 
 
 def test_a_worker_of_data_parallel_imports_no_attack():
-    script = "import sys; from dlm_core.beyond import protocols; print('dlm_core.beyond.exact' in sys.modules)"
+    script = (
+        "import sys; from dlm_core.beyond import protocols; "
+        "print('dlm_core.beyond.exact' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n"

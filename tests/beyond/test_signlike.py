@@ -1,4 +1,4 @@
-"""Reading the gradient of one step of Adam's kin back out of it, the attack on that, and telling the optimizers apart."""
+"""One step of Adam's kin: its gradient read back, the attack on that, and its optimizer's name."""
 
 import copy
 import math
@@ -97,21 +97,17 @@ def test_one_step_names_its_optimizer_and_several_are_not_taken_for_one(images, 
     for index in range(1, 3):
         found = recognise.recognise(client(images, index, *CLIENTS[name]))
         assert found.optimizer == ("sgd" if name in ("momentum", "nesterov") else name)
-        assert (
-            recognise.recognise(client(images, index, *CLIENTS[name], local_steps=3)).optimizer
-            == "several steps"
-        )
+        several = recognise.recognise(client(images, index, *CLIENTS[name], local_steps=3))
+        assert several.optimizer == "several steps"
 
 
 def test_a_linear_step_gives_its_rate_and_decay(images):
     rate, decay, misfit, rounding = recognise.linear_step(
         client(images, 0, "sgd", {"weight_decay": 5e-4}, 0.01)
     )
-    assert (
-        rate == pytest.approx(0.01, rel=1e-5)
-        and decay == pytest.approx(5e-4, rel=1e-3)
-        and misfit < 20 * rounding
-    )
+    assert rate == pytest.approx(0.01, rel=1e-5)
+    assert decay == pytest.approx(5e-4, rel=1e-3)
+    assert misfit < 20 * rounding
 
 
 def test_the_distance_outside_bounds_is_zero_within_and_grows_as_the_square_without():
@@ -131,10 +127,8 @@ def test_the_sign_distance_ignores_scale_and_has_the_right_slope():
     torch.testing.assert_close(
         each, signlike.sign_distance([3 * a for a in g], [0.1 * b for b in d])
     )
-    assert (
-        0 < signlike.sign_distance(g, g) < 0.2
-        and float(signlike.sign_distance([-a for a in g], g)) > 1.8
-    )
+    assert 0 < signlike.sign_distance(g, g) < 0.2
+    assert float(signlike.sign_distance([-a for a in g], g)) > 1.8
     g = [a.requires_grad_() for a in g]
     assert torch.autograd.gradcheck(lambda *a: signlike.sign_distance(a, d), g)
 

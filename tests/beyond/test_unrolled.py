@@ -1,4 +1,4 @@
-"""The simulated client against torch.optim, its derivatives, and the attack that finds images, η and E through it."""
+"""The simulated client against torch.optim, its derivatives, and the attack through it."""
 
 import math
 
@@ -155,25 +155,23 @@ def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
         small, *digit, learning_rate=0.2, local_steps=3, optimizer_options={"momentum": momentum}
     )
     found = attacks.unrolled_dlm(seen, client_options={"momentum": momentum})
-    assert metrics.psnr(found.images, digit[0], data_range=1.0) > 30
-    assert (
-        found.local_steps == 3
-        and found.learning_rate == pytest.approx(0.2, rel=0.01)
-        and found.k == 1 / found.learning_rate
-    )
+    psnr = metrics.psnr(found.images, digit[0], data_range=1.0)
+    assert psnr > 30
+    assert found.local_steps == 3
+    assert found.learning_rate == pytest.approx(0.2, rel=0.01)
+    assert found.k == 1 / found.learning_rate
     as_published = attacks.dlm_plus(seen, max_evaluations=200)
-    assert (
-        metrics.psnr(as_published.images, digit[0], data_range=1.0)
-        < metrics.psnr(found.images, digit[0], data_range=1.0) - 5
-    )
-    assert found.loss == min(found.losses) == min(
-        loss for _, loss in found.tried
-    ) and found.evaluations == len(found.losses)
+    assert metrics.psnr(as_published.images, digit[0], data_range=1.0) < psnr - 5
+    assert found.loss == min(found.losses) == min(loss for _, loss in found.tried)
+    assert found.evaluations == len(found.losses)
     assert {2, 3} <= {steps for steps, _ in found.tried}
 
 
 def test_the_length_of_the_update_keeps_the_learning_rate_from_running_away(seen):
-    """A simulated update twice as long is no fit, unlike in DLM+: without that, η once ended at thirty times the truth."""
+    """A simulated update twice as long is no fit, unlike in DLM+.
+
+    Without that, η once ended at thirty times the truth.
+    """
     update = [layer.double() for layer in seen.delta]
     twice = [2 * layer for layer in update]
     assert float(objectives.normalised_distance(twice, update)) < 1e-20
@@ -271,19 +269,17 @@ def test_bad_options_are_named(seen, options, message):
 
 
 def test_as_a_trial():
-    client = {"lr": 0.2, "steps": 2}
+    client = {"learning_rate": 0.2, "local_steps": 2}
     trial = Trial(
         attack="unrolled_dlm",
-        attack_options={"steps": 2, "max_evaluations": 5},
+        attack_options={"local_steps": 2, "max_evaluations": 5},
         dataset="digits",
         client=client,
     )
     record = run_trial(trial)
-    assert (
-        record["local_steps"] == 2
-        and math.isfinite(record["learning_rate"])
-        and record["evaluations"] == 5
-    )
+    assert record["local_steps"] == 2
+    assert math.isfinite(record["learning_rate"])
+    assert record["evaluations"] == 5
 
 
 def test_the_labels_of_a_batch_are_inferred_for_several_steps():
