@@ -23,7 +23,6 @@ from dlm_core.search import reconstruct
 
 # Mean difference of neighbouring pixels in natural images: the scale of the total-variation prior.
 CONTRAST = 0.05
-TOLD = "the defence and its strength"
 
 Told = Setting | Mapping[str, Any]
 
@@ -33,7 +32,7 @@ Told = Setting | Mapping[str, Any]
     title="exact, aware",
     colour=3,
     marker="*",
-    assumes=(TOLD, "that the client took one SGD step on one image"),
+    assumes=("that the client took one SGD step on one image",),
     client="one step of SGD on one image, defended",
     several=False,
     seeded=False,
@@ -65,7 +64,6 @@ def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstructi
     title="DLM+, aware",
     colour=4,
     marker="P",
-    assumes=(TOLD,),
     client="one step of SGD, with momentum or not, defended",
 )
 @records.passes_on_to(reconstruct)
@@ -103,7 +101,7 @@ def dlm_plus(
     title="unrolled DLM+, aware",
     colour=5,
     marker="X",
-    assumes=(TOLD, "that the client ran plain SGD"),
+    assumes=("that the client ran plain SGD",),
     client="several local steps of plain SGD, defended",
 )
 @check.renamed(steps="local_steps")
@@ -135,7 +133,7 @@ def unrolled_dlm(
     title="DLM+ on several rounds, aware",
     colour=4,
     marker="H",
-    assumes=(TOLD, "that the image is the same in all rounds"),
+    assumes=("that the image is the same in all rounds",),
     client="one step of SGD a round on the same image, several rounds, defended by noise",
     several=False,
 )
