@@ -200,7 +200,12 @@ class Problem:
 class GaussNewton:
     """A fit by Gauss-Newton that uses a curvature again, as long as each step halves the distance.
 
-    A curvature costs a hundred times what a step does.
+    A curvature costs a hundred times what a step does. It is fresh, then used, then due again:
+
+    - on a fresh one a step is shortened until it leads to a better point, and if none does the fit
+      has stalled;
+    - on a used one the whole step is tried alone, and if it fails or was slow, a new curvature is
+      due.
 
     Parameters
     ----------
@@ -218,9 +223,9 @@ class GaussNewton:
     curvature
         Of the problem; None where a new one is due.
     fresh
-        Whether no step has been taken yet on ``curvature``, so that nothing better can be had.
-    length
-        Of the latest step, squared, in standard errors.
+        Whether no step has been taken yet on ``curvature``.
+    squared_length
+        Of the latest step, in standard errors.
     losses
         χ² over its expectation, at each step.
     status
@@ -238,7 +243,7 @@ class GaussNewton:
         self.point = problem.at(*start)
         self.curvature: information.Curvature | None = None
         self.fresh = False
-        self.length = math.inf
+        self.squared_length = math.inf
         self.losses: list[float] = []
         self.status = Status.BUDGET
 
@@ -270,15 +275,15 @@ class GaussNewton:
         """Move to a better point if there is one; return the reason to end here, or None."""
         assert self.curvature is not None
         self.losses.append(self.point.loss)
-        step = newton_step(self.point, self.curvature.solve)
-        previous = self.length
-        self.length = squared_length(self.point, step)
-        if self.length < CONVERGED**2 * len(self.point.x):
+        step = _newton_step(self.point, self.curvature.solve)
+        previous = self.squared_length
+        self.squared_length = _squared_length(self.point, step)
+        if self.squared_length < CONVERGED**2 * len(self.point.x):
             return Status.CONVERGED
         better = self._line_search(step, shortest=SHORTEST if self.fresh else 1.0)
         if better is None and self.fresh:
             return Status.STALLED
-        slow = not self.fresh and self.length > previous / 4
+        slow = not self.fresh and self.squared_length > previous / 4
         if better is None or slow:
             self.curvature = None
         if better is not None:
@@ -305,7 +310,7 @@ class GaussNewton:
         return self.problem.at(x, eta, decay)
 
 
-def newton_step(point: Point, solve: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+def _newton_step(point: Point, solve: Callable[[torch.Tensor], torch.Tensor]) -> Step:
     """The Step that would end at the minimum were χ² quadratic; ``solve`` is the curvature's in x.
 
     (log η, λ) are eliminated blockwise.
@@ -317,6 +322,6 @@ def newton_step(point: Point, solve: Callable[[torch.Tensor], torch.Tensor]) -> 
     return Step(free - coupled @ of_scales, of_scales)
 
 
-def squared_length(point: Point, step: Step) -> float:
+def _squared_length(point: Point, step: Step) -> float:
     """Of a Newton step, in standard errors: what it promises to lower the merit by."""
     return abs(float(point.slope @ step.of_x + point.scale_slope @ step.of_scales))

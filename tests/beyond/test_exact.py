@@ -176,7 +176,7 @@ def test_curvature_is_the_information_matrix(build, errors, largest, monkeypatch
 def test_an_mlp_reaches_the_bound_where_the_clients_arithmetic_and_not_the_transmission_limits_it(
     learning_rate,
 ):
-    """Rows and columns of the gradient share errors of float32: as independent ones they mislead."""
+    """Rows and columns of the gradient share errors of float32: as independent, they mislead."""
     ratios, chi2 = [], []
     for seed in range(8):
         images = picture((3, 16, 16), seed)
