@@ -45,6 +45,13 @@ class Weighting:
 class NoiseModel:
     """What is known about the noise in Δ, before and after the image is.
 
+    Parameters
+    ----------
+    seen, layers, label
+        What the observer sees, the network as a stack, the image's class (a scalar).
+    trusted, extra_variance, transmitted
+        As ``exact.recover`` takes them.
+
     Attributes
     ----------
     update
@@ -53,12 +60,6 @@ class NoiseModel:
         Of each entry, as far as it does not depend on the image.
     keep
         Which entries to use.
-
-    Raises
-    ------
-    ValueError
-        Where ``trusted`` or ``extra_variance`` has another number of entries than the model has
-        parameters.
     """
 
     def __init__(
@@ -70,7 +71,6 @@ class NoiseModel:
         extra_variance: Sequence[torch.Tensor | float] | None = None,
         transmitted: torch.dtype | None = None,
     ) -> None:
-        check_counts(seen, trusted=trusted, extra_variance=extra_variance)
         self.seen, self.layers, self.label = seen, layers, label
         self.update = pack(seen.model, layers, seen.delta)
         self.variance, self.keep = self._transmitted(trusted, extra_variance, transmitted)

@@ -5,9 +5,9 @@ patches [I, L] of its input and adds its bias:
 
     z = K u + b    [O, L],    O output channels, I entries of a patch, L patches.
 
-A linear layer has one patch, L = 1. The bias is kept as one more column of the weight matrix [O, I
-+ 1]. With δ = dloss/dz [O, L], the gradient in all of a layer's parameters is δ uᵀ, and in the last
-column δ's sum over patches.
+A linear layer has one patch, L = 1. The bias is kept as one more column of the weight matrix, which
+then is [O, I + 1]. With δ = dloss/dz [O, L], the gradient in the kernel is δ uᵀ, and in the bias
+δ's sum over patches.
 """
 
 import math
