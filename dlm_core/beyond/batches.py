@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import check, records
-from dlm_core.beyond.exact import CHI2_RANGE
-from dlm_core.beyond.recursion import WRAPPED
+from dlm_core.beyond.rounding import CHI2_RANGE
+from dlm_core.beyond.stacks import REWRITE_HINT
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
@@ -250,7 +250,9 @@ def _first_layer(model: nn.Module) -> tuple[str, nn.Linear]:
     modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, passed_over)]
     if not isinstance(model, nn.Sequential) or len(modules) < 3:
         wanted = "an nn.Sequential that begins with Linear and ReLU"
-        raise ValueError(f"the model is a {type(model).__name__}; it takes {wanted}; {WRAPPED}")
+        raise ValueError(
+            f"the model is a {type(model).__name__}; it takes {wanted}; {REWRITE_HINT}"
+        )
     for (name, module), kind in zip(modules, (nn.Linear, nn.ReLU)):
         if not isinstance(module, kind):
             raise ValueError(
