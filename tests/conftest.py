@@ -39,7 +39,7 @@ def small(device):
 
 @pytest.fixture
 def seen(small, digit):
-    return federated.train_locally(small, *digit, lr=0.05)
+    return federated.train_locally(small, *digit, learning_rate=0.05)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from dlm_core import attacks, defenses, federated, label_inference, models
 from dlm_core.beyond import adaptive
-from dlm_core.harness import trials
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -77,7 +76,7 @@ def test_nothing_is_changed_in_place(seen):
 def test_the_server_sees_the_undefended_delta_where_weights_are_kept(seen):
     server = defenses.defend(seen, defenses.sparsify, percent=30, observer="server")
     names = [name for name, _ in seen.model.named_parameters()]
-    for name, plain, defended in zip(names, federated.weight_delta(seen), federated.weight_delta(server)):
+    for name, plain, defended in zip(names, seen.delta, server.delta):
         kept = server.weights_after[name] != 0
         assert torch.equal(plain[kept], defended[kept])
 
@@ -143,11 +142,11 @@ def test_quantisation_is_unbiased_and_ends_on_its_grid():
 
 
 def test_averaging_repeats_divides_the_variance(seen):
-    plain = torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+    plain = torch.cat([layer.flatten() for layer in seen.delta])
 
     def variance(repeats):
         noisy = defenses.defend(seen, defenses.noise, scale=1e-3, observer="server", repeats=repeats)
-        return float((torch.cat([layer.flatten() for layer in federated.weight_delta(noisy)]) - plain).square().mean())
+        return float((torch.cat([layer.flatten() for layer in noisy.delta]) - plain).square().mean())
 
     assert variance(1) / variance(16) == pytest.approx(16, rel=0.2)
 
@@ -158,7 +157,7 @@ OF_UPDATES = [(defenses.clip_and_noise, {"clip": 1e-3}), (defenses.top_k, {"perc
 @pytest.mark.parametrize("defence, options", OF_UPDATES, ids=lambda value: getattr(value, "__name__", ""))
 def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence, options):
     before = {name: tensor.clone() for name, tensor in seen.weights_after.items()}
-    update = federated.weight_delta(seen)
+    update = seen.delta
     copies = [layer.clone() for layer in update]
     expected = defence(update, **({"seed": 1} if defence is not defenses.top_k else {}), **options)
     sent = defenses.defend(seen, defence, **options)
@@ -166,7 +165,7 @@ def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence,
     assert all(torch.equal(before[name], tensor) for name, tensor in seen.weights_after.items())
     for name, raw in seen.model.state_dict().items():
         assert torch.equal(sent.model.state_dict()[name], raw)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(federated.weight_delta(sent), expected))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(sent.delta, expected))
 
 
 @pytest.mark.parametrize("multiplier, rounds", [(0.3, 1), (1.0, 50), (4.0, 100), (20.0, 5)])
@@ -175,7 +174,7 @@ def test_epsilon_is_opacus_and_the_gaussian_mechanism_s(multiplier, rounds):
     from opacus.accountants.analysis import rdp
     from scipy.stats import norm
 
-    ours = defenses.epsilon(noise_multiplier=multiplier, rounds=rounds)
+    ours = defenses.epsilon(noise_multiplier=multiplier, num_rounds=rounds)
     orders = [1 + i / 10 for i in range(1, 100)] + list(range(12, 64))
     spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=rounds, orders=orders)
     theirs, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=1e-5)
@@ -186,14 +185,14 @@ def test_epsilon_is_opacus_and_the_gaussian_mechanism_s(multiplier, rounds):
 
 
 def test_epsilon_falls_with_sampling_and_is_infinite_without_noise():
-    assert defenses.epsilon(noise_multiplier=0, rounds=1) == float("inf")
-    everyone = defenses.epsilon(noise_multiplier=1.0, rounds=50)
-    assert defenses.epsilon(noise_multiplier=1.0, rounds=50, sample_rate=0.1) < everyone / 4
+    assert defenses.epsilon(noise_multiplier=0, num_rounds=1) == float("inf")
+    everyone = defenses.epsilon(noise_multiplier=1.0, num_rounds=50)
+    assert defenses.epsilon(noise_multiplier=1.0, num_rounds=50, sample_rate=0.1) < everyone / 4
 
 
 def test_dp_sgd_without_noise_and_clip_is_sgd(small, digit):
-    plain = federated.train_locally(small, *digit, lr=0.05, steps=2)
-    private = defenses.train_privately(small, *digit, lr=0.05, clip=1e6, noise_multiplier=0.0, steps=2)
+    plain = federated.train_locally(small, *digit, learning_rate=0.05, local_steps=2)
+    private = defenses.train_privately(small, *digit, learning_rate=0.05, clip=1e6, noise_multiplier=0.0, local_steps=2)
     assert private.image_shape == plain.image_shape and private.num_classes == plain.num_classes
     for name, expected in plain.weights_after.items():
         assert torch.allclose(private.weights_after[name], expected, atol=1e-6)
@@ -207,12 +206,12 @@ def test_dp_sgd_clips_each_image_and_adds_its_noise(small):
     images, labels = images.to(device), labels.to(device)
 
     def update(**options):
-        seen = defenses.train_privately(small, images, labels, lr=1.0, **options)
-        return torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+        seen = defenses.train_privately(small, images, labels, learning_rate=1.0, **options)
+        return torch.cat([layer.flatten() for layer in seen.delta])
 
     alone = []
     for image, label in zip(images, labels):
-        delta = federated.weight_delta(federated.train_locally(small, image[None], label[None], lr=1.0))
+        delta = federated.train_locally(small, image[None], label[None], learning_rate=1.0).delta
         alone.append(torch.cat([layer.flatten() for layer in delta]))
     clip = 0.5 * min(float(each.norm()) for each in alone)
     expected = sum(clip * each / each.norm() for each in alone) / 4
@@ -223,8 +222,9 @@ def test_dp_sgd_clips_each_image_and_adds_its_noise(small):
 
 
 def aware(seen, attack, **defence):
-    return attack(defenses.defend(seen, trials.DEFENCES[defence["name"]], **{k: v for k, v in defence.items() if k != "name"}),
-                  defence=defence)  # fmt: skip
+    """``attack`` on what the defence leaves of ``seen``, told the defence."""
+    options = {name: value for name, value in defence.items() if name != "name"}
+    return attack(defenses.defend(seen, defence["name"], **options), defence=defence)
 
 
 @pytest.mark.parametrize("name", ["sparsify", "top_k"])
@@ -243,7 +243,7 @@ def test_a_weight_that_a_black_pixel_leaves_alone_is_no_zeroed_one(digit):
     model = models.build("mlp", (1, 8, 8), 10)
     assert (digit[0] == 0).any()
     found = aware(
-        federated.train_locally(model, *digit, lr=0.1), adaptive.recover, name="sparsify", percent=30, observer="server"
+        federated.train_locally(model, *digit, learning_rate=0.1), adaptive.recover, name="sparsify", percent=30, observer="server"
     )
     assert found.identifiable == 64
     assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())
@@ -267,10 +267,11 @@ def test_clipping_without_noise_hides_nothing(seen, digit):
 def test_the_noise_that_the_attacker_expects_is_the_noise_that_is_there(seen, defence):
     options = {name: value for name, value in defence.items() if name != "name"}
     clean = defenses.defend(seen, defenses.clip_and_noise, clip=0.01) if "clip" in defence else seen
+    setting = defenses.Setting.of(defence)
     square, expected = 0.0, 0.0
     for seed in range(20):
-        sent = defenses.defend(seen, trials.DEFENCES[defence["name"]], seed=seed, **options)
-        parts = zip(federated.weight_delta(sent), federated.weight_delta(clean), adaptive.noise_variance(sent, defence))
+        sent = defenses.defend(seen, defence["name"], seed=seed, **options)
+        parts = zip(sent.delta, clean.delta, setting.noise_variance(sent))
         for noisy, plain, variance in parts:
             square += float((noisy - plain).square().sum())
             expected += variance * noisy.numel()
@@ -288,9 +289,9 @@ def test_labels_with_gaps(seen, digit):
 
 
 def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small, digit):
-    seen = federated.train_locally(small, *digit, lr=0.3, steps=5)
+    seen = federated.train_locally(small, *digit, learning_rate=0.3, local_steps=5)
     defence = {"name": "sparsify", "percent": 30, "observer": "server"}
-    found = aware(seen, partial(adaptive.unrolled_dlm, learning_rate=0.3, steps=5), **defence)
+    found = aware(seen, partial(adaptive.unrolled_dlm, learning_rate=0.3, local_steps=5), **defence)
     assert float((found.images - digit[0]).square().mean()) < 1e-4
     one_step = aware(seen, adaptive.dlm_plus, **defence)
     assert found.loss < one_step.loss / 4
@@ -298,7 +299,7 @@ def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small,
 
 def test_exact_recovery_bears_units_that_are_zero_in_both_snapshots(digit):
     model = models.build("mlp", (1, 8, 8), 10, seed=0, init="default").to(digit[0].device)
-    seen = federated.train_locally(model, *digit, lr=1.0)
+    seen = federated.train_locally(model, *digit, learning_rate=1.0)
     found = aware(seen, adaptive.recover, name="sparsify", percent=30, observer="channel")
     assert found.images.isfinite().all()
 
@@ -312,7 +313,7 @@ def test_labels_of_a_batch_are_not_made_up(seen):
 
 @pytest.mark.parametrize("observer", ["server", "channel"])
 def test_a_defence_that_works_in_place_spoils_nothing(digit, observer):
-    seen = federated.train_locally(models.build("mlp", (1, 8, 8), 10, seed=0), digit[0], digit[1], lr=0.1)
+    seen = federated.train_locally(models.build("mlp", (1, 8, 8), 10, seed=0), digit[0], digit[1], learning_rate=0.1)
 
     def pure(weights, *, parameters, seed):
         return {name: tensor + 0.01 for name, tensor in weights.items()}
