@@ -217,7 +217,8 @@ class Network(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Record):
-    """A data set: a function (n=…, indices=…, source=…) -> ``data.Dataset``.
+    """A data set: a function without arguments that returns all its images [N, C, H, W] in [0, 1] and
+    their labels [N]; ``data.load`` serves it.
 
     Attributes
     ----------
