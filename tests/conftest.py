@@ -1,4 +1,4 @@
-"""Shared fixtures: a small network on which attacks take a fraction of a second, and real images."""
+"""Shared fixtures: a small network, attacked in a fraction of a second, and real images."""
 
 import os
 
@@ -45,4 +45,8 @@ def seen(small, digit):
 @pytest.fixture
 def environment(tmp_path):
     """Environment of a subprocess that keeps to this test's folders."""
-    return {**os.environ, "DLM_STORE": str(tmp_path / "store"), "DLM_FIGURES": str(tmp_path / "figures")}
+    return {
+        **os.environ,
+        "DLM_STORE": str(tmp_path / "store"),
+        "DLM_FIGURES": str(tmp_path / "figures"),
+    }

@@ -542,7 +542,7 @@ def test_absent_full_set_names_folder_remedy_and_alternative(tmp_path, name, fol
 
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
-    """A CIFAR-100 of 7 training images, as torchvision is made to expect: (folder, pixels, labels)."""
+    """A CIFAR-100 of 7 images, as torchvision is made to expect: (folder, pixels, labels)."""
     from torchvision.datasets import CIFAR100
 
     rng = np.random.default_rng(1)
