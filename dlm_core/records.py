@@ -157,6 +157,10 @@ class Attack(Record):
                 f"num_images is {num_images}; {self.key} takes one: "
                 "exact_batch and dlm_plus take several"
             )
+        self.check_options("option", options)
+        missing = [name for name in self.demands if name not in options]
+        if missing:
+            raise ValueError(f"attack {self.key!r} has to be told {', '.join(missing)}")
         common = {"num_images": num_images} if self.several else {}
         if self.seeded:
             common["seed"] = seed
@@ -213,7 +217,8 @@ class Network(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Record):
-    """A data set: a function (n=…, indices=…, source=…) -> ``data.Dataset``.
+    """A data set: a function without arguments that returns all its images [N, C, H, W] in [0, 1] and
+    their labels [N]; ``data.load`` serves it.
 
     Attributes
     ----------
@@ -307,11 +312,16 @@ protocol = _decorator(Protocol)
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:
-    """Names of a function's keyword arguments, and of those that it ``passes_on_to`` others."""
+    """Names of the arguments that a function, and those that it ``passes_on_to``, take by name.
+
+    An argument with a default counts as well as one that is taken by name alone.
+    """
     names: dict[str, None] = {}
     for each in (function, *getattr(function, "passes_on_to", ())):
-        every = inspect.signature(each).parameters.values()
-        names |= {p.name: None for p in every if p.kind is p.KEYWORD_ONLY}
+        for p in inspect.signature(each).parameters.values():
+            has_default = p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
+            if p.kind is p.KEYWORD_ONLY or has_default:
+                names[p.name] = None
     return list(names)
 
 
