@@ -92,3 +92,19 @@ def test_who_knows_what_is_read_off_the_records():
     assert "learning rate" in knows["DLG"] and "total-variation" in knows["IG"]
     with pytest.raises(ValueError, match="attack 'dlgg' is unknown.*did you mean dlg"):
         report.knowledge(seen, ["dlgg"])
+
+
+def test_trials_are_said_in_words_and_none_as_not_run():
+    frame = pandas.DataFrame({"psnr": [10.0, 25.0, math.nan, 30.0]})
+    assert tables.said(frame) == "50% of 4 at 20 dB, median 17.5 dB"
+    assert tables.said(frame[frame.psnr > 40]) == "not run"
+
+
+def test_per_image_gives_each_image_of_a_batch_its_row():
+    trials = pandas.DataFrame(
+        {"index": [0, 2], "psnr": [15.0, 30.0], "psnrs": [[10.0, 20.0], [30.0]]}
+    )
+    images = tables.per_image(trials)
+    assert images["index"].tolist() == [0, 0, 2]
+    assert images.psnr.tolist() == [10.0, 20.0, 30.0] and images.psnr.dtype == float
+    assert "psnrs" not in images and "psnrs" in trials
