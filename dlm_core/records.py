@@ -141,7 +141,9 @@ class Attack(Record):
     @property
     def demands(self) -> list[str]:
         """The arguments without a default: it cannot be run without being told them."""
-        return [name for name, p in self.parameters.items() if p.default is p.empty]
+        _, *others = inspect.signature(self.function).parameters.values()
+        named = (p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        return [p.name for p in named if p.default is p.empty]
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -217,8 +219,8 @@ class Network(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Record):
-    """A data set: a function without arguments that returns all its images [N, C, H, W] in [0, 1] and
-    their labels [N]; ``data.load`` serves it.
+    """A data set: a function without arguments that returns its images [N, C, H, W] in [0, 1] and
+    labels [N], all of them; ``data.load`` serves it.
 
     Attributes
     ----------
@@ -231,6 +233,9 @@ class DataSet(Record):
     image_shape: tuple[int, int, int] = field(default=(3, 32, 32))
     num_classes: int = 2
     full_set: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
 
 
 @dataclass(frozen=True, kw_only=True)

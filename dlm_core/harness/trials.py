@@ -180,7 +180,7 @@ class Trial:
             object.__setattr__(self, name, part.of(given) if given else None)
         check.one_of("attack", self.attack, records.ATTACKS)
         check.one_of("model", self.model, records.NETWORKS)
-        check.one_of("data set", self.dataset, records.DATA_SETS or data.NAMES)
+        check.one_of("data set", self.dataset, records.DATA_SETS)
         check.at_least("num_images", self.num_images, 1)
         for name in ("index", "seed", "trained"):
             check.at_least(name, getattr(self, name), 0)
