@@ -143,7 +143,9 @@ class Attack(Record):
         """The arguments without a default: it cannot be run without being told them."""
         _, *others = inspect.signature(self.function).parameters.values()
         named = (p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        return [p.name for p in named if p.default is p.empty]
+        return [
+            p.name for p in named if p.default is p.empty and p.name not in ("num_images", "seed")
+        ]
 
     @property
     def told(self) -> tuple[str, ...]:
