@@ -1,8 +1,11 @@
-"""The attacks by name. Each takes an Observation and, as explicit arguments, whatever else it has to be told.
+"""The attacks by name. Each takes an Observation and, as explicit arguments, whatever else it has
+to be told.
 
-All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of their own.
+All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of
+their own.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +26,13 @@ PLAIN_STEP = "that the client took one plain SGD step"
 
 def __getattr__(name: str) -> Any:
     if name == "unrolled_dlm":  # lies beyond the paper, and has been an attack by this name
-        import dlm_core
-
-        return dlm_core.unrolled.unrolled_dlm
+        return importlib.import_module("dlm_core.beyond.unrolled").unrolled_dlm
     raise AttributeError(f"module 'dlm_core.attacks' has no attribute {name!r}")
 
 
-@records.attack("dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.attack(
+    "dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD"
+)
 @records.passes_on_to(reconstruct)
 def dlg(
     seen: Observation,
@@ -55,10 +58,18 @@ def dlg(
     )
 
 
-@records.attack("idlg", title="iDLG", colour=9, marker="v", assumes=(PLAIN_STEP,), client="one step of plain SGD")
+@records.attack(
+    "idlg",
+    title="iDLG",
+    colour=9,
+    marker="v",
+    assumes=(PLAIN_STEP,),
+    client="one step of plain SGD",
+)
 @records.passes_on_to(reconstruct)
 def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
-    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of optimised.
+    """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of
+    optimised.
 
     Parameters
     ----------
@@ -88,26 +99,36 @@ def inverting_gradients(
     max_evaluations: int = 2000,
     **options: Any,
 ) -> Reconstruction:
-    """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on boxed pixels, full budget.
+    """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on
+    boxed pixels, full budget.
 
     Parameters
     ----------
     seen
         What the observer sees.
     total_variation
-        Weight of the prior. One that suits the data is told to the attack, and for batches the labels.
+        Weight of the prior. One that suits the data is told to the attack, and for batches the
+        labels.
     max_evaluations, **options
         Of ``search.reconstruct``.
     """
     published = {"coordinates": pixels, "optimizer": SignedAdam, "patience": max_evaluations}
-    settings = {"total_variation": total_variation, "max_evaluations": max_evaluations, **published, **options}
+    settings = {
+        "total_variation": total_variation,
+        "max_evaluations": max_evaluations,
+        **published,
+        **options,
+    }
     return reconstruct(seen, objectives.cosine_distance, **settings)
 
 
-@records.attack("dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not")
+@records.attack(
+    "dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not"
+)
 @records.passes_on_to(reconstruct)
 def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
-    """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the images.
+    """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the
+    images.
 
     Parameters
     ----------
@@ -116,8 +137,8 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
     k0
         The guess > 0 that k starts from, told.
     **options
-        Of ``search.reconstruct``. The label is inferred; the released code optimises it (``labels="optimised"``), and then
-        g -> 0, k -> 0 is a global minimum.
+        Of ``search.reconstruct``. The label is inferred; the released code optimises it
+        (``labels="optimised"``), and then g -> 0, k -> 0 is a global minimum.
     """
     check.in_range("k0", k0, 0, math.inf, open_low=True)
     return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0), **options)
@@ -135,27 +156,32 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
 def dlm_plus(
     seen: Observation, *, trusted: Sequence[torch.Tensor] | None = None, **options: Any
 ) -> Reconstruction:
-    """DLM+ (Zhao et al. 2024): Σ_layers ‖g/n(g) - Δ/n(Δ)‖², n the mean layer norm. Told: nothing but the two snapshots.
+    """DLM+ (Zhao et al. 2024): Σ_layers ‖g/n(g) - Δ/n(Δ)‖², n the mean layer norm. Told: nothing
+    but the two snapshots.
 
     Parameters
     ----------
     seen
         What the observer sees.
     trusted
-        One boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's); None takes all.
+        One boolean tensor per parameter, False for coordinates of Δ to leave out (a defence's);
+        None takes all.
     **options
-        Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed, max_evaluations, …
+        Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed,
+        max_evaluations, …
     """
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
     if "labels" not in options:
         options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
-    return reconstruct(seen, objectives.weighted(objectives.normalised_distance, trusted), **options)
+    return reconstruct(
+        seen, objectives.weighted(objectives.normalised_distance, trusted), **options
+    )
 
 
 @records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)
 def grey(seen: Observation, *, num_images: int = 1) -> Reconstruction:
-    """The trivial baseline: a mid-grey image, the best guess of an observer who looks at nothing."""
+    """The trivial baseline: mid-grey, the best guess of an observer who looks at nothing."""
     return baseline(torch.full((num_images, *seen.image_shape), 0.5))
 
 

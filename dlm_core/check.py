@@ -32,7 +32,8 @@ def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bo
 
 
 def renamed(**new_names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: keyword arguments by their former names {former: new} still serve, for one version.
+    """Decorator: keyword arguments by their former names {former: new} still serve, for one
+    version.
 
     Raises
     ------

@@ -1,4 +1,6 @@
-"""FedAvg: what a client does with the weights it receives, and what the server does with those that come back."""
+"""FedAvg: what a client does with the weights it receives, and what the server does with those that
+come back.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +16,20 @@ from dlm_core.observation import Observation, Unchanged, find_head, observe
 from dlm_core.records import CLIENT_OPTIMIZERS, ClientOptimizer, add
 from dlm_core.weights import StateDict, load_weights, rounded
 
-__all__ = ["Observation", "Unchanged", "average", "descend", "load_weights", "loss", "observe", "rounds", "train_locally"]
+__all__ = [
+    "Observation",
+    "Unchanged",
+    "average",
+    "descend",
+    "load_weights",
+    "loss",
+    "observe",
+    "rounds",
+    "train_locally",
+]
 
-loss = F.cross_entropy  # of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it
+# Of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it.
+loss = F.cross_entropy
 
 for _key, _class in (
     ("sgd", torch.optim.SGD),
@@ -28,7 +41,10 @@ for _key, _class in (
 
 
 @check.renamed(
-    lr="learning_rate", steps="local_steps", optimizer="client_optimizer", options="optimizer_options"
+    lr="learning_rate",
+    steps="local_steps",
+    optimizer="client_optimizer",
+    options="optimizer_options",
 )
 def train_locally(
     model: nn.Module,
@@ -66,7 +82,8 @@ def train_locally(
     clear_gradients
         False reproduces the released client, whose gradients accumulate over the local steps.
     transmitted
-        Precision, such as ``torch.bfloat16``, to which all weights are rounded on their way, to the client and back.
+        Precision, such as ``torch.bfloat16``, to which all weights are rounded on their way, to the
+        client and back.
 
     Raises
     ------
@@ -97,7 +114,9 @@ def descend(
     batch_size: int | None = None,
     clear_gradients: bool = True,
 ) -> Observation:
-    """Move ``client``, a copy of ``model``, by ``stepper``, its optimizer; the rest as in ``train_locally``."""
+    """Move ``client``, a copy of ``model``, by ``stepper``, its optimizer; the rest as in
+    ``train_locally``.
+    """
     check.at_least("local_steps", local_steps, 1)
     num_classes = _check_data(model, images, labels)
     batch_size = len(images) if batch_size is None else batch_size
@@ -117,11 +136,15 @@ def descend(
 
 
 def average(snapshots: Sequence[StateDict], sizes: Sequence[float]) -> StateDict:
-    """FedAvg's server step (McMahan et al. 2017, algorithm 1): the mean of state dicts weighted by ``sizes``."""
+    """FedAvg's server step (McMahan et al. 2017, algorithm 1): the mean of state dicts weighted by
+    ``sizes``.
+    """
     total = float(sum(sizes))
     mean = {}
     for name, first in snapshots[0].items():
-        weighted = [snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)]
+        weighted = [
+            snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)
+        ]
         mean[name] = torch.stack(weighted).sum(0).to(first.dtype)
     return mean
 
@@ -165,15 +188,20 @@ def rounds(
 
 def _check_data(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
     if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1")
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1"
+        )
     if labels.shape != images.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; it takes {len(images)} class indices"
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; "
+            f"it takes {len(images)} class indices"
         )
     if not images.isfinite().all():
         raise ValueError("images holds NaN or infinity; pixels lie in [0, 1]")
     num_classes = find_head(model, images.shape[1:])[1].out_features
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to {num_classes - 1}")
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}; "
+            f"the model has classes 0 to {num_classes - 1}"
+        )
     return num_classes
-

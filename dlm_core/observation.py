@@ -1,6 +1,8 @@
-"""What the observer sees of a client: two snapshots of the weights, and what follows from them without any assumption.
+"""What the observer sees of a client: two snapshots of the weights, and what follows from them
+without any assumption.
 
-Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step of learning rate η gives Δ = η·g.
+Sign convention, here and everywhere: Δ = W_t - W_{t+1}, so that one SGD step of learning rate η
+gives Δ = η·g.
 """
 
 import copy
@@ -66,8 +68,9 @@ class Observation:
 
     Notes
     -----
-    What follows from the snapshots is computed on first use and kept: ``delta``, ``rounding_variance``, ``head`` and the
-    rest. Their tensors are shared by all who ask: nobody writes into them. A pickle leaves them out.
+    What follows from the snapshots is computed on first use and kept: ``delta``,
+    ``rounding_variance``, ``head`` and the rest. Their tensors are shared by all who ask: nobody
+    writes into them. A pickle leaves them out.
     """
 
     model: nn.Module = field(repr=False)
@@ -82,7 +85,8 @@ class Observation:
         check_finite("weights_after", self.weights_after)
         if all(torch.equal(p, a) for p, a in zip(self.model.parameters(), self._after)):
             raise Unchanged(
-                "weights_after equals the model's weights: the client has not trained, nothing can leak"
+                "weights_after equals the model's weights: the client has not trained, "
+                "nothing can leak"
             )
 
     def __getstate__(self) -> dict:
@@ -111,22 +115,29 @@ class Observation:
 
     @cached_property
     def rounding_variance(self) -> tuple[torch.Tensor, ...]:
-        """Variance that rounding W_{t+1} to its own dtype adds to each entry of Δ: ulp²/12, one tensor per parameter."""
+        """Variance that rounding W_{t+1} to its own dtype adds to each entry of Δ: ulp²/12, one
+        tensor per parameter.
+        """
         return tuple(unit_in_last_place(after).square() / 12 for after in self._after)
 
     @cached_property
     def rounding_share(self) -> float:
-        """The part of ‖Δ‖² that is rounding of W_{t+1}: nothing explains Δ better than to this misfit.
+        """The part of ‖Δ‖² that is rounding of W_{t+1}: nothing explains Δ better than to this
+        misfit.
 
         A weight that moved by less than its rounding error adds no more than it moved.
         """
         squares = [layer.square() for layer in self.delta]
-        noise = sum(float(torch.minimum(v, s).sum()) for v, s in zip(self.rounding_variance, squares))
+        noise = sum(
+            float(torch.minimum(v, s).sum()) for v, s in zip(self.rounding_variance, squares)
+        )
         return noise / sum(float(s.sum()) for s in squares)
 
     @cached_property
     def head(self) -> Head:
-        """The last layer with its part of Δ, found by tracing the forward pass; ValueError where there is none."""
+        """The last layer with its part of Δ, found by tracing the forward pass; ValueError where
+        there is none.
+        """
         prefix, layer = find_head(self.model, self.image_shape)
         names = (f"{prefix}.weight".lstrip("."), f"{prefix}.bias".lstrip("."))
         weight, bias = (self.parameter_names.index(name) for name in names)
@@ -137,7 +148,8 @@ class Observation:
 def observe(
     model: nn.Module, before: StateDict, after: StateDict, image_shape: Sequence[int]
 ) -> Observation:
-    """Return the Observation of two state dicts of ``model``'s architecture, as a practitioner holds them.
+    """Return the Observation of two state dicts of ``model``'s architecture, as a practitioner
+    holds them.
 
     Parameters
     ----------
@@ -156,25 +168,31 @@ def observe(
     check_fit("before", before, model.state_dict())
     model = copy.deepcopy(model)
     model.load_state_dict(before)
-    return Observation(model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features)
+    return Observation(
+        model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features
+    )
 
 
 def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
     """Return (name, layer) of the ``nn.Linear`` whose output the network returns as class scores.
 
-    One grey image is sent through a copy of the network in eval mode, and every linear layer's output is compared with the
-    network's; where none is it (scores are transformed once more), the last one called is taken.
+    One grey image is sent through a copy of the network in eval mode, and every linear layer's
+    output is compared with the network's; where none is it (scores are transformed once more), the
+    last one called is taken.
 
     Raises
     ------
     ValueError
-        Where the network cannot take an image of this shape, or calls no linear layer, or that one has no bias.
+        Where the network cannot take an image of this shape, or calls no linear layer, or that one
+        has no bias.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
     traced = copy.deepcopy(model).eval()
     for name, module in traced.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda m, _, output, name=name: called.append((name, m, output)))
+            module.register_forward_hook(
+                lambda m, _, output, name=name: called.append((name, m, output))
+            )
     like = next(model.parameters())
     try:
         with torch.no_grad():
@@ -187,7 +205,8 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
     returned = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
     if not called or (returned or called)[-1][1].bias is None:
         raise ValueError(
-            "the model does not end in an nn.Linear layer with bias; class scores must come from one"
+            "the model does not end in an nn.Linear layer with bias; "
+            "class scores must come from one"
         )
     name = (returned or called)[-1][0]
     head = model.get_submodule(name)
@@ -196,7 +215,9 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
 
 
 def scores(output: Any) -> torch.Tensor:
-    """The class scores among what a network returns: the tensor itself, ``.logits``, "logits", or the first of several."""
+    """The class scores among what a network returns: the tensor itself, ``.logits``, "logits", or
+    the first of several.
+    """
     if isinstance(output, torch.Tensor):
         return output
     if hasattr(output, "logits"):

@@ -1,13 +1,16 @@
-"""What the artifact knows of each attack, defence, client optimizer, network, data set and protocol: one record of each.
+"""What the artifact knows of each attack, defence, client optimizer, network, data set and
+protocol: one record of each.
 
-A record stands beside the function that it describes, as a decorator, and puts it into the table of its kind when that module
-is imported (``harness.registry`` imports all of ours). Whatever names one of them by key reads these tables: trials, figures,
-the audit, help texts, notebooks. A user's own is registered the same way:
+A record stands beside the function that it describes, as a decorator, and puts it into the table of
+its kind when that module is imported (``harness.registry`` imports all of ours). Whatever names one
+of them by key reads these tables: trials, figures, the audit, help texts, notebooks. A user's own
+is registered the same way:
 
     @records.attack("mine", title="Mine", client="one step of SGD")
     def mine(seen, *, num_images=1, seed=0): ...
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +20,25 @@ from typing import Any
 from dlm_core import check
 
 
+def plain(value: Any) -> Any:
+    """``value`` as what JSON can write: dataclasses and mappings as dicts, a whole number the same
+    as int and as float.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
 class Options(Mapping):
-    """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers keep their types."""
+    """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers
+    keep their types.
+    """
 
     def __init__(self, given: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         self._content = dict(sorted({**(given or {}), **named}.items()))
@@ -33,11 +53,10 @@ class Options(Mapping):
         return len(self._content)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self._content, sort_keys=True, default=repr))
+        return hash(json.dumps(plain(self._content), sort_keys=True, default=repr))
 
     def __repr__(self) -> str:
         return repr(self._content)
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +91,15 @@ class Record:
     @property
     def takes_any(self) -> bool:
         """Whether the function passes further keyword arguments on."""
-        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values())
+        return any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values()
+        )
 
     @property
     def options(self) -> list[str]:
-        """Names of the options that may be given, and those of the functions that it passes others on to."""
+        """Names of the options that may be given, and those of the functions that it passes others
+        on to.
+        """
         return keyword_names(self.function)
 
     def check_options(self, argument: str, options: Mapping[str, Any]) -> None:
@@ -103,7 +126,8 @@ class Attack(Record):
     seeded
         Whether it starts at random.
     audited
-        Its place among the attacks that an audit tries in turn; None where an audit does not try it.
+        Its place among the attacks that an audit tries in turn; None where an audit does not try
+        it.
     """
 
     colour: int = 7
@@ -130,7 +154,8 @@ class Attack(Record):
         check.at_least("seed", seed, 0)
         if num_images > 1 and not self.several:
             raise ValueError(
-                f"num_images is {num_images}; {self.key} takes one: exact_batch and dlm_plus take several"
+                f"num_images is {num_images}; {self.key} takes one: "
+                "exact_batch and dlm_plus take several"
             )
         common = {"num_images": num_images} if self.several else {}
         if self.seeded:
@@ -145,13 +170,14 @@ class Defence(Record):
     Attributes
     ----------
     acts_on
-        "snapshot" (a state dict; whether both snapshots are defended is the observer's matter), "update" (Δ, a list of
-        tensors; W_t is public), or "training" (it replaces the client's training).
+        "snapshot" (a state dict; whether both snapshots are defended is the observer's matter),
+        "update" (Δ, a list of tensors; W_t is public), or "training" (it replaces the client's
+        training).
     random
         Whether it draws noise, and takes a ``seed``.
     variance
-        (Observation, ``defenses.Setting``) -> variance of what its noise adds to an entry of Δ, one number per parameter; None
-        for a defence without noise.
+        (Observation, ``defenses.Setting``) -> variance of what its noise adds to an entry of Δ, one
+        number per parameter; None for a defence without noise.
     leaves_out
         Whether it zeroes entries, which an observer can see and leave out.
     """
@@ -171,7 +197,8 @@ class ClientOptimizer(Record):
     Attributes
     ----------
     step
-        The same as a differentiable function of one tensor (``beyond.clients``); None where none is written.
+        The same as a differentiable function of one tensor (``beyond.clients``); None where none is
+        written.
     """
 
     step: Callable[..., Any] | None = None
@@ -179,7 +206,9 @@ class ClientOptimizer(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Record):
-    """A network: a function (image_shape, num_classes, **options) -> nn.Module that ends in nn.Linear with bias."""
+    """A network: a function (image_shape, num_classes, **options) -> nn.Module that ends in
+    nn.Linear with bias.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +230,8 @@ class DataSet(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Record):
-    """A way to learn together: a function (model, clients, **options) -> Observation, or a list of them.
+    """A way to learn together: a function (model, clients, **options) -> Observation, or a list of
+    them.
 
     Attributes
     ----------
@@ -229,7 +259,8 @@ TABLES: dict[type[Record], dict[str, Any]] = {
 
 
 def add(record: Record) -> Record:
-    """Put a record into the table of its kind; it replaces one of the same key by the same function's name and module.
+    """Put a record into the table of its kind; it replaces one of the same key by the same
+    function's name and module.
 
     Raises
     ------
@@ -241,7 +272,8 @@ def add(record: Record) -> Record:
     if taken is not None and _origin(taken.function) != _origin(record.function):
         kind = type(record).__name__
         raise ValueError(
-            f"key {record.key!r} is taken by {'.'.join(_origin(taken.function))}; a {kind} of another name can be added"
+            f"key {record.key!r} is taken by {'.'.join(_origin(taken.function))}; "
+            f"a {kind} of another name can be added"
         )
     table[record.key] = record
     return record
@@ -252,14 +284,18 @@ def _origin(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 def _decorator(kind: type[Record]) -> Callable[..., Callable[[Callable[..., Any]], Any]]:
-    def describe(key: str, *, title: str | None = None, **about: Any) -> Callable[[Callable[..., Any]], Any]:
+    def describe(
+        key: str, *, title: str | None = None, **about: Any
+    ) -> Callable[[Callable[..., Any]], Any]:
         def keep(function: Callable[..., Any]) -> Callable[..., Any]:
             add(kind(key=key, function=function, title=title or key, **about))
             return function
 
         return keep
 
-    describe.__doc__ = f"Decorator: register a function as a {kind.__name__}, with the fields of that record."
+    describe.__doc__ = (
+        f"Decorator: register a function as a {kind.__name__}, with the fields of that record."
+    )
     return describe
 
 
@@ -280,7 +316,9 @@ def keyword_names(function: Callable[..., Any]) -> list[str]:
 
 
 def passes_on_to(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator for a function with ``**options``: they are those of ``functions``, so that a misspelt one is refused."""
+    """Decorator for a function with ``**options``: they are those of ``functions``, so that a
+    misspelt one is refused.
+    """
 
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         function.passes_on_to = tuple(  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
-"""What every attack returns: one ``Reconstruction``, with its evidence and what it says about the client."""
+"""What every attack returns: one ``Reconstruction``, with its evidence and what it says about the
+client.
+"""
 
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import torch
@@ -60,9 +62,18 @@ class ClientEstimate:
     optimizer: str | None = None
 
 
+class Explains(IntEnum):
+    """How much of the update a result explains, by its own evidence."""
+
+    LITTLE = 0
+    PARTLY = 1
+    FULLY = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a reconstruction rests on. Each kind of attack has its own; all have a trace and can be put into words.
+    """What a reconstruction rests on. Each kind of attack has its own; all have a trace and can be
+    put into words.
 
     Attributes
     ----------
@@ -77,7 +88,16 @@ class Evidence:
 
     @property
     def verdict(self) -> str | None:
-        """A sentence that judges the result, derived from the fields; None for evidence that judges nothing."""
+        """A sentence that judges the result, derived from the fields; None for evidence that judges
+        nothing.
+        """
+        return None
+
+    @property
+    def explains(self) -> Explains | None:
+        """How much of the update the result explains; None where the evidence alone does not tell,
+        as a search's.
+        """
         return None
 
 
@@ -96,7 +116,8 @@ class SearchEvidence(Evidence):
     point
         {name: tensor} of all that was optimised, in the search's own coordinates.
     tried
-        [(E, lowest loss)] in the order of the searches, where the number of local steps was searched.
+        [(E, lowest loss)] in the order of the searches, where the number of local steps was
+        searched.
     """
 
     k: float | None = None
@@ -115,13 +136,15 @@ class Reconstruction:
     images
         [B, C, H, W] in the attacker's precision.
     labels
-        [B] class indices: given, inferred, or the largest of the optimised logits; -1 where unknown.
+        [B] class indices: given, inferred, or the largest of the optimised logits; -1 where
+        unknown.
     status
         How it ended.
     vouched
         [B] bool, whether the attack vouches for this image. A search never does.
     evidence
-        What it rests on. Its fields can be read off the result as well: ``found.losses``, ``found.chi2``.
+        What it rests on. Its fields can be read off the result as well: ``found.losses``,
+        ``found.chi2``.
     client
         What it says about the client.
     seconds
@@ -170,7 +193,9 @@ class Reconstruction:
         return 1 / self.client.learning_rate if self.client.learning_rate else None
 
     def numbers(self) -> dict[str, float | int | str]:
-        """What a table shows of it: every number and word among its fields, those of its evidence and of the client."""
+        """What a table shows of it: every number and word among its fields, those of its evidence
+        and of the client.
+        """
         found: dict[str, Any] = {"stop_reason": str(self.status), "seconds": self.seconds}
         for part in (self.evidence, self.client):
             found |= {each.name: getattr(part, each.name) for each in fields(part)}
@@ -181,7 +206,9 @@ class Reconstruction:
 
 
 def baseline(images: torch.Tensor) -> Reconstruction:
-    """A guess of an observer who looks at nothing, as a Reconstruction: every label 0, nothing vouched for."""
+    """A guess of an observer who looks at nothing, as a Reconstruction: every label 0, nothing
+    vouched for.
+    """
     count = len(images)
     return Reconstruction(
         images=images,

@@ -1,4 +1,6 @@
-"""The one loop behind every attack: descend from a start, remember the best point, decide when to stop, start again."""
+"""The one loop behind every attack: descend from a start, remember the best point, decide when to
+stop, start again.
+"""
 
 import copy
 import math
@@ -34,8 +36,9 @@ class StopRule:
     max_evaluations
         Budget of each restart.
     tolerance
-        Relative misfit ‖g - d‖²/‖d‖² at which the search has converged, if it is also a hundred-thousandth of the start's;
-        or the one that rounding of the transmitted weights leaves at best.
+        Relative misfit ‖g - d‖²/‖d‖² at which the search has converged, if it is also a
+        hundred-thousandth of the start's; or the one that rounding of the transmitted weights
+        leaves at best.
     patience
         The search has stalled when this many evaluations lower the loss by less than 5 %.
 
@@ -57,7 +60,9 @@ class StopRule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A number that is optimised along with the images, from ``start``; L-BFGS likes variables of order 1, so its growth is."""
+    """A number that is optimised along with the images, from ``start``; L-BFGS likes variables of
+    order 1, so its growth is.
+    """
 
     start: float
 
@@ -89,7 +94,8 @@ def reconstruct(
     seen
         What the observer sees.
     distance
-        Of ``dlm_core.objectives``: (g, scale · Δ) -> scalar, or with a trained scale (g, Δ, scale) -> scalar.
+        Of ``dlm_core.objectives``: (g, scale · Δ) -> scalar, or with a trained scale (g, Δ, scale)
+        -> scalar.
     num_images
         B, the number of images in the client's step.
     labels
@@ -107,16 +113,18 @@ def reconstruct(
     optimizer
         Of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     restarts
-        Independent starts; the one of lowest loss is returned, the first that converges ends the search.
+        Independent starts; the one of lowest loss is returned, the first that converges ends the
+        search.
     keep_every
         Keep the images of every so many evaluations in ``history``.
     update_of
         The client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
     unknowns
-        {name: number} of that client that are optimised along with the images, from the value given.
+        {name: number} of that client that are optimised along with the images, from the value
+        given.
     resume
-        The ``point`` of an earlier search to go on from, or a part of it; it replaces the start, and is no yardstick for
-        convergence.
+        The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
+        and is no yardstick for convergence.
     **stop
         Fields of ``StopRule``.
 
@@ -125,7 +133,11 @@ def reconstruct(
     ValueError
         For arguments outside their range.
     """
-    for name, value in {"num_images": num_images, "restarts": restarts, "keep_every": keep_every or 1}.items():
+    for name, value in {
+        "num_images": num_images,
+        "restarts": restarts,
+        "keep_every": keep_every or 1,
+    }.items():
         check.at_least(name, value, 1)
     check.at_least("seed", seed, 0)
     check.in_range("total_variation", total_variation, 0, math.inf)
@@ -144,7 +156,9 @@ def reconstruct(
         searches = []
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed + 10_007 * restart)
-            variables, to_images = _start(seen, coordinates, target, known, num_images, numbers, generator)
+            variables, to_images = _start(
+                seen, coordinates, target, known, num_images, numbers, generator
+            )
             variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
             floor, descent = seen.rounding_share, math.inf if resume else DESCENT
             objective = partial(problem.evaluate, to_images=to_images)
@@ -158,15 +172,18 @@ def reconstruct(
 
 
 class _Target:
-    """scale · Δ in the attacker's precision, and the unit in which a distance from it is counted."""
+    """scale · Δ in the attacker's precision, and the unit in which distances are counted."""
 
-    def __init__(self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype) -> None:
+    def __init__(
+        self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
+    ) -> None:
         self.trained = isinstance(scale, Trained)
         self.k0 = scale.start if isinstance(scale, Trained) else 1.0
         factor = 1.0 if isinstance(scale, Trained) else scale
         self.update = [factor * layer.to(dtype) for layer in seen.delta]
         self.distance = distance
-        # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares, 1/2 for the cosine,
+        # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares,
+        # 1/2 for the cosine,
         # whose small angles count as θ²/2
         opposite = [-layer * self.k0 for layer in self.update]
         self.unit = float(self.distance_from(opposite, torch.ones_like(self.update[0].sum()))) / 4
@@ -244,14 +261,26 @@ class _Finished(Exception):
 
 
 class _Search:
-    """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit, loss, images)."""
+    """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit,
+    loss, images).
+    """
 
-    def __init__(self, variables, objective, rule: StopRule, floor: float, descent: float, keep_every: int | None):
+    def __init__(
+        self,
+        variables,
+        objective,
+        rule: StopRule,
+        floor: float,
+        descent: float,
+        keep_every: int | None,
+    ):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
         self.objective = objective
         self.rule = rule
         self.floor, self.descent = floor, descent
-        self.enough: float | None = None  # misfit at which it has converged, known from the first evaluation on
+        self.enough: float | None = (
+            None  # misfit at which it has converged, known from the first evaluation on
+        )
         self.keep_every = keep_every
         self.losses: list[float] = []
         self.lowest: list[float] = []
@@ -312,7 +341,9 @@ class _Search:
 def known_labels(
     seen: Observation, labels: str | torch.Tensor, num_images: int, local_steps: int = 1
 ) -> torch.Tensor | None:
-    """The labels where they are told or inferred (as after ``local_steps``), None where they are to be optimised."""
+    """The labels where they are told or inferred (as after ``local_steps``), None where they are to
+    be optimised.
+    """
     if not isinstance(labels, torch.Tensor):
         check.one_of("labels", labels, ("inferred", "optimised"))
         if labels == "optimised":
@@ -320,8 +351,11 @@ def known_labels(
         return label_inference.infer(seen, num_images, local_steps=local_steps)
     if labels.shape != (num_images,) or labels.is_floating_point():
         raise ValueError(
-            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it takes {num_images} class indices"
+            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; "
+            f"it takes {num_images} class indices"
         )
     if labels.min() < 0 or labels.max() >= seen.num_classes:
-        raise ValueError(f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}")
+        raise ValueError(
+            f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
+        )
     return labels.to(next(seen.model.parameters()).device)

@@ -1,4 +1,6 @@
-"""How many threads an attack computes on. Networks as small as the paper's are slowed down by several, tenfold on a busy machine."""
+"""How many threads an attack computes on. Networks as small as the paper's are slowed down by
+several, tenfold on a busy machine.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,12 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-SMALL = 1_000_000  # weights up to which one thread is the fastest: LeNet has 85,036, ResNet-18 eleven million
+# Weights up to which one thread is the fastest: LeNet has 85,036, ResNet-18 eleven million.
+SMALL = 1_000_000
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, and restore the caller's number. Sums, and so bits, depend on that number."""
+    """Compute on one thread, and restore the caller's number. Sums, and so bits, depend on that
+    number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,6 @@
-"""State dicts: read from files without running anything in them, compared with a network, rounded to a precision."""
+"""State dicts: read from files without running anything in them, compared with a network, rounded
+to a precision.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,8 @@ StateDict = dict[str, torch.Tensor]
 
 
 def load_weights(path: str | Path) -> StateDict:
-    """Read a state dict from a safetensors file, or from a torch file without running anything in it.
+    """Read a state dict from a safetensors file, or from a torch file without running anything in
+    it.
 
     Parameters
     ----------
@@ -57,12 +60,16 @@ def check_weights(argument: str, weights: Any) -> StateDict:
 
 
 def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of ``expected``."""
+    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of
+    ``expected``.
+    """
     check_weights(argument, weights)
     lacks = [name for name in expected if name not in weights]
     has = [name for name in weights if name not in expected]
     if lacks or has:
-        parts = [f"{verb} {_some(names)}" for verb, names in (("lacks", lacks), ("has", has)) if names]
+        parts = [
+            f"{verb} {_some(names)}" for verb, names in (("lacks", lacks), ("has", has)) if names
+        ]
         cure = "; rename its entries, or give audit or observe the network that they come from"
         told = cure if argument == "before" else ""
         raise ValueError(f"{argument} does not fit the model: it {' and '.join(parts)}{told}")
@@ -74,7 +81,8 @@ def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor])
         for name, tensor in expected.items():
             if of(weights[name]) != of(tensor):
                 raise ValueError(
-                    f"{argument}[{name!r}] has {what} {of(weights[name])}; the model's has {of(tensor)}"
+                    f"{argument}[{name!r}] has {what} {of(weights[name])}; "
+                    f"the model's has {of(tensor)}"
                 )
 
 
@@ -82,15 +90,21 @@ def check_finite(argument: str, weights: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError, naming the tensor, where ``weights`` hold NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{argument} holds NaN or infinity in {name!r}; a snapshot must be finite")
+            raise ValueError(
+                f"{argument} holds NaN or infinity in {name!r}; a snapshot must be finite"
+            )
 
 
 def rounded(weights: StateDict, dtype: torch.dtype | None) -> StateDict:
     """``weights`` to the precision of ``dtype`` (None: as they are), held in their own dtype."""
     if dtype is None:
         return weights
-    return {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    return {
+        name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()
+    }
 
 
 def _some(names: list) -> str:
-    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return ", ".join(map(repr, names[:2])) + (
+        f" and {len(names) - 2} more" if len(names) > 2 else ""
+    )

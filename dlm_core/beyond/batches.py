@@ -24,7 +24,7 @@ from dlm_core.beyond.exact import CHI2_RANGE
 from dlm_core.beyond.recursion import WRAPPED
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import find_head
-from dlm_core.results import ClientEstimate, Evidence, Reconstruction, Status
+from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
 
 MOVED, RANK, ZERO = 3.0, 2.0, 10.0  # times the noise: a unit that moved, a direction that is there, an entry not zero
 MARGIN = 0.05  # of a trace that its zeros settle; combinations have 0
@@ -77,6 +77,13 @@ class Traces(Evidence):
     units: int
     chi2: float
     reason: Reason
+
+    @property
+    def explains(self) -> Explains:
+        """All of the update where every image was recovered."""
+        if self.recovered.all():
+            return Explains.FULLY
+        return Explains.PARTLY if self.recovered.any() else Explains.LITTLE
 
     @property
     def verdict(self) -> str:

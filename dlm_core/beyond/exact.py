@@ -20,7 +20,7 @@ from torch.func import vjp
 from dlm_core import attacks, check, label_inference, records
 from dlm_core.beyond import information, recursion, rounding
 from dlm_core.beyond.recursion import PRIOR_MEAN, PRIOR_VARIANCE, signals
-from dlm_core.results import ClientEstimate, Evidence, Reconstruction, Status
+from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
 
 CONVERGED = 0.01  # standard errors per unknown: the length of a step too short to matter
 IMPLAUSIBLE = 100.0  # χ²/N of the features' fit above which the image is not fitted
@@ -67,6 +67,13 @@ class Fit(Evidence):
     directions: int
     grade: Grade
     counted: bool
+
+    @property
+    def explains(self) -> Explains:
+        """All of the update where the image is determined, nothing where the assumptions fail."""
+        if self.grade is Grade.REFUTED:
+            return Explains.LITTLE
+        return Explains.PARTLY if self.grade is Grade.PARTLY else Explains.FULLY
 
     @property
     def verdict(self) -> str:

@@ -1,1 +1,3 @@
-"""What a notebook imports beside the science: trials, sweeps, reports, figures, the audit of a client."""
+"""What a notebook imports beside the science: trials, sweeps, reports, figures, the audit of a
+client.
+"""

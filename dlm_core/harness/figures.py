@@ -1,20 +1,14 @@
 """One look for all figures: size, colours, and grids of images."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dlm_core import check, records
+from dlm_core.harness import registry  # noqa: F401, it fills the tables
+
 COLUMN = 85 / 25.4  # width of a journal column in inches
-# Name, colour in seaborn's colour-blind palette, and marker of each attack, the same in every figure.
-ATTACKS = {
-    "dlg": ("DLG", 0, "o"),
-    "idlg": ("iDLG", 9, "v"),
-    "inverting_gradients": ("IG", 2, "s"),
-    "dlm": ("DLM", 1, "D"),
-    "dlm_plus": ("DLM+", 4, "P"),
-    "exact": ("exact", 3, "*"),
-    "unrolled_dlm": ("unrolled DLM+", 5, "X"),
-    "exact_batch": ("exact, batch", 3, "H"),
-    "interval_dlm": ("DLM on bounds", 2, "^"),
-    "sign_dlm": ("signs alone", 8, "<"),
-    "statistics": ("DLM+ with statistics", 3, "^"),
-}
 STYLE = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),
     "figure.dpi": 200,
@@ -35,8 +29,10 @@ STYLE = {
 }
 
 
-def style():
-    """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe colours."""
+def style() -> None:
+    """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe
+    colours.
+    """
     import matplotlib
     import seaborn
 
@@ -44,20 +40,29 @@ def style():
     matplotlib.rcParams.update(STYLE)
 
 
-def name(attack):
-    """An attack's name as the papers write it."""
-    return ATTACKS[attack][0]
+def name(key: str) -> str:
+    """The name of a registered attack or defence, as the papers write it."""
+    return _record(key).title
 
 
-def look(attack):
-    """Keyword arguments (label, color, marker) that draw an attack the same way everywhere."""
+def look(key: str) -> dict[str, Any]:
+    """Keyword arguments (label, color, marker) that draw a registered attack or defence the same
+    way everywhere.
+    """
     import seaborn
 
-    label, colour, marker = ATTACKS[attack]
-    return {"label": label, "color": seaborn.color_palette("colorblind")[colour], "marker": marker}
+    record = _record(key)
+    palette = seaborn.color_palette("colorblind")
+    return {"label": record.title, "color": palette[record.colour], "marker": record.marker}
 
 
-def show(figure, alt):
+def _record(key: str) -> records.Attack | records.Defence:
+    """An attack's record, or a defence's that has another key than every attack."""
+    check.one_of("attack or defence", key, [*records.ATTACKS, *records.DEFENCES])
+    return records.ATTACKS.get(key) or records.DEFENCES[key]
+
+
+def show(figure: Any, alt: str) -> None:
     """Display a matplotlib figure with ``alt`` as its description, and close it."""
     import matplotlib.pyplot as plt
     from IPython.display import display
@@ -66,8 +71,15 @@ def show(figure, alt):
     plt.close(figure)
 
 
-def show_images(rows, row_names, column_names=(), cell=0.42):
-    """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display). Returns the figure."""
+def show_images(
+    rows: Sequence[Sequence[torch.Tensor | None]],
+    row_names: Sequence[str],
+    column_names: Sequence[str] = (),
+    cell: float = 0.42,
+) -> Any:
+    """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display).
+    Returns the figure.
+    """
     import matplotlib.pyplot as plt
 
     columns = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""Where this copy of ``dlm_core`` lies, and whether the repository lies around it: figures, notebooks, bundled images."""
+"""Where this copy of ``dlm_core`` lies, and whether the repository lies around it."""
 
 from __future__ import annotations
 
@@ -29,5 +29,7 @@ def checkout(what: str) -> Path:
 
 
 def home() -> Path:
-    """The folder where figures and finished trials go by default: the repository, or for an installed copy the current one."""
+    """Where figures and finished trials go by default: the repository, for an installed copy the
+    current folder.
+    """
     return REPOSITORY if in_checkout() else Path.cwd()

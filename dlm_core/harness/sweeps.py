@@ -1,22 +1,39 @@
-"""Run many trials: keep what is finished, use all cores or a cluster, show the time left, return a table."""
+"""Run many trials: keep what is finished, use all cores or a cluster, show the time left, return a
+table.
+"""
 
 import contextlib
+import dataclasses
+import enum
 import functools
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dlm_core import check
+from dlm_core.harness import registry
 from dlm_core.harness.paths import REPOSITORY
+from dlm_core.records import plain
 
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
+ONE_AT_A_TIME = (
+    threading.Lock()
+)  # in a process: a trial's one torch thread, and a network's seed, are the whole process's
+
+
+class Default(enum.Enum):
+    """Stands for the store that is taken where none is named."""
+
+    STORE = "DLM_STORE, or .store in the repository"
 
 
 class Store:
@@ -33,7 +50,9 @@ class Store:
                 pass
             os.remove(self.folder / f".writable-{os.getpid()}")
         except OSError as error:
-            raise ValueError(f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
+            raise ValueError(
+                f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another"
+            ) from None
 
     def path(self, trial):
         return self.folder / trial.key[:2] / f"{trial.key}.safetensors"
@@ -51,7 +70,9 @@ class Store:
                 record["arrays"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
                 return record
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            warnings.warn(f"store entry {path.name} is damaged ({error}) and is computed again", stacklevel=2)
+            warnings.warn(
+                f"store entry {path.name} is damaged ({error}) and is computed again", stacklevel=2
+            )
             return None
 
     def put(self, trial, record):
@@ -59,74 +80,127 @@ class Store:
 
         path = self.path(trial)
         path.parent.mkdir(exist_ok=True)
-        plain = {name: value for name, value in record.items() if name != "arrays"}
+        numbers = {name: value for name, value in record.items() if name != "arrays"}
         tensors = record["arrays"] or {"empty": torch.zeros(1)}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            temporary.write_bytes(save(tensors, metadata={"record": json.dumps(plain), "trial": json.dumps(asdict(trial))}))
+            temporary.write_bytes(
+                save(
+                    tensors,
+                    metadata={"record": json.dumps(numbers), "trial": json.dumps(plain(trial))},
+                )
+            )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(trials, *, jobs=None, store=None, scheduler=None):
+def sweep(
+    trials: Iterable[Any],
+    *,
+    jobs: int | None = None,
+    store: str | Path | None | Default = Default.STORE,
+    scheduler: str | None = None,
+) -> list[dict[str, Any]]:
     """Run the trials that the store lacks, and return their records in the trials' order.
 
-    jobs       worker processes; default DLM_JOBS or the number of cores.
-    store      folder of finished records; default DLM_STORE or ".store" in the repository.
-    scheduler  address of a Dask scheduler (tcp://…) to use instead of local processes; default SCHEDULER.
+    Parameters
+    ----------
+    trials
+        Values with a ``key`` and a ``run``: ``trials.Trial``, ``utility.Federation``. What they
+        name may be a user's own, registered in a notebook or a module (``dlm_core.records``):
+        workers are sent it, and its code is part of the key.
+    jobs
+        Worker processes; default DLM_JOBS or the number of cores.
+    store
+        Folder of finished records; by default DLM_STORE or ".store" in the repository. None keeps
+        nothing.
+    scheduler
+        Address of a Dask scheduler (tcp://…) to use instead of local processes; default SCHEDULER.
 
+    Notes
+    -----
     Records are stored one by one as they finish, so that an interrupt loses only what is under way.
+    Keys are computed here, once, and never by a worker.
     """
     import joblib
 
     trials = list(trials)
-    jobs = int(jobs or os.environ.get("DLM_JOBS") or os.cpu_count())
+    jobs = int(jobs or os.environ.get("DLM_JOBS") or os.cpu_count() or 1)
     check.at_least("jobs", jobs, 1)
-    shelf = Store(store or os.environ.get("DLM_STORE") or REPOSITORY / ".store")
-    records = {trial: shelf.get(trial) for trial in trials}
+    if store is Default.STORE:
+        store = os.environ.get("DLM_STORE") or REPOSITORY / ".store"
+    shelf = None if store is None else Store(store)
+    records = {trial: shelf.get(trial) if shelf else None for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
     scheduler = scheduler or os.environ.get("SCHEDULER")
     master = None if scheduler else os.getpid()
+    shipment = registry.shipped()
     with (
         _progress(len(records), len(records) - len(missing)) as bar,
         engine(scheduler, jobs),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces workers that have grown; no trial is lost
+        # joblib replaces workers that have grown; no trial is lost
+        warnings.filterwarnings("ignore", "A worker stopped")
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        for trial, record in parallel(joblib.delayed(_numbered)(trial, master) for trial in missing):
-            shelf.put(trial, record)
-            records[trial] = record
+        calls = (
+            joblib.delayed(_numbered)(i, trial, master, shipment) for i, trial in enumerate(missing)
+        )
+        for i, record in parallel(calls):
+            if shelf:
+                shelf.put(missing[i], record)
+            records[missing[i]] = record
             bar.update()
     return [records[trial] for trial in trials]
 
 
 def table(trials, records):
-    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its record's numbers."""
+    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its
+    record's numbers.
+    """
     import pandas
 
     rows = []
     for trial, record in zip(trials, records, strict=True):
-        row = {}
-        for name, value in asdict(trial).items():
-            row.update({f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value})
-        rows.append({**row, **{name: value for name, value in record.items() if name != "arrays"}})
+        numbers = {name: value for name, value in record.items() if name != "arrays"}
+        rows.append({**_flat(trial), **numbers})
     return pandas.DataFrame(rows)
 
 
-def summarise(frame, by):
-    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns ``by``, in order of appearance.
+def _flat(trial: Any) -> dict[str, Any]:
+    """A trial's fields with those of its parts, "client.learning_rate"; a part's options stand
+    among its fields.
+    """
+    row: dict[str, Any] = {}
+    for field in dataclasses.fields(trial):
+        value = getattr(trial, field.name)
+        if dataclasses.is_dataclass(value):
+            value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            value |= value.pop("options", {})
+        if isinstance(value, Mapping):
+            row |= {f"{field.name}.{name}": each for name, each in value.items()}
+        elif value is not None:
+            row[field.name] = value
+    return row
 
-    success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and lpips are medians, with
-    the quartiles of psnr; released_20 is the share that the released code's PSNR of at least 20 would call a success.
+
+def summarise(frame, by):
+    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns
+    ``by``, in order of appearance.
+
+    success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and
+    lpips are medians, with the quartiles of psnr; released_20 is the share that the released code's
+    PSNR of at least 20 would call a success.
     """
     import pandas
     from scipy.stats import binomtest
 
     rows = []
     for names, group in frame.groupby(by, sort=False, dropna=False):
-        psnr = group["psnr"].fillna(float("-inf"))  # a trial without a picture is a failure, not a gap
+        psnr = group["psnr"].fillna(
+            float("-inf")
+        )  # a trial without a picture is a failure, not a gap
         row = dict(zip(by, names)) | {"n": len(group)}
         for threshold in (20, 30):
             successes = int((psnr >= threshold).sum())
@@ -137,22 +211,43 @@ def summarise(frame, by):
                 f"high_{threshold}": interval.high,
             }
         row |= {f"psnr_{q}": group["psnr"].quantile(q / 100) for q in (25, 50, 75)}
-        row |= {name: group[name].astype(float).median() for name in ("ssim", "lpips", "released_psnr")}
+        row |= {
+            name: group[name].astype(float).median() for name in ("ssim", "lpips", "released_psnr")
+        }
         rows.append(
-            row | {"released_20": (group["released_psnr"] >= 20).mean(), "labels_right": group["labels_right"].mean()}
+            row
+            | {
+                "released_20": (group["released_psnr"] >= 20).mean(),
+                "labels_right": group["labels_right"].mean(),
+            }
         )
     return pandas.DataFrame(rows)
 
 
-def _numbered(trial, master):
-    if master not in (None, os.getpid()):
-        end_with(master)
-    return trial, trial.run()
+def _numbered(
+    i: int, trial: Any, master: int | None, shipment: bytes
+) -> tuple[int, dict[str, Any]]:
+    """(i, the trial's record), in a worker or in the process that planned the sweep."""
+    if master != os.getpid():
+        registry.receive(shipment)
+        if master is not None:
+            end_with(master)
+    with ONE_AT_A_TIME:
+        return i, trial.run()
+
+
+def leave_interrupts() -> None:
+    """Leave an interrupt, which a terminal sends to all, to the process that started this worker:
+    it says what is kept.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @functools.cache
 def end_with(master):
-    """End this worker process when ``master``, which started it, is gone: joblib's outlive one that was killed."""
+    """End this worker process when ``master``, which started it, is gone: joblib's outlive one that
+    was killed.
+    """
 
     def watch():
         while os.getppid() == master:
@@ -164,11 +259,14 @@ def end_with(master):
 
 @contextlib.contextmanager
 def engine(scheduler, jobs):
-    """joblib's processes on this machine, or its Dask backend on the cluster behind ``scheduler``."""
+    """joblib's processes on this machine, or its Dask backend on the cluster of ``scheduler``."""
     import joblib
 
     if not scheduler:
-        with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
+        workers: dict[str, Any] = {"backend": "sequential"}
+        if jobs > 1:
+            workers = {"backend": "loky", "initializer": leave_interrupts}
+        with joblib.parallel_config(n_jobs=jobs, **workers):
             yield
         return
     from dask.distributed import Client
@@ -177,8 +275,9 @@ def engine(scheduler, jobs):
         client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"SCHEDULER {scheduler!r} cannot be reached within {PATIENCE} ({type(error).__name__}); "
-            "give the tcp:// address of a running Dask scheduler, or leave it unset to use this machine"
+            f"SCHEDULER {scheduler!r} cannot be reached within {PATIENCE} "
+            f"({type(error).__name__}); give the tcp:// address of a running Dask scheduler, "
+            "or leave it unset to use this machine"
         ) from None
     with client, joblib.parallel_config(backend="dask"):
         yield
@@ -186,7 +285,9 @@ def engine(scheduler, jobs):
 
 @contextlib.contextmanager
 def _progress(total, done):
-    """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in the file it watches."""
+    """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in
+    the file it watches.
+    """
     from tqdm.auto import tqdm
 
     watched = os.environ.get("DLM_PROGRESS")
@@ -194,7 +295,11 @@ def _progress(total, done):
         if watched:
             bar = stack.enter_context(_Watched(Path(watched), total, done))
         else:
-            bar = stack.enter_context(tqdm(total=total, initial=done, unit="trial", file=sys.stderr, disable=done == total))
+            bar = stack.enter_context(
+                tqdm(
+                    total=total, initial=done, unit="trial", file=sys.stderr, disable=done == total
+                )
+            )
         yield bar
 
 

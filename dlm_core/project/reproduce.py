@@ -139,8 +139,7 @@ def run(
 
 def defaults(name: str) -> dict[str, Any]:
     """{parameter: value} as they stand in a notebook's parameters cell."""
-    notebook = _read(NOTEBOOKS / f"{name}.ipynb")
-    return cells.read(cells.cell_of(notebook)["source"])
+    return report.parameters(NOTEBOOKS / f"{name}.ipynb")
 
 
 def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: str | None) -> Path:

@@ -1,0 +1,157 @@
+"""What a trial says, played: the client trains, the defence defends, the attack attacks, and the
+result is judged.
+"""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlm_core import coordinates, data, defenses, federated, models, optimizers, records
+from dlm_core.harness.judge import arrays, judge
+from dlm_core.observation import Observation
+from dlm_core.results import Reconstruction, Status
+from dlm_core.threads import one_thread
+
+# Names that stand for functions and dtypes among an attack's options, so that a trial stays plain
+# data.
+PARTS = {
+    "pixels": coordinates.pixels,
+    "cosines": coordinates.cosines,
+    "lbfgs": optimizers.lbfgs,
+    "released_lbfgs": optimizers.released_lbfgs,
+    "adam": optimizers.adam,
+    "signed_adam": optimizers.SignedAdam,
+}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+OPTION_PARTS = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES, "dtype": DTYPES}
+
+
+def play(trial: Any) -> dict[str, Any]:
+    """Return the trial's record: plain numbers and strings, and under "arrays" tensors (images,
+    losses, history).
+
+    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or
+    an attack that diverges numerically is a result, not an error; so is a client whose weights do
+    not change. Its ``Status`` says so.
+    """
+    with one_thread():
+        try:
+            seen, images, labels = observe(trial)
+        except FloatingPointError:
+            return _without_picture(Status.CLIENT_DIVERGED)
+        except federated.Unchanged:
+            return _without_picture(Status.CLIENT_UNCHANGED)
+        try:
+            found = attack(trial, seen, labels)
+        except (
+            torch.linalg.LinAlgError
+        ):  # a defence may leave too little for exact recovery's equations
+            return _without_picture(Status.SINGULAR)
+        return {**judge(found, images, labels), "arrays": arrays(found)}
+
+
+def _without_picture(status: Status) -> dict[str, Any]:
+    return {"stop_reason": str(status), "arrays": {}}
+
+
+def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The client's side of a trial.
+
+    Returns
+    -------
+    seen
+        The Observation after the defence; of the protocol "rounds" a list of them.
+    images, labels
+        The truth, [B, C, H, W] and [B].
+    """
+    chosen = range(trial.index, trial.index + trial.num_images)
+    truth = data.load(trial.dataset, indices=chosen, source=trial.source)
+    model = copy.deepcopy(received(_start(trial)))
+    model.train(trial.client.mode == "train")
+    model = model.to(DTYPES[trial.client.dtype])
+    if trial.protocol is not None:
+        return take_part(trial, model), truth.images, truth.labels
+    images = truth.images.to(DTYPES[trial.client.dtype])
+    seen = federated.train_locally(model, images, truth.labels, **trial.client.training())
+    return defend(trial, seen), truth.images, truth.labels
+
+
+def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:
+    """What the trial's defence leaves of an Observation, with noise of its own for each round
+    ``turn`` and each client.
+    """
+    setting = trial.defence
+    if setting is None:
+        return seen
+    seed = trial.seed + 101 * turn + 1009 * client
+    about = {"observer": setting.observer, "repeats": setting.repeats}
+    return defenses.defend(seen, setting.name, seed=seed, **about, **setting.options)
+
+
+def take_part(trial: Any, model: nn.Module) -> Any:
+    """What the trial's protocol leaves to its observer: an Observation, of "rounds" a list."""
+    last = trial.index + trial.num_images + trial.protocol.others
+    everyone = data.load(trial.dataset, indices=range(trial.index, last), source=trial.source)
+    images = everyone.images.to(next(model.parameters()))
+    clients = list(zip(images.split(1), everyone.labels.split(1)))
+    options = dict(trial.protocol.options)
+    if trial.defence is not None:
+        options["defend"] = functools.partial(defend, trial)
+    protocol = records.PROTOCOLS[trial.protocol.name].function
+    return protocol(model, clients, **options, **trial.client.training(plainly=True))
+
+
+def _start(trial: Any) -> Any:
+    """The trial's part that decides which model the client receives."""
+    same = {"attack": "grey", "attack_options": {}, "client": {}, "defence": None, "protocol": None}
+    return dataclasses.replace(trial, **same)
+
+
+@functools.lru_cache(maxsize=4)
+def received(trial: Any) -> nn.Module:
+    """The model that the client receives, trained or not; trials that differ in client, attack or
+    defence share it.
+    """
+    truth = data.load(trial.dataset, indices=[trial.index], source=trial.source)
+    shape, options = truth.images.shape[1:], trial.model_options
+    model = models.build(trial.model, shape, truth.num_classes, seed=trial.seed, **options)
+    return train(model, trial) if trial.trained else model
+
+
+def train(model: nn.Module, trial: Any) -> nn.Module:
+    """``model`` after ``trial.trained`` rounds of FedAvg: 5 clients, up to 1,000 images, 10 Adam
+    steps of 32 images each.
+    """
+    everything = data.load(trial.dataset, source=trial.source)
+    attacked = range(trial.index, trial.index + trial.num_images)
+    available = range(min(len(everything.labels), 1000 + trial.num_images))
+    others = [i for i in available if i not in attacked]
+    clients = [(everything.images[others[c::5]], everything.labels[others[c::5]]) for c in range(5)]
+    settings = {
+        "learning_rate": 0.01,
+        "local_steps": 10,
+        "batch_size": 32,
+        "client_optimizer": "adam",
+    }
+    *_, (model, _) = federated.rounds(model, clients, num_rounds=trial.trained, **settings)
+    return model
+
+
+def attack(trial: Any, seen: Any, labels: torch.Tensor) -> Reconstruction:
+    """The observer's side: ``labels`` are used only where the trial says that the attack is told
+    them.
+    """
+    record = records.ATTACKS[trial.attack]
+    options = {}
+    for name, value in trial.attack_options.items():
+        known = OPTION_PARTS.get(name)
+        options[name] = known[value] if known else value
+    if options.get("labels") == "given":
+        options["labels"] = labels
+    if "defence" in record.demands:
+        options["defence"] = trial.defence
+    return record(seen, num_images=trial.num_images, seed=trial.seed, **options)

@@ -1,0 +1,95 @@
+"""One sentence that says in which setting a notebook's numbers hold, generated from its trials."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dlm_core import records
+from dlm_core.harness.trials import Trial
+
+INITS = {"paper": "the paper's weights", "default": "PyTorch's initial weights"}
+SEARCH = ("optimizer", "coordinates", "dtype", "max_evaluations", "patience", "tolerance")
+BASELINES = ("grey", "noise")
+
+
+def sentence(trials: Iterable[Any], *, n: str | None = None) -> str:
+    """Return "Setting: LeNet with the paper's weights, CIFAR-100 (bundled), one image, …; n = …".
+
+    Parameters
+    ----------
+    trials
+        Of ``trials.Trial``; others, such as trainings for their accuracy, are left out. What
+        differs among them is listed.
+    n
+        What is counted, where the trials do not say it.
+    """
+    attacked = [t for t in trials if isinstance(t, Trial) and t.attack not in BASELINES]
+    if not attacked:
+        return f"Setting: n = {n}." if n else ""
+    parts = [_networks, _data, _images, _client, _defences, _labels, _search]
+    said = [text for text in (part(attacked) for part in parts) if text]
+    return f"Setting: {', '.join(said)}; n = {n or _count(attacked)}."
+
+
+def _listed(values: Iterable[Any], last: str = " or ") -> str:
+    """Distinct values in order of appearance, in words."""
+    texts = [str(value) for value in dict.fromkeys(values)]
+    if len(texts) > 5:
+        texts = [*texts[:2], f"{len(texts) - 3} others", texts[-1]]
+    return last.join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
+
+
+def _networks(trials: list[Trial]) -> str:
+    names = _listed(records.NETWORKS[t.model].title for t in trials)
+    inits = _listed(INITS[t.model_options.get("init", "paper")] for t in trials)
+    trained = [t.trained for t in trials if t.trained]
+    return f"{names} with {inits}" + (
+        f", up to {max(trained)} rounds of training" if trained else ""
+    )
+
+
+def _data(trials: list[Trial]) -> str:
+    titles = {key: record.title for key, record in records.DATA_SETS.items()}
+    return _listed(f"{titles.get(t.dataset, t.dataset)} ({t.source})" for t in trials)
+
+
+def _images(trials: list[Trial]) -> str:
+    counts = sorted({t.num_images for t in trials})
+    return "one image" if counts == [1] else f"{_listed(counts)} images"
+
+
+def _client(trials: list[Trial]) -> str:
+    clients = [t.client for t in trials]
+    steps = sorted({c.local_steps for c in clients})
+    kinds = _listed(records.CLIENT_OPTIMIZERS[c.client_optimizer].title for c in clients)
+    rates = _listed(f"{rate:g}" for rate in sorted({c.learning_rate for c in clients}))
+    number = "one step" if steps == [1] else f"{_listed(steps)} steps"
+    precision = _listed(c.transmitted or c.dtype for c in clients)
+    return f"{number} of {kinds} at {rates}, {precision}"
+
+
+def _defences(trials: list[Trial]) -> str:
+    names = [t.defence.record.title for t in trials if t.defence is not None]
+    return f"defended by {_listed(names)}" if names else ""
+
+
+def _labels(trials: list[Trial]) -> str:
+    defaults = {"dlg": "optimised"}
+    how = {"given": "told", "inferred": "inferred", "optimised": "optimised"}
+    return "label " + _listed(
+        how[t.attack_options.get("labels", defaults.get(t.attack, "inferred"))] for t in trials
+    )
+
+
+def _search(trials: list[Trial]) -> str:
+    ours = [t for t in trials if not set(SEARCH) & t.attack_options.keys()]
+    if len(ours) == len(trials):
+        return "our search"
+    return "our search and others that the tables name" if ours else "searches that the tables name"
+
+
+def _count(trials: list[Trial]) -> str:
+    """Images and networks, which are not the same thing."""
+    images = len({(t.dataset, t.index) for t in trials})
+    networks = len({(t.model, t.model_options, t.seed) for t in trials})
+    counts = {"image": images, "network": networks, "attack": len(trials)}
+    return ", ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())
