@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dlm_core.harness.paths import in_checkout
 from dlm_core.project import commands, environment
 
 
@@ -24,8 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ConnectionError, FileNotFoundError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        logging.getLogger("asyncio").disabled = True  # it would print what the notebook's interrupted kernel was at
-        print("\ninterrupted; finished trials are kept, the same command goes on from here", file=sys.stderr)
+        logging.getLogger(
+            "asyncio"
+        ).disabled = True  # it would print what the notebook's interrupted kernel was at
+        print(
+            "\ninterrupted; finished trials are kept, the same command goes on from here",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -36,12 +42,14 @@ def _refuse(sentence: str) -> int:
 
 def _missing(package: str) -> str:
     """What to do about a package that is not there, in a checkout and in an installed copy."""
-    if commands.in_checkout():
+    if in_checkout():
         return (
             f"{package} is not installed for this Python; `make env` makes .venv/ once, then use its Python: "
             "source .venv/bin/activate"
         )
-    return f"{package} is not installed for this Python; pip install 'dlm-core[notebooks]' brings it"
+    return (
+        f"{package} is not installed for this Python; pip install 'dlm-core[notebooks]' brings it"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    figures = command("figures", commands.figures, "run the notebooks: every figure and table, into figures/")
+    figures = command(
+        "figures", commands.figures, "run the notebooks: every figure and table, into figures/"
+    )
     figures.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
     figures.add_argument("--only", help="one notebook, by name or number; several with commas")
     figures.add_argument(
-        "--set", default="paper", dest="chosen_set", help="paper (00 to 11, default), beyond, or all"
+        "--set",
+        default="paper",
+        dest="chosen_set",
+        help="paper (00 to 11, default), beyond, or all",
     )
     figures.add_argument(
         "--parameter",
@@ -79,26 +92,38 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     figures.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
     figures.add_argument("--out", help="folder for figures and tables (default: figures/)")
-    figures.add_argument("--scheduler", help="tcp:// address of a Dask scheduler to run the trials on")
     figures.add_argument(
-        "--in-place", action="store_true", help="also replace the notebooks by their executed versions"
+        "--scheduler", help="tcp:// address of a Dask scheduler to run the trials on"
+    )
+    figures.add_argument(
+        "--in-place",
+        action="store_true",
+        help="also replace the notebooks by their executed versions",
     )
     test = command(
         "test",
         commands.test,
         "run pytest, every notebook under the smoke profile, nbval on them, and on the lessons and how-tos",
     )
-    test.add_argument("pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)")
+    test.add_argument(
+        "pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)"
+    )
     command("lab", commands.lab, "start JupyterLab in the project's environment")
 
 
 def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     site = command(
-        "site", commands.site, "build the site of notebooks, figures, claims, course and reference; needs no network"
+        "site",
+        commands.site,
+        "build the site of notebooks, figures, claims, course and reference; needs no network",
     )
-    site.add_argument("--out", default="build/site", help="folder for the site (default build/site)")
+    site.add_argument(
+        "--out", default="build/site", help="folder for the site (default build/site)"
+    )
     assignment = command(
-        "assignment", commands.assignment, "write the students' versions of the lessons, without solutions"
+        "assignment",
+        commands.assignment,
+        "write the students' versions of the lessons, without solutions",
     )
     assignment.add_argument(
         "--out", default="build/assignment", help="folder for them (default build/assignment)"
@@ -109,14 +134,18 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "prove that the lessons' tests pass on the solutions and fail without them",
     )
     refresh = command(
-        "lessons", commands.refresh_lessons, "run the lessons and how-tos and replace them by their executed versions"
+        "lessons",
+        commands.refresh_lessons,
+        "run the lessons and how-tos and replace them by their executed versions",
     )
     refresh.add_argument("--only", help="a part of the names of those to run")
 
 
 def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench = command(
-        "bench", commands.bench, "measure speed and memory of the attacks, ours beside the released settings"
+        "bench",
+        commands.bench,
+        "measure speed and memory of the attacks, ours beside the released settings",
     )
     bench.add_argument(
         "--num-images",
@@ -126,12 +155,19 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         help="bundled CIFAR-100 images to attack (default 20; 0: the threads alone)",
     )
     bench.add_argument(
-        "--peer-images", type=int, default=3, help="of them for breaching's attacks (default 3; 0: without it)"
+        "--peer-images",
+        type=int,
+        default=3,
+        help="of them for breaching's attacks (default 3; 0: without it)",
     )
     clean = command(
-        "clean", commands.clean, "remove what make made: build/, the store of trials, caches; not the figures"
+        "clean",
+        commands.clean,
+        "remove what make made: build/, the store of trials, caches; not the figures",
     )
-    clean.add_argument("--all", action="store_true", dest="environment_too", help="the environment too")
+    clean.add_argument(
+        "--all", action="store_true", dest="environment_too", help="the environment too"
+    )
     _attack_command(command)
 
 
@@ -144,7 +180,10 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument("before", nargs="?", help="state dict that the client received, W_t")
     attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
     attack.add_argument(
-        "--list", action="store_true", dest="show", help="the attacks, networks and clients that can be named, and stop"
+        "--list",
+        action="store_true",
+        dest="show",
+        help="the attacks, networks and clients that can be named, and stop",
     )
     attack.add_argument(
         "--model",
@@ -152,9 +191,15 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="network as dlm_core.models builds it, names of the weights included (default lenet; see --list)",
     )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
-    attack.add_argument("--num-classes", type=int, help="outputs of the last layer (default: as in the file)")
     attack.add_argument(
-        "--num-images", "--images", type=int, default=1, help="images in the client's step (default 1)"
+        "--num-classes", type=int, help="outputs of the last layer (default: as in the file)"
+    )
+    attack.add_argument(
+        "--num-images",
+        "--images",
+        type=int,
+        default=1,
+        help="images in the client's step (default 1)",
     )
     attack.add_argument(
         "--attack",
@@ -162,7 +207,8 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="one of them (see --list); all (default): in turn, until one explains the update",
     )
     attack.add_argument(
-        "--client", help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)"
+        "--client",
+        help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)",
     )
     attack.add_argument(
         "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"

@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlm_core.harness.paths import checkout, in_checkout
+from dlm_core.harness.paths import checkout
 from dlm_core.project import environment
-
-__all__ = ["in_checkout"]  # and the commands below
 
 
 def env() -> None:
@@ -61,7 +59,14 @@ def test(pytest: Sequence[str]) -> int:
     os.environ.update(DLM_STORE=str(build / "store"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side
     os.environ.setdefault("DLM_FIGURES", str(build))
-    side_by_side = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")  # one file, or notebook, a worker
+    side_by_side = (
+        "-n",
+        "logical",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "loadfile",
+    )  # one file, or notebook, a worker
     parallel = ("-m", "pytest", *side_by_side)
     nbval = (*parallel, "--nbval-lax", "--nbval-kernel-name", kernel.NAME, "-p", "no:cacheprovider")
     steps = [
@@ -160,7 +165,9 @@ def attack(
         return
     if before is None or after is None:
         raise ValueError("attack takes two files, the weights before and after a round; see --help")
-    if not re.fullmatch(r"\d+(,\d+)*", image_shape):  # how many numbers, and how large, models.build checks
+    if not re.fullmatch(
+        r"\d+(,\d+)*", image_shape
+    ):  # how many numbers, and how large, models.build checks
         raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
     from dlm_core.harness.audit import audit
 
@@ -179,18 +186,15 @@ def attack(
 
 
 def _names() -> list[str]:
-    """What --attack, --model and --client take, each with what its record says, a line each."""
-    import importlib
-
+    """What --attack, --model and --client take, a line each, with what an attack's record says."""
     from dlm_core import records
+    from dlm_core.harness import audit
 
-    for module in ("harness.registry", "federated", "models"):  # which register ours when they are imported
-        importlib.import_module(f"dlm_core.{module}")
-    tried = [each for each in records.ATTACKS.values() if each.audited is not None]
     lines = ["--attack, in the order in which all are tried:"]
-    lines += [f"  {each.key:14} {each.client}" for each in sorted(tried, key=lambda each: each.audited or 0)]
-    clients = [key for key, each in records.CLIENT_OPTIMIZERS.items() if each.step is not None]
-    return [*lines, f"--model: {', '.join(records.NETWORKS)}", f"--client: {', '.join(clients)}"]
+    lines += [f"  {key:14} {record.client}" for key, record in audit.tried().items()]
+    lines.append(f"--model: {', '.join(records.NETWORKS)}")
+    lines.append(f"--client: {', '.join(records.CLIENT_OPTIMIZERS)}")
+    return lines
 
 
 def _run(*arguments: str) -> int:

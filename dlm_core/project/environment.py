@@ -70,7 +70,9 @@ def ensure(folder: Path | None = None) -> Path:
             f"{' '.join(map(str, error.cmd[:5]))} …); what went wrong stands above; "
             "running the same command again starts afresh"
         ) from None
-    (packages / "dlm_core_repository.pth").write_text(f"{repository}\n")  # notebooks import dlm_core from anywhere
+    (packages / "dlm_core_repository.pth").write_text(
+        f"{repository}\n"
+    )  # notebooks import dlm_core from anywhere
     stamp.write_text(pins)
     return python
 
@@ -86,7 +88,9 @@ def _install(repository: Path, folder: Path, python: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     quietly = ["-q", "--disable-pip-version-check", "--progress-bar", "off"]
     chosen = ["-r", repository / PINS[0], "-c", repository / PINS[1], "--only-binary", ":all:"]
-    subprocess.run([python, "-m", "pip", "install", *quietly, *chosen], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [python, "-m", "pip", "install", *quietly, *chosen], check=True, stdout=sys.stderr
+    )
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     return Path(subprocess.check_output([python, "-c", ask], text=True).strip())
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "python3"
-QUIET = ["--log-level=CRITICAL"]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
+QUIET = [
+    "--log-level=CRITICAL"
+]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
 
 
 @contextlib.contextmanager

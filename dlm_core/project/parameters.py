@@ -103,7 +103,9 @@ def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str
         {name: value} of its parameters cell.
     """
     for name, value in values.items():
-        check.one_of(f"parameter of {notebook}", name, [each for each in defaults if each != "profile"])
+        check.one_of(
+            f"parameter of {notebook}", name, [each for each in defaults if each != "profile"]
+        )
         if not _fits(value, defaults[name]):
             raise ValueError(
                 f"parameter {name} of {notebook} is {value!r}; it takes {_kind(defaults[name])}, as {defaults[name]!r}"
@@ -158,6 +160,15 @@ def _kind(default: Any) -> str:
 
 def _formatted(code: str) -> str:
     """The code as ruff would format it, or as it is where ruff is not installed."""
-    formatter = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", str(WIDTH), "-"]
+    formatter = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--isolated",
+        "--line-length",
+        str(WIDTH),
+        "-",
+    ]
     done = subprocess.run(formatter, input=code, capture_output=True, text=True, encoding="utf-8")
     return code if done.returncode else done.stdout.rstrip("\n")

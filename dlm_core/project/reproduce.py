@@ -120,7 +120,9 @@ def run(
     for position, name in enumerate(names, 1):
         values = {"profile": profile, **catalogue()[name][profile], **asked}
         target = figures / "notebooks" / f"{name}.ipynb"
-        runs.append(Run(NOTEBOOKS / f"{name}.ipynb", target, values, f"[{position}/{len(names)}] {name}"))
+        runs.append(
+            Run(NOTEBOOKS / f"{name}.ipynb", target, values, f"[{position}/{len(names)}] {name}")
+        )
     failed = []
     for each, (problem, seconds) in zip(runs, _outcomes(runs, profile)):
         if problem:
@@ -198,7 +200,9 @@ def results_table(figures: Path | str) -> str:
         rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
         for claim in entry["claims"]:
             if claim["source"] == "paper" and claim["verdict"] != "holds":
-                failed.append(f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |")
+                failed.append(
+                    f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |"
+                )
     return "\n".join([*rows, "", "Where the paper does not hold on our data:", "", *failed])
 
 
@@ -226,7 +230,9 @@ def fill_readme(figures: Path, readme: Path = REPOSITORY / "README.md") -> None:
         report.write_atomically(readme, filled)
 
 
-def _execute(run: Run, settings: Mapping[str, str], show_progress: bool) -> tuple[str | None, float]:
+def _execute(
+    run: Run, settings: Mapping[str, str], show_progress: bool
+) -> tuple[str | None, float]:
     """Run one notebook; return (None or one line that says what went wrong, seconds)."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -237,7 +243,9 @@ def _execute(run: Run, settings: Mapping[str, str], show_progress: bool) -> tupl
         progress = Path(scratch, "progress")
         os.environ["DLM_PROGRESS"] = str(progress)
         finished = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(progress, run.heading, finished), daemon=True)
+        watcher = threading.Thread(
+            target=_watch, args=(progress, run.heading, finished), daemon=True
+        )
         if show_progress:
             watcher.start()
         quiet = {"progress_bar": False, "log_output": False, "extra_arguments": kernel.QUIET}
@@ -249,7 +257,9 @@ def _execute(run: Run, settings: Mapping[str, str], show_progress: bool) -> tupl
         except PapermillExecutionError as error:
             seen = f"(see {run.target.name} in {run.target.parent.name}/)"
             problem = f"cell {error.exec_count}: {error.ename}: {error.evalue} {seen}"
-        except Exception as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
+        except (
+            Exception
+        ) as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
             problem = f"{type(error).__name__}: {error}"
         finally:
             finished.set()
@@ -281,7 +291,12 @@ def _watch(path: Path, heading: str, finished: threading.Event) -> None:
                 if bar is not None:
                     bar.close()
                 often = 1 if sys.stderr.isatty() else 20
-                look = {"unit": "trial", "mininterval": often, "leave": False, "dynamic_ncols": True}
+                look = {
+                    "unit": "trial",
+                    "mininterval": often,
+                    "leave": False,
+                    "dynamic_ncols": True,
+                }
                 bar = tqdm(total=total, initial=done, desc=heading, **look)
             bar.update(done - bar.n)
     if bar is not None:
@@ -313,10 +328,14 @@ def _note_seconds(figures: Path, name: str, seconds: float) -> None:
                 entry["seconds"] = round(seconds, 1)
 
 
-def _summary(figures: Path, names: list[str], failed: list[str], seconds: float, profile: str) -> None:
+def _summary(
+    figures: Path, names: list[str], failed: list[str], seconds: float, profile: str
+) -> None:
     claims = report.read_json(figures / "claims.json")
     done = len(names) - len(failed)
-    print(f"\n{done} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}")
+    print(
+        f"\n{done} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}"
+    )
     few = ", which has few trials to judge by (those committed are in figures/claims.md)"
     print(f"Claims under the profile {profile}{'' if profile == 'paper' else few}:")
     for name in names:
