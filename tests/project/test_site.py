@@ -92,6 +92,6 @@ def test_nothing_is_loaded_from_the_network(site, pages):
 
 def test_the_reference_and_the_search_know_the_attacks(site, pages):
     page = pages[site / "docs" / "api.html"]
-    assert {"dlm_core.attacks.dlm_plus", "dlm_core.federated.Observation", "dlm_core.exact.recover"} <= page.ids
+    assert {"dlm_core.attacks.dlm_plus", "dlm_core.observation.Observation", "dlm_core.beyond.exact.recover"} <= page.ids
     assert "‖Δ‖²" in page.text and "Σ_layers" in page.text  # docstrings keep their notation
     assert "sparsif" in (site / "searchindex.js").read_text()
