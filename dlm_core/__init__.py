@@ -1,7 +1,9 @@
-"""Deep Leakage from Model in Federated Learning: attacks and defences, stronger ones, experiments, the repository's commands.
+"""Deep Leakage from Model in Federated Learning: attacks and defences, stronger ones, experiments,
+the repository's commands.
 
-The modules beside this file are the paper. Whatever the folder, each is a public name here: ``from dlm_core import exact``.
-They are imported on first use: ``import dlm_core`` costs nothing, and the environment can be made without torch.
+The modules beside this file are the paper. Whatever the folder, each is a public name here: ``from
+dlm_core import exact``. They are imported on first use: ``import dlm_core`` costs nothing, and the
+environment can be made without torch.
 """
 
 import importlib
@@ -16,7 +18,10 @@ def _modules():
     """{public name: the module's full name}, packages (folders with an ``__init__``) included."""
     here = Path(__file__).parent
     found = {}
-    for folder, prefix in ((here, "dlm_core"), *((here / name, f"dlm_core.{name}") for name in FOLDERS)):
+    for folder, prefix in (
+        (here, "dlm_core"),
+        *((here / name, f"dlm_core.{name}") for name in FOLDERS),
+    ):
         for path in folder.glob("[a-z]*"):
             is_package = (path / "__init__.py").exists() and path.name not in FOLDERS
             if path.suffix == ".py" or is_package:

@@ -1,4 +1,6 @@
-"""What the repository can do, and attacks on two snapshots of your own. This file parses; dlm_core/project/commands.py acts."""
+"""What the repository can do, and attacks on two snapshots of your own. This file parses;
+dlm_core/project/commands.py acts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from dlm_core.project import commands, environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit status. What is wrong with it is one sentence on standard error."""
+    """Do what the command line says; return the exit status. What is wrong with it is one sentence
+    on standard error.
+    """
     if sys.version_info < (3, 11):
         return _refuse(f"{environment.refused()}")
     options = _parser().parse_args(arguments)
@@ -44,8 +48,8 @@ def _missing(package: str) -> str:
     """What to do about a package that is not there, in a checkout and in an installed copy."""
     if in_checkout():
         return (
-            f"{package} is not installed for this Python; `make env` makes .venv/ once, then use its Python: "
-            "source .venv/bin/activate"
+            f"{package} is not installed for this Python; `make env` makes .venv/ once, "
+            "then use its Python: source .venv/bin/activate"
         )
     return (
         f"{package} is not installed for this Python; pip install 'dlm-core[notebooks]' brings it"
@@ -88,7 +92,7 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         default=[],
         dest="parameters",
         metavar="'NAME=VALUE …'",
-        help="instead of the profile's, of the same type; several with spaces between them, or repeated",
+        help="instead of the profile's, of the same type; several with spaces between them",
     )
     figures.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
     figures.add_argument("--out", help="folder for figures and tables (default: figures/)")
@@ -103,7 +107,7 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     test = command(
         "test",
         commands.test,
-        "run pytest, every notebook under the smoke profile, nbval on them, and on the lessons and how-tos",
+        "run pytest, every notebook under the smoke profile, nbval on them, lessons and how-tos",
     )
     test.add_argument(
         "pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)"
@@ -175,7 +179,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack = command(
         "attack",
         commands.attack,
-        "does this client leak? reconstruct images from two snapshots of your own (safetensors or torch files)",
+        "does this client leak? reconstruct images from two snapshots, safetensors or torch files",
     )
     attack.add_argument("before", nargs="?", help="state dict that the client received, W_t")
     attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
@@ -188,7 +192,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument(
         "--model",
         default="lenet",
-        help="network as dlm_core.models builds it, names of the weights included (default lenet; see --list)",
+        help="network with the weights' names of dlm_core.models (default lenet; see --list)",
     )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
     attack.add_argument(

@@ -1,4 +1,6 @@
-"""Settings of the site, which `make site` builds into build/site. extension.py fills pages from code and results."""
+"""Settings of the site, which `make site` builds into build/site. extension.py fills pages from
+code and results.
+"""
 
 import sys
 from pathlib import Path
@@ -18,7 +20,8 @@ author = CITATION["authors"][0]["name"]
 release = CITATION["version"]
 language = "en"
 
-# The source folder is the repository's root, so that links between files are the same here and in the repository.
+# The source folder is the repository's root, so that links between files are the same here and in
+# the repository.
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "notebooks/**.ipynb", "data/README.md", "CHANGELOG.md"]
 exclude_patterns = [
@@ -39,7 +42,8 @@ extensions = [
     "extension",
 ]
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-nb_ipywidgets_js = {}  # widgets need a kernel; their pages show a figure instead, and load nothing from the network
+# Widgets need a kernel; their pages show a figure instead, and load nothing from the network.
+nb_ipywidgets_js = {}
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -49,6 +53,7 @@ autodoc_typehints = "description"  # beside what the docstrings say of shapes an
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # a field stands once, among its class's
 nitpicky = True
 # Types of other packages, and names that exist for the type checker alone, have no page here.
 nitpick_ignore_regex = [("py:.*", r"(?!dlm_core).*")]
@@ -68,7 +73,8 @@ html_theme_options = {
     "navbar_persistent": [],  # the sidebar has the search
     "show_toc_level": 2,
     "show_navbar_depth": 1,
-    "extra_footer": "Code under the MIT licence; bundled images under their own terms. Use it on data you may use.",
+    "extra_footer": "Code under the MIT licence; bundled images under their own terms. "
+    "Use it on data you may use.",
 }
 if repository := CITATION.get(
     "repository-code"

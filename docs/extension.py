@@ -1,4 +1,6 @@
-"""Sphinx extension of the site: pages filled from code and results, alt texts, MathJax without network."""
+"""Sphinx extension of the site: pages filled from code and results, alt texts, MathJax without
+network.
+"""
 
 import ast
 import json
@@ -27,6 +29,7 @@ FOLDERS = {
 
 def setup(app):
     app.connect("source-read", fill)
+    app.connect("autodoc-skip-member", foreign)
     app.connect("build-finished", finish)
     keep_alt_texts()
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -204,20 +207,32 @@ def bibtex():
     notes = ", ".join(each["value"] for each in paper["identifiers"])
     where = f"  url = {{{cff['repository-code']}}},\n" if "repository-code" in cff else ""
     return (
-        f"```bibtex\n@inproceedings{{zhao{paper['year']}deep,\n  title = {{{paper['title']}}},\n  author = {{{people}}},\n"
-        f"  booktitle = {{{paper['collection-title']}}},\n  year = {{{paper['year']}}},\n  note = {{{notes}}},\n}}\n\n"
-        f"@software{{dlm_artifact,\n  title = {{{cff['title']}}},\n  author = {{{{{cff['authors'][0]['name']}}}}},\n"
+        f"```bibtex\n@inproceedings{{zhao{paper['year']}deep,\n"
+        f"  title = {{{paper['title']}}},\n  author = {{{people}}},\n"
+        f"  booktitle = {{{paper['collection-title']}}},\n  year = {{{paper['year']}}},\n"
+        f"  note = {{{notes}}},\n}}\n\n"
+        f"@software{{dlm_artifact,\n  title = {{{cff['title']}}},\n"
+        f"  author = {{{{{cff['authors'][0]['name']}}}}},\n"
         f"{where}  version = {{{cff['version']}}},\n}}\n```"
     )
 
 
 GENERATED = {f.__name__: f for f in (notebooks, lessons, howtos, results, code_map, api, bibtex)}
 
+
+def foreign(app, what, name, subject, skip, options):
+    """Whether to leave out a function or class that the module documented only passes on."""
+    documented = app.env.temp_data.get("autodoc:module")
+    return skip or what == "module" and getattr(subject, "__module__", documented) != documented
+
+
 # Images, equations, the front page's address
 
 
 def keep_alt_texts():
-    """An image output keeps the description that its metadata carries; myst-nb reads size alone from there."""
+    """An image output keeps the description that its metadata carries; myst-nb reads size alone
+    from there.
+    """
     from myst_nb.core.render import NbElementRenderer
 
     render = NbElementRenderer.render_image
@@ -246,6 +261,7 @@ def finish(app, error):
     front, name = app.config.root_doc + ".html", app.config.project
     Path(app.outdir, "index.html").write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta http-equiv="refresh" content="0; url={front}"></head><body><a href="{front}">{name}</a></body></html>\n',
+        f'<meta http-equiv="refresh" content="0; url={front}"></head>'
+        f'<body><a href="{front}">{name}</a></body></html>\n',
         encoding="utf-8",
     )

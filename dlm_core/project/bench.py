@@ -56,7 +56,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def run(num_images: int = 20, peer_images: int = 3) -> None:
-    """Print Markdown tables: the attacks on CIFAR-100, what a simulated step costs, what threads do.
+    """Print Markdown tables: the attacks on CIFAR-100, what a simulated step costs, what threads
+    do.
 
     Parameters
     ----------

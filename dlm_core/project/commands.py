@@ -1,4 +1,6 @@
-"""What each command does. Nothing here is imported before it is needed, so that `env` and the help texts need no package."""
+"""What each command does. Nothing here is imported before it is needed, so that `env` and the help
+texts need no package.
+"""
 
 from __future__ import annotations
 

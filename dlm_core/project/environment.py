@@ -1,4 +1,6 @@
-"""Make the project's own environment, .venv in the repository, from the pins. Standard library only, since it runs first."""
+"""Make the project's own environment, .venv in the repository, from the pins. Standard library
+only, since it runs first.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from pathlib import Path
 from dlm_core.harness.paths import checkout
 
 PINS = ("requirements.txt", "constraints.txt")
-# The Pythons for which every pin has a wheel, and on which the artifact was tried: from the first, below the second.
-# pyproject.toml, environment.yml and binder/ repeat what they need of it; a test compares them.
+# The Pythons for which every pin has a wheel, and on which the artifact was tried: from the first,
+# below the second. pyproject.toml, environment.yml and binder/ repeat what they need of it; a test
+# compares them.
 PYTHONS = ((3, 11, 5), (3, 14))
 
 
@@ -30,13 +33,15 @@ def refused(version: tuple[int, ...] | None = None) -> str | None:
         return None
     newest = f"{beyond[0]}.{beyond[1] - 1}"
     return (
-        f"the pinned packages are for Python {_dotted(lowest)} to {newest}, and this is Python {_dotted(version)}; "
+        f"the pinned packages are for Python {_dotted(lowest)} to {newest}, "
+        f"and this is Python {_dotted(version)}; "
         f"name another, as make PYTHON=python{newest} or python{newest} -m dlm_core"
     )
 
 
 def ensure(folder: Path | None = None) -> Path:
-    """Return the environment's Python; make the environment first where it is absent or its pins have changed.
+    """Return the environment's Python; make the environment first where it is absent or its pins
+    have changed.
 
     Parameters
     ----------
@@ -59,7 +64,8 @@ def ensure(folder: Path | None = None) -> Path:
     if python.exists() and stamp.exists() and stamp.read_text() == pins:
         return python
     print(
-        f"Making the environment in {folder.name}/ from {' and '.join(PINS)}: several minutes and GB, once.",
+        f"Making the environment in {folder.name}/ from {' and '.join(PINS)}: "
+        "several minutes and GB, once.",
         file=sys.stderr,
     )
     try:

@@ -1,4 +1,4 @@
-"""The notebooks' kernel is this environment's own Python, whatever kernels the user has installed."""
+"""The notebooks' kernel is this environment's own Python, whatever kernels the user has."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ QUIET = [
 
 @contextlib.contextmanager
 def own() -> Iterator[None]:
-    """Within it, the kernel called ``python3`` is the Python that runs, here and in all processes started from here.
+    """Within it, the kernel called ``python3`` is the Python that runs, here and in all processes
+    started from here.
 
-    Notes
-    -----
-    Jupyter looks into the folders of JUPYTER_PATH first, before those of the user and of the environment.
+    Notes ----- Jupyter looks into the folders of JUPYTER_PATH first, before those of the user and
+    of the environment.
     """
     from ipykernel.kernelspec import write_kernel_spec
 

@@ -1,7 +1,9 @@
-"""The course and the how-tos: run them, make the students' versions, and prove that the exercises' tests can pass and fail.
+"""The course and the how-tos: run them, make the students' versions, and prove that the exercises'
+tests can pass and fail.
 
-Lessons carry nbgrader's markers and cell metadata, and nbgrader's own preprocessors strip them, so that a lesson can be
-put into an nbgrader course as it is. Their parameters are small; they know no profiles.
+Lessons carry nbgrader's markers and cell metadata, and nbgrader's own preprocessors strip them, so
+that a lesson can be put into an nbgrader course as it is. Their parameters are small; they know no
+profiles.
 """
 
 import copy
@@ -77,7 +79,9 @@ def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNod
 
 
 def students(notebook: "NotebookNode") -> "NotebookNode":
-    """A copy without solutions, hidden tests and outputs, and with its tests locked, as nbgrader releases it."""
+    """A copy without solutions, hidden tests and outputs, and with its tests locked, as nbgrader
+    releases it.
+    """
     from nbgrader import preprocessors as steps
 
     order = (
@@ -91,14 +95,18 @@ def students(notebook: "NotebookNode") -> "NotebookNode":
 
 
 def blank(notebook: "NotebookNode") -> "NotebookNode":
-    """A copy without solutions in which the hidden tests are still there: what grading an untouched hand-in runs."""
+    """A copy without solutions in which the hidden tests are still there: what grading an untouched
+    hand-in runs.
+    """
     from nbgrader import preprocessors as steps
 
     return _preprocess(notebook, steps.ClearSolutions)
 
 
 def marks(notebook: "NotebookNode") -> dict[str, tuple[float, float]]:
-    """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts them."""
+    """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts
+    them.
+    """
     from nbgrader import utils
 
     cells = [cell for cell in notebook.cells if utils.is_grade(cell)]
@@ -149,7 +157,9 @@ def _without_answers(code: str) -> str:
 
 
 def check() -> list[str]:
-    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an untouched one that passes."""
+    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an
+    untouched one that passes.
+    """
     wrong = []
     for path in paths("teaching"):
         wrong += [f"{path.stem}: {problem}" for problem in problems(_read(path))]
@@ -186,7 +196,9 @@ def _preprocess(notebook: "NotebookNode", *steps: Any) -> "NotebookNode":
 
 
 def _tidy(notebook: "NotebookNode") -> "NotebookNode":
-    """Drop the time of execution, and the views of widgets, which nothing but their own kernel can show."""
+    """Drop the time of execution, and the views of widgets, which nothing but their own kernel can
+    show.
+    """
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

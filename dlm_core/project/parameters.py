@@ -1,4 +1,6 @@
-"""A notebook's parameters: the assignments in its cell tagged "parameters", which a run writes its own values into."""
+"""A notebook's parameters: the assignments in its cell tagged "parameters", which a run writes its
+own values into.
+"""
 
 import ast
 import re
@@ -33,7 +35,8 @@ def read(source: str) -> dict[str, Any]:
 
 
 def write(source: str, values: Mapping[str, Any]) -> str:
-    """A cell's code with ``values`` instead of its own; comments, order and what is equal stay as they are.
+    """A cell's code with ``values`` instead of its own; comments, order and what is equal stay as
+    they are.
 
     Parameters
     ----------
@@ -64,7 +67,8 @@ def write(source: str, values: Mapping[str, Any]) -> str:
 
 
 def given(texts: Iterable[str]) -> dict[str, Any]:
-    """{"seeds": 100, "images": 50} from ["seeds=100 images=50"]; what is no Python literal is a string.
+    """{"seeds": 100, "images": 50} from ["seeds=100 images=50"]; what is no Python literal is a
+    string.
 
     Parameters
     ----------
@@ -82,7 +86,8 @@ def given(texts: Iterable[str]) -> dict[str, Any]:
             name, equals, value = (each.strip() for each in part.partition("="))
             if not equals or not name.isidentifier() or not value:
                 raise ValueError(
-                    f"--parameter is {text!r}; it takes NAME=VALUE, as seeds=100, or several with spaces between them"
+                    f"--parameter is {text!r}; it takes NAME=VALUE, as seeds=100, or several with "
+                    "spaces between them"
                 )
             if name in found:
                 raise ValueError(f"--parameter {name} is given twice; give it once")
@@ -91,7 +96,8 @@ def given(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError for a name that ``notebook`` does not have, or a value of another type than its default.
+    """Raise ValueError for a name that ``notebook`` does not have, or a value of another type than
+    its default.
 
     Parameters
     ----------
@@ -108,7 +114,8 @@ def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str
         )
         if not _fits(value, defaults[name]):
             raise ValueError(
-                f"parameter {name} of {notebook} is {value!r}; it takes {_kind(defaults[name])}, as {defaults[name]!r}"
+                f"parameter {name} of {notebook} is {value!r}; "
+                f"it takes {_kind(defaults[name])}, as {defaults[name]!r}"
             )
 
 
@@ -134,7 +141,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; each part of a list or dict is of the type of one of the default's parts."""
+    """Whether a value is of the default's type; each part of a list or dict is of the type of one
+    of the default's parts.
+    """
     if default is None:
         return True
     if isinstance(default, (list, tuple)):
@@ -147,7 +156,9 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def _parts_fit(parts: Iterable[Any], examples: Iterable[Any]) -> bool:
-    """The same for the parts; where one example is a whole number, any number will do: [90, 99] and [90, 99.9]."""
+    """The same for the parts; where one example is a whole number, any number will do: [90, 99] and
+    [90, 99.9].
+    """
     wanted = [float(each) if type(each) is int else each for each in examples]
     return not wanted or all(any(_fits(part, each) for each in wanted) for part in parts)
 

@@ -1,4 +1,6 @@
-"""One command, every figure: run the notebooks through papermill, show progress, and say what came out."""
+"""One command, every figure: run the notebooks through papermill, show progress, and say what came
+out.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ SETTINGS = ("SCHEDULER", "JUPYTER_PATH")  # of the environment, that workers nee
 
 
 class Run(NamedTuple):
-    """One notebook to run: where it is, where its executed version goes, its parameters' values, what the output calls it."""
+    """One notebook to run: where it is, where its executed version goes, its parameters' values,
+    what the output calls it.
+    """
 
     source: Path
     target: Path
@@ -36,7 +40,9 @@ class Run(NamedTuple):
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each profile's parameters."""
+    """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each
+    profile's parameters.
+    """
     return tomllib.loads((NOTEBOOKS / "profiles.toml").read_text(encoding="utf-8"))
 
 
@@ -89,11 +95,13 @@ def run(
     only, chosen_set
         Which notebooks, as for ``choose``.
     parameters
-        {name: value} that replace those of the profile, as {"seeds": 100}; each chosen notebook must have them.
+        {name: value} that replace those of the profile, as {"seeds": 100}; each chosen notebook
+        must have them.
     jobs
         Worker processes; None means one per core.
     out
-        Folder for figures and tables (default figures/); executed notebooks go to its subfolder notebooks/.
+        Folder for figures and tables (default figures/); executed notebooks go to its subfolder
+        notebooks/.
     scheduler
         Address of a Dask scheduler to run the trials on.
     in_place
@@ -104,9 +112,8 @@ def run(
     ValueError, ConnectionError, FileNotFoundError
         For what cannot be run as asked, before anything runs.
 
-    Notes
-    -----
-    A notebook that fails does not stop the others. Finished trials are kept in the store and never computed twice.
+    Notes ----- A notebook that fails does not stop the others. Finished trials are kept in the
+    store and never computed twice.
     """
     checkout("figures")
     check.one_of("PROFILE", profile, PROFILES)
@@ -145,7 +152,9 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: str | None) -> Path:
-    """Check the settings, hand them to the notebooks through the environment, and return the folder for figures."""
+    """Check the settings, hand them to the notebooks through the environment, and return the folder
+    for figures.
+    """
     if jobs is not None:
         check.at_least("JOBS", jobs, 1)
     if profile == "smoke":
@@ -167,7 +176,8 @@ def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: 
 def _outcomes(runs: list[Run], profile: str) -> Iterable[tuple[str | None, float]]:
     """What ``_execute`` returns of each run, in their order, as they finish.
 
-    Smoke notebooks are all start-up: one per core runs. Others run in turn and share the cores by their trials.
+    Smoke notebooks are all start-up: one per core runs. Others run in turn and share the cores by
+    their trials.
     """
     import joblib
 
@@ -186,8 +196,8 @@ def _outcomes(runs: list[Run], profile: str) -> Iterable[tuple[str | None, float
 def results_table(figures: Path | str) -> str:
     """The README's results in Markdown, from ``figures``/claims.json.
 
-    One row per notebook, its title (what it finds) and how many claims hold; then each claim of the paper that does not
-    hold, with the numbers.
+    One row per notebook, its title (what it finds) and how many claims hold; then each claim of the
+    paper that does not hold, with the numbers.
     """
     rows = [
         "| what we find | command | the paper's claims that hold | ours that hold | profile |",
@@ -270,7 +280,9 @@ def _execute(
 
 
 def _with_values(run: Run, folder: Path) -> Path:
-    """A copy of the notebook whose parameters cell has the run's values: no second cell overrides the one that a reader edits."""
+    """A copy of the notebook whose parameters cell has the run's values: no second cell overrides
+    the one that a reader edits.
+    """
     notebook = _read(run.source)
     cell = cells.cell_of(notebook)
     cell["source"] = cells.write(cell["source"], run.values)
@@ -312,7 +324,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tidy(path: Path) -> None:
-    """Drop what papermill notes about this machine and moment, so that the same run leaves the same notebook."""
+    """Drop what papermill notes about this machine and moment, so that the same run leaves the same
+    notebook.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"].pop("papermill", None)
     for cell in notebook["cells"]:
@@ -333,9 +347,8 @@ def _summary(
 ) -> None:
     claims = report.read_json(figures / "claims.json")
     done = len(names) - len(failed)
-    print(
-        f"\n{done} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}"
-    )
+    took = f"{done} of {len(names)} notebooks in {seconds / 60:.1f} min"
+    print(f"\n{took}. Figures and tables: {figures}")
     few = ", which has few trials to judge by (those committed are in figures/claims.md)"
     print(f"Claims under the profile {profile}{'' if profile == 'paper' else few}:")
     for name in names:
