@@ -175,6 +175,7 @@ def code_map():
         for name, path in modules(folder).items():
             code = path.read_text(encoding="utf-8")
             about = " ".join(ast.get_docstring(ast.parse(code)).split("\n\n")[0].split())
+            about = re.sub(r"`` *(.+?) *``", r"\1", about)
             used = ", ".join(sorted(map(shortened, imports(name, path)))) or "–"
             link = f"[{shortened(name)}](api.md#{anchor(name)})"
             text += f"| {link} | {len(code.splitlines())} | {plain(used)} | {plain(about)} |\n"

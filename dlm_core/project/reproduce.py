@@ -125,7 +125,7 @@ def run(
     began = time.time()
     runs = []
     for position, name in enumerate(names, 1):
-        values = {"profile": profile, **catalogue()[name][profile], **asked}
+        values = {**values_of(name, profile), **asked}
         target = figures / "notebooks" / f"{name}.ipynb"
         runs.append(
             Run(NOTEBOOKS / f"{name}.ipynb", target, values, f"[{position}/{len(names)}] {name}")
@@ -149,6 +149,14 @@ def run(
 def defaults(name: str) -> dict[str, Any]:
     """{parameter: value} as they stand in a notebook's parameters cell."""
     return report.parameters(NOTEBOOKS / f"{name}.ipynb")
+
+
+def values_of(name: str, profile: str) -> dict[str, Any]:
+    """The values that a profile gives a notebook's parameters: those of quick, which names all that
+    any profile changes, and its own instead.
+    """
+    entry = catalogue()[name]
+    return {"profile": profile, **entry["quick"], **entry[profile]}
 
 
 def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: str | None) -> Path:

@@ -1,13 +1,13 @@
-"""Parameters of a run: how they are given, what is refused, and that they stand once in a notebook."""
+"""Parameters of a run: how they are given, what is refused, and that they stand once in a notebook.
+"""
 
 import ast
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from dlm_core.project import parameters
+from dlm_core.project import parameters, reproduce
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CELL = """profile = "quick"
@@ -114,17 +114,15 @@ def test_a_notebook_has_one_such_cell():
         parameters.cell_of({"cells": [cell, cell]})
 
 
-CATALOGUE = tomllib.loads((NOTEBOOKS / "profiles.toml").read_text())
-
-
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", reproduce.catalogue())
 def test_every_profile_fits_its_notebook(name):
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     source = "".join(cell["source"])
     for profile in ("smoke", "quick", "paper"):
-        values = CATALOGUE[name][profile]
-        parameters.check_values(name, values, parameters.read(source))
+        values = reproduce.values_of(name, profile)
+        named = {key: value for key, value in values.items() if key != "profile"}
+        parameters.check_values(name, named, parameters.read(source))
         written = parameters.write(source, values)
         assert parameters.read(written) == {**parameters.read(source), **values}
         assert all(isinstance(node, ast.Assign) for node in ast.parse(written).body)
