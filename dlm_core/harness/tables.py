@@ -61,3 +61,9 @@ def rms(tensors: Sequence[Any]) -> float:
     """Root mean square over all entries of several tensors."""
     total = sum(float(t.double().square().sum()) for t in tensors)
     return math.sqrt(total / sum(t.numel() for t in tensors))
+
+
+def per_image(frame: Any) -> Any:
+    """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean."""
+    images = frame.drop(columns="psnr").rename(columns={"psnrs": "psnr"})
+    return images.explode("psnr").astype({"psnr": float})
