@@ -59,3 +59,13 @@ def rms(tensors: Sequence[Any]) -> float:
     """Root mean square over all entries of several tensors."""
     total = sum(float(t.double().square().sum()) for t in tensors)
     return math.sqrt(total / sum(t.numel() for t in tensors))
+
+
+def brief(values: Sequence[float]) -> list[str]:
+    """Numbers as short as they can be told, "0.03"; a gap as nothing."""
+    return [f"{value:g}" if value == value else "" for value in values]
+
+
+def listed(texts: Sequence[str], separator: str = "; ") -> str:
+    """Texts in a row; "none" where there are none."""
+    return separator.join(texts) or "none"
