@@ -1,7 +1,8 @@
-"""How the dummy images are written down for the optimizer: a start and a map from coordinates to pixels.
+"""The dummy images as an optimizer sees them: a start, and a map from coordinates to pixels.
 
-The choice changes no objective, only how fast an optimizer gets down it. In pixels, L-BFGS needs thousands of
-evaluations on LeNet; in scaled cosine coordinates, where natural images are roughly white, about two hundred.
+The choice changes no objective, only how fast an optimizer gets down it. In pixels, L-BFGS
+needs thousands of evaluations on LeNet; in scaled cosine coordinates, where natural images are
+roughly white, about two hundred.
 """
 
 import math
@@ -13,23 +14,49 @@ Start = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 
 
 def pixels(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
-    """The released choice: start at N(0, 1) pixel by pixel, unbounded. Returns (start, to_images)."""
+    """The released choice: pixel by pixel, unbounded, from N(0, 1).
+
+    Parameters
+    ----------
+    shape
+        (B, C, H, W).
+    like
+        A tensor of the dtype and on the device wanted.
+    generator
+        Of the start, on the CPU.
+
+    Returns
+    -------
+    tuple
+        The start [B, C, H, W], and the map from such coordinates to images [B, C, H, W].
+    """
     return _noise(shape, like, generator), lambda z: z
 
 
 def cosines(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
-    """Images as sigmoid(C^T (a * z)): z are cosine coefficients over channel, row and column, a falls off as 1/frequency.
+    """Images as sigmoid(Cᵀ(a·z)): z are cosine coefficients, a falls off as 1/frequency.
 
-    The sigmoid keeps pixels in (0, 1); the start is mid-grey with faint noise. Returns (start, to_images).
+    Parameters
+    ----------
+    shape, like, generator
+        As in ``pixels``.
+
+    Returns
+    -------
+    tuple
+        The start [B, C, H, W], mid-grey with faint noise, and the map from such coefficients, over
+        channel, row and column, to images [B, C, H, W] in (0, 1).
     """
     _, channels, height, width = shape
     c, y, x = (_cosine_basis(n).to(like) for n in (channels, height, width))
-    frequency = torch.hypot(*torch.meshgrid(torch.arange(height) * 1.0, torch.arange(width) * 1.0, indexing="ij"))
+    rows, columns = torch.arange(height) * 1.0, torch.arange(width) * 1.0
+    frequency = torch.hypot(*torch.meshgrid(rows, columns, indexing="ij"))
     amplitude = 1 / ((1 + frequency / 2) * (1 + torch.arange(channels))[:, None, None])
     amplitude = (amplitude / amplitude.square().mean().sqrt()).to(like)
 
-    def to_images(z):
-        return torch.sigmoid(torch.einsum("dc,bdhw->bchw", c, y.T @ (amplitude * z) @ x))
+    def to_images(z: torch.Tensor) -> torch.Tensor:
+        planes = y.T @ (amplitude * z) @ x
+        return torch.sigmoid(torch.einsum("dc,bdhw->bchw", c, planes))
 
     return 0.1 * _noise(shape, like, generator), to_images
 

@@ -1,33 +1,66 @@
-"""Images to leak: small sets bundled with the repository, and the full sets where they are present.
+"""Images to leak: sets bundled with the repository, the full sets where present, and a user's own.
 
-Bundled files are checked against the SHA-256 digests in data/manifest.json, archives of full sets against their MD5.
+Bundled files are checked against the SHA-256 digests in data/manifest.json, archives of full sets
+against their MD5. A set of your own is a function without arguments that returns all its images
+[N, C, H, W] in [0, 1] and their labels [N]:
+
+    @records.data_set("mine", title="Mine", image_shape=(1, 28, 28), num_classes=10)
+    def mine(): ...
 """
 
+import functools
 import hashlib
 import json
 import numbers
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dlm_core import check
+from dlm_core import check, records
+from dlm_core.records import DATA_SETS, DataSet
 
-BUNDLE = Path(__file__).resolve().parents[1] / "data"
-NAMES = ("cifar100", "imagenet64", "fashion_mnist", "lfw", "digits")
-FULL = {  # name: archive and its MD5; it unpacks to a folder of the archive's name. Without MD5: files that torchvision checks
-    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
-    "imagenet64": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
-    "fashion_mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/FashionMNIST", None),
+BUNDLE = Path(__file__).resolve().parents[1] / "data"  # of a checkout; DLM_BUNDLE names another
+NAMES = ("cifar100", "imagenet64", "fashion_mnist", "lfw", "digits")  # of the bundled sets
+FULL = {
+    # name: archive and its MD5. It unpacks to a folder of the archive's name.
+    "cifar100": (
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+    ),
+    "imagenet64": (
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
+    ),
+    # without MD5: several files, which torchvision checks
+    "fashion_mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/FashionMNIST",
+        None,
+    ),
 }
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+Images = tuple[torch.Tensor, torch.Tensor]
 
 
 class Dataset(NamedTuple):
-    """images [N, C, H, W] float32 in [0, 1], labels [N] int64, the number of classes, and which source served."""
+    """Some images of a set.
+
+    Attributes
+    ----------
+    images
+        [N, C, H, W] float32 in [0, 1].
+    labels
+        [N] int64.
+    num_classes
+        K of the whole set.
+    source
+        Which set served, in words.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -35,74 +68,269 @@ class Dataset(NamedTuple):
     source: str
 
 
-def load(name, n=None, *, indices=None, source="auto", root=None, download=False):
-    """Return a Dataset: the first ``n`` images, those at ``indices`` (one or several) in that order, or all.
+class _Set(NamedTuple):
+    """All of a set, its pixels on demand: ``pixels(indices)`` has values from 0 to ``white``."""
 
-    name      "cifar100" (3x32x32, 100 classes), "imagenet64" (3x64x64, 200 classes), "fashion_mnist" (1x28x28, 10 classes),
-              "lfw" (1x25x25; label 1 a face, 0 not) or "digits" (1x8x8, 10 classes).
-    source    "bundled"; "full" (the training set of the first three); "auto": full where present, else bundled.
-    root      folder of the full sets; by default the environment variable DLM_DATA, else data/downloads.
-    download  fetch the full set where it is wanted and absent.
+    source: str
+    labels: Sequence[int]
+    num_classes: int
+    white: int
+    pixels: Callable[[list[int]], torch.Tensor]
 
-    Labels of imagenet64 lie in 0 to 199: bundled, ImageNet's class index (which the file names keep) // 5; full, the rank of
-    the WordNet id. Tiny ImageNet's images come class by class, in the order of their file names.
 
-    Raises ValueError for arguments out of range or files that fail their digest, FileNotFoundError where the full set is
-    asked for and absent, ConnectionError where it cannot be downloaded.
+def load(
+    name: str,
+    n: int | None = None,
+    *,
+    indices: Any = None,
+    source: str = "auto",
+    root: str | Path | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Return images of a set: the first ``n``, those at ``indices`` in that order, or all.
+
+    Parameters
+    ----------
+    name
+        "cifar100" (3x32x32, 100 classes), "imagenet64" (3x64x64, 200 classes), "fashion_mnist"
+        (1x28x28, 10 classes), "lfw" (1x25x25; label 1 a face, 0 not), "digits" (1x8x8, 10 classes),
+        or the key of a set of your own.
+    n
+        At least 1.
+    indices
+        A whole number, or several.
+    source
+        "bundled"; "full" (the training set of the first three); "auto": full where present, else
+        bundled. Your own sets take "auto" or "bundled".
+    root
+        Folder of the full sets; by default the environment variable DLM_DATA, else data/downloads.
+    download
+        Fetch the full set where it is wanted and absent.
+
+    Raises
+    ------
+    ValueError
+        For arguments out of range, files that fail their digest, and a set of your own that is not
+        as its record says.
+    FileNotFoundError
+        Where the full set is asked for and absent, or where the bundle is.
+    ConnectionError
+        Where the full set cannot be downloaded.
+
+    Notes
+    -----
+    Labels of imagenet64 lie in 0 to 199: bundled, ImageNet's class index (which the file names
+    keep) // 5; full, the rank of the WordNet id. Tiny ImageNet's images come class by class, in the
+    order of their file names.
     """
-    check.one_of("name", name, NAMES)
+    check.one_of("name", name, DATA_SETS)
     check.one_of("source", source, ("auto", "bundled", "full"))
     if source == "full" and name not in FULL:
-        raise ValueError(f"source is 'full', and {name} is bundled whole: it takes 'auto' or 'bundled'")
+        how = "bundled" if name in NAMES else "registered"
+        raise ValueError(
+            f"source is 'full', and {name} is {how} whole: it takes 'auto' or 'bundled'"
+        )
     if n is not None and indices is not None:
         raise ValueError(f"n is {n!r} and indices is {indices!r}; give one of them")
-    root = Path(root or os.environ.get("DLM_DATA") or BUNDLE / "downloads").expanduser()
-    wanted = source == "full" or (source == "auto" and name in FULL and (download or _is_present(name, root)))
-    title, labels, num_classes, white, pixels = _full(name, root, download) if wanted else _bundled(name)
-    chosen = _choose(n, indices, len(labels), title)
-    images = pixels(chosen).to(torch.float32) / white
-    return Dataset(images, torch.tensor([labels[i] for i in chosen]), num_classes, title)
+    whole = _whole(name, source, root, download)
+    chosen = _choose(n, indices, len(whole.labels), whole.source)
+    images = whole.pixels(chosen).to(torch.float32) / whole.white
+    labels = torch.tensor([whole.labels[i] for i in chosen])
+    return Dataset(images, labels, whole.num_classes, whole.source)
 
 
-def digest(name):
-    """First 16 hex digits of the SHA-256 over the bundled set's labels and file digests."""
-    check.one_of("name", name, NAMES)
+def digest(name: str) -> str:
+    """First 16 hex digits of a SHA-256 that tells one content of the set from another.
+
+    It is taken over a bundled set's labels and file digests, and over the labels, shape and pixels
+    of a set of your own.
+    """
+    check.one_of("name", name, DATA_SETS)
+    if name not in NAMES:
+        return _own_digest(_own(name))
     entry = _manifest()[name]
-    return hashlib.sha256(json.dumps([entry["labels"], entry["files"]]).encode()).hexdigest()[:16]
+    described = json.dumps([entry["labels"], entry["files"]])
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def bundled_file(name):
+@records.data_set(
+    "cifar100", title="CIFAR-100", image_shape=(3, 32, 32), num_classes=100, full_set=True
+)
+def cifar100() -> Images:
+    """20 CIFAR-100 test images."""
+    return _all_of("cifar100")
+
+
+@records.data_set(
+    "imagenet64", title="ImageNet 64x64", image_shape=(3, 64, 64), num_classes=200, full_set=True
+)
+def imagenet64() -> Images:
+    """20 ImageNet images reduced to 64x64, as Tiny ImageNet was made."""
+    return _all_of("imagenet64")
+
+
+@records.data_set(
+    "fashion_mnist",
+    title="Fashion-MNIST",
+    image_shape=(1, 28, 28),
+    num_classes=10,
+    full_set=True,
+)
+def fashion_mnist() -> Images:
+    """20 Fashion-MNIST images."""
+    return _all_of("fashion_mnist")
+
+
+@records.data_set("lfw", title="LFW faces", image_shape=(1, 25, 25), num_classes=2)
+def lfw() -> Images:
+    """200 grey crops from Labeled Faces in the Wild, 100 of them faces."""
+    return _all_of("lfw")
+
+
+@records.data_set("digits", title="digits", image_shape=(1, 8, 8), num_classes=10)
+def digits() -> Images:
+    """1,797 handwritten digits."""
+    return _all_of("digits")
+
+
+def bundled_file(name: str) -> Path:
     """Path of the file ``name`` of the bundle; ValueError unless its SHA-256 is the manifest's."""
-    expected = {file: sha for entry in _manifest().values() for file, sha in entry["files"].items()}[name]
-    path = BUNDLE / name
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise ValueError(f"bundled file {path} is missing or differs from manifest.json: restore it with git checkout")
+    digests: dict[str, str] = {}
+    for entry in _manifest().values():
+        digests |= entry["files"]
+    path = _bundle() / name
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digests[name]:
+        raise ValueError(
+            f"bundled file {path} is missing or differs from manifest.json: "
+            "restore it with git checkout"
+        )
     return path
 
 
-def _manifest():
-    if not (BUNDLE / "manifest.json").is_file():
-        raise FileNotFoundError(f"no manifest.json in {BUNDLE}: install from a clone, with pip install -e .")
-    return json.loads((BUNDLE / "manifest.json").read_text())
+def _bundle() -> Path:
+    """Folder of the bundled data."""
+    named = os.environ.get("DLM_BUNDLE")
+    folder = Path(named).expanduser() if named else BUNDLE
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"no manifest.json in {folder}: the bundled data lie in the folder data of a clone of "
+            "the repository; install from it with pip install -e ., or name that folder in the "
+            "environment variable DLM_BUNDLE"
+        )
+    return folder
 
 
-def _bundled(name):
-    """(title, labels, number of classes, value of white, function from indices to pixels [N, C, H, W])."""
+def _manifest() -> dict[str, Any]:
+    return json.loads((_bundle() / "manifest.json").read_text())
+
+
+def _whole(name: str, source: str, root: str | Path | None, download: bool) -> _Set:
+    """The set that is wanted: a user's own, the full one, or the bundled one."""
+    if name not in NAMES:
+        return _registered(_own(name))
+    if source == "bundled" or name not in FULL:
+        return _bundled(name)
+    folder = Path(root or os.environ.get("DLM_DATA") or _bundle() / "downloads").expanduser()
+    if source == "full" or download or _is_present(name, folder):
+        return _full(name, folder, download)
+    return _bundled(name)
+
+
+def _all_of(name: str) -> Images:
+    """All images and labels of a bundled set."""
+    images, labels, *_ = load(name, source="bundled")
+    return images, labels
+
+
+def _bundled(name: str) -> _Set:
     entry = _manifest()[name]
-    files, labels = list(entry["files"]), [int(label) for label in entry["labels"].split()]
+    files = list(entry["files"])
+    labels = [int(label) for label in entry["labels"].split()]
     _, height, width = entry["image_shape"]
 
-    def pixels(chosen):
+    def pixels(chosen: list[int]) -> torch.Tensor:
         if len(files) > 1:
             return torch.stack([_decode(bundled_file(files[i]), "RGB") for i in chosen])
-        tiles = _decode(bundled_file(files[0]), "L").unfold(1, height, height).unfold(2, width, width)
-        return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)[chosen]  # the sheet's tiles, row by row
+        sheet = _decode(bundled_file(files[0]), "L")
+        tiles = sheet.unfold(1, height, height).unfold(2, width, width)
+        return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)[chosen]  # row by row
 
-    return f"bundled: {entry['title']}", labels, entry["num_classes"], entry["white"], pixels
+    title = f"bundled: {entry['title']}"
+    return _Set(title, labels, entry["num_classes"], entry["white"], pixels)
 
 
-def _full(name, root, download):
-    """The same for the full set under ``root``."""
+def _own(name: str) -> DataSet:
+    """The record of a user's own set, fit to be a key."""
+    record = DATA_SETS[name]
+    return replace(record, image_shape=tuple(record.image_shape))
+
+
+def _registered(record: DataSet) -> _Set:
+    """A user's own set."""
+    images, labels = _checked(record)
+    source = f"registered: {record.title}, {len(images)} images"
+    return _Set(source, labels.tolist(), record.num_classes, 1, lambda chosen: images[chosen])
+
+
+@functools.lru_cache(maxsize=4)
+def _checked(record: DataSet) -> Images:
+    """(images float32, labels int64) of a user's own set, as its record says they are."""
+    what = f"data set {record.key!r}"
+    returned = record.function()
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise ValueError(
+            f"{what} returned a {type(returned).__name__}; its function returns (images, labels)"
+        )
+    for part, tensor in zip(("images", "labels"), returned):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{part} of {what} is a {type(tensor).__name__}; it takes a tensor")
+    images, labels = (tensor.detach().cpu() for tensor in returned)
+    _check_images(what, images, record.image_shape)
+    _check_labels(what, labels, len(images), record.num_classes)
+    return images.to(torch.float32), labels.to(torch.int64)
+
+
+def _check_images(what: str, images: torch.Tensor, image_shape: Sequence[int]) -> None:
+    shape = tuple(image_shape)
+    if images.shape[1:] != shape or len(images) == 0:
+        raise ValueError(
+            f"images of {what} has shape {list(images.shape)}; its record says [N, "
+            f"{', '.join(map(str, shape))}], N at least 1"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images of {what} has dtype {images.dtype}; it takes floating point in [0, 1]"
+        )
+    low, high = float(images.min()), float(images.max())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"images of {what} runs from {low:g} to {high:g}; pixels lie in [0, 1]")
+
+
+def _check_labels(what: str, labels: torch.Tensor, count: int, num_classes: int) -> None:
+    if labels.shape != (count,) or labels.dtype not in WHOLE:
+        raise ValueError(
+            f"labels of {what} has shape {list(labels.shape)} and dtype {labels.dtype}; "
+            f"it takes {count} class indices"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels of {what} runs from {low} to {high}; its record says {num_classes} classes, "
+            f"0 to {num_classes - 1}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _own_digest(record: DataSet) -> str:
+    images, labels = _checked(record)
+    content = hashlib.sha256(repr((list(images.shape), record.num_classes)).encode())
+    for tensor in (images, labels):
+        content.update(tensor.contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def _full(name: str, root: Path, download: bool) -> _Set:
+    """The full set under ``root``."""
     from torchvision.datasets import CIFAR100, FashionMNIST, ImageFolder
 
     folder = _fetch(name, root, download)
@@ -110,33 +338,44 @@ def _full(name, root, download):
     try:
         whole = kinds[name](root) if name in kinds else ImageFolder(folder / "train")
     except (RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): delete it, or pass source='bundled'") from error
-    if name in kinds:
-        array, labels = torch.as_tensor(whole.data), torch.as_tensor(whole.targets).tolist()
-        title, array = ("CIFAR-100", array.movedim(3, 1)) if name == "cifar100" else ("Fashion-MNIST", array[:, None])
-        return f"full: {title} training set", labels, len(whole.classes), 255, lambda chosen: array[chosen]
-    title = f"full: Tiny ImageNet training set, {len(whole)} images of {len(whole.classes)} classes"
-    return title, whole.targets, 200, 255, lambda chosen: torch.stack([_decode(whole.samples[i][0], "RGB") for i in chosen])
+        raise ValueError(
+            f"{folder} is damaged ({error}): delete it, or pass source='bundled'"
+        ) from error
+    count = len(whole.classes)
+    if name == "imagenet64":
+        title = f"Tiny ImageNet training set, {len(whole)} images of {count} classes"
+
+        def decoded(chosen: list[int]) -> torch.Tensor:
+            return torch.stack([_decode(whole.samples[i][0], "RGB") for i in chosen])
+
+        return _Set(f"full: {title}", whole.targets, 200, 255, decoded)
+    array, labels = torch.as_tensor(whole.data), torch.as_tensor(whole.targets).tolist()
+    array = array.movedim(3, 1) if name == "cifar100" else array[:, None]
+    title = f"full: {DATA_SETS[name].title} training set"
+    return _Set(title, labels, count, 255, lambda chosen: array[chosen])
 
 
-def _places(name, root):
+def _places(name: str, root: Path) -> tuple[Path, Path]:
     """(folder, archive) of the full set."""
     archive = root / FULL[name][0].rsplit("/", 1)[1]
     return root / archive.name.split(".")[0], archive
 
 
-def _is_present(name, root):
+def _is_present(name: str, root: Path) -> bool:
     return any(place.exists() for place in _places(name, root))
 
 
-def _fetch(name, root, download):
-    """Folder of the full set, if need be downloaded and unpacked aside, then moved into place whole."""
-    (folder, archive), (url, md5) = _places(name, root), FULL[name]
+def _fetch(name: str, root: Path, download: bool) -> Path:
+    """Folder of the full set; what has to be fetched or unpacked is moved into place whole."""
+    folder, archive = _places(name, root)
+    url, md5 = FULL[name]
     if folder.is_dir():
         return folder
     instead = f"or pass source='bundled' for the bundled images of {name}"
     if not archive.exists() and not download:
-        raise FileNotFoundError(f"no {folder.name} in {root}: pass download=True, put {archive.name} there, {instead}")
+        raise FileNotFoundError(
+            f"no {folder.name} in {root}: pass download=True, put {archive.name} there, {instead}"
+        )
     from torchvision.datasets import FashionMNIST, utils
 
     root.mkdir(parents=True, exist_ok=True)
@@ -144,9 +383,14 @@ def _fetch(name, root, download):
         if not archive.exists():
             archive = Path(aside, archive.name)
             try:
-                utils.download_url(url, aside, md5=md5) if md5 else FashionMNIST(aside, download=True)
+                if md5:
+                    utils.download_url(url, aside, md5=md5)
+                else:
+                    FashionMNIST(aside, download=True)
             except (OSError, RuntimeError, HTTPException) as why:
-                raise ConnectionError(f"{url} cannot be downloaded to {root} ({why}): fetch it by hand, {instead}") from why
+                raise ConnectionError(
+                    f"{url} cannot be downloaded to {root} ({why}): fetch it by hand, {instead}"
+                ) from why
         if md5 and not utils.check_integrity(archive, md5):
             raise ValueError(f"{archive} is damaged: its MD5 is not {md5}; delete it, {instead}")
         if md5:
@@ -156,26 +400,36 @@ def _fetch(name, root, download):
     return folder
 
 
-def _choose(n, indices, count, title):
-    """The chosen indices as a list of ints."""
+def _choose(n: int | None, indices: Any, count: int, title: str) -> list[int]:
+    """The chosen indices."""
     if indices is None:
-        check.at_least("n", count if n is None else n, 1)
-        if n is not None and n > count:
+        if n is None:
+            return list(range(count))
+        check.at_least("n", n, 1)
+        if n > count:
             raise ValueError(f"n is {n}; there are {count} images ({title})")
-        return list(range(count if n is None else n))
+        return list(range(n))
     chosen = indices.tolist() if hasattr(indices, "tolist") else indices
     chosen = list(chosen) if isinstance(chosen, Iterable) else [chosen]
-    wrong = [i for i in chosen if not isinstance(i, numbers.Integral) or isinstance(i, bool) or not 0 <= i < count]
+    wrong = [i for i in chosen if not _is_index(i, count)]
     if wrong or not chosen:
         found = repr(wrong[0]) if wrong else "nothing"
-        raise ValueError(f"indices holds {found}; it takes whole numbers from 0 to {count - 1} ({title})")
+        raise ValueError(
+            f"indices holds {found}; it takes whole numbers from 0 to {count - 1} ({title})"
+        )
     return chosen
 
 
-def _decode(file, mode):
+def _is_index(value: Any, count: int) -> bool:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and 0 <= value < count
+
+
+def _decode(file: str | Path, mode: str) -> torch.Tensor:
     """The image in ``file`` as uint8 [C, H, W]."""
     from PIL import Image
 
     with Image.open(file) as image:
-        values = torch.frombuffer(bytearray(image.convert(mode).tobytes()), dtype=torch.uint8)
-        return values.view(image.height, image.width, -1).movedim(2, 0)
+        values = bytearray(image.convert(mode).tobytes())
+        flat = torch.frombuffer(values, dtype=torch.uint8)
+        return flat.view(image.height, image.width, -1).movedim(2, 0)

@@ -1,4 +1,4 @@
-"""Which classes the client's images have, read off the last layer's update without knowing the learning rate."""
+"""Which classes the client's images have, read off the last layer's update."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def infer(
     trusted: Sequence[torch.Tensor] | None = None,
     local_steps: int = 1,
 ) -> torch.Tensor:
-    """Return ``num_images`` class indices [B], ascending, found from Δ alone.
+    """Read the classes of the client's images off Δ alone.
 
     Parameters
     ----------
@@ -29,33 +29,49 @@ def infer(
     trusted
         One boolean tensor per parameter, False for coordinates of Δ to ignore; one image only.
     local_steps
-        Of the client, each on all images. More than it took do as well if its rate is small, fewer do not.
+        Of the client, each on all images. More than it took do as well if its rate is small,
+        fewer do not.
+
+    Returns
+    -------
+    torch.Tensor
+        [B] class indices, ascending.
 
     Raises
     ------
     ValueError
-        Where the model does not end in a linear layer with bias, or ``trusted`` comes with several images.
+        Where the model does not end in a linear layer with bias, or ``trusted`` comes with
+        several images.
 
     Notes
     -----
-    For one image the bias update η(p - e_y) has a single negative entry, the label (iDLG, Zhao et al. 2020). For B
-    images Δ_b = η(p̄ - c/B) with c the counts per class. p̄ is the model's output for the mean feature h̄, which is the
-    mean of the weight update's rows scaled by the bias update; η and c then follow by turns, c rounded to B in all.
-    Over several steps p̄ is the mean output of the last layer as it learns from h̄, which is taken to stay as it is.
+    For one image the bias update η(p - e_y) has a single negative entry, the label (iDLG, Zhao
+    et al. 2020). For B images Δ_b = η(p̄ - c/B) with c the counts per class. p̄ is the model's
+    output for the mean feature h̄, which is the mean of the weight update's rows scaled by the
+    bias update; η and c then follow by turns, c rounded to B in all. Over several steps p̄ is
+    the mean output of the last layer as it learns from h̄, which is taken to stay as it is.
 
-    Where the bias of the label's class is not to be trusted, its row of weights fell as a whole, for features of one sign.
+    Where the bias of the label's class is not to be trusted, its row of weights fell as a
+    whole, for features of one sign.
     """
     layer, d_weight, d_bias = seen.head.layer, seen.head.delta_weight, seen.head.delta_bias
     if trusted is not None:
         if num_images > 1:
-            raise ValueError(f"num_images is {num_images}; an update with gaps does not tell labels of a batch: give them")
+            raise ValueError(
+                f"num_images is {num_images}; "
+                "an update with gaps does not tell labels of a batch: give them"
+            )
         masks = dict(zip(seen.parameter_names, trusted))
-        d_weight, d_bias = (d * masks[name] for d, name in zip((d_weight, d_bias), seen.head.names))
+        weight_name, bias_name = seen.head.names
+        d_weight, d_bias = d_weight * masks[weight_name], d_bias * masks[bias_name]
         return (d_bias if d_bias.min() < 0 else d_weight.sum(1)).argmin()[None]
     if num_images == 1:
         return d_bias.argmin()[None]
     if not d_bias.any():
-        raise ValueError("the last layer's bias did not change, so labels of a batch cannot be read off it: give them")
+        raise ValueError(
+            "the last layer's bias did not change, "
+            "so labels of a batch cannot be read off it: give them"
+        )
     h = features(d_weight, d_bias)
     logits = F.linear(h, layer.weight.double(), layer.bias.double()).detach()
     # A class whose Δ_b is negative is certainly present: without images it is η p̄ > 0.
@@ -66,13 +82,17 @@ def infer(
         p = _mean_output(logits, shares, rate / local_steps * (h @ h + 1), local_steps)
         shares = _round_to(num_images * (p - d_bias / rate), num_images) / num_images
         residual = p - shares
-        rate = (residual @ d_bias / residual.square().sum()).clamp(min=torch.finfo(p.dtype).tiny)
-    return torch.repeat_interleave(torch.arange(len(p), device=p.device), (num_images * shares).round().long())
+        rate = residual @ d_bias / residual.square().sum()
+        rate = rate.clamp(min=torch.finfo(p.dtype).tiny)
+    classes = torch.arange(len(p), device=p.device)
+    return torch.repeat_interleave(classes, (num_images * shares).round().long())
 
 
-def _mean_output(logits, shares, rate, local_steps: int):
-    """The mean over ``local_steps`` steps of gradient descent of softmax(logits), which learns to be ``shares``."""
-    total = 0
+def _mean_output(
+    logits: torch.Tensor, shares: torch.Tensor, rate: torch.Tensor, local_steps: int
+) -> torch.Tensor:
+    """The mean of softmax(logits) over steps of gradient descent towards ``shares``."""
+    total = torch.zeros_like(logits)
     for _ in range(local_steps):
         p = logits.softmax(0)
         total, logits = total + p, logits - rate * (p - shares)
@@ -80,7 +100,13 @@ def _mean_output(logits, shares, rate, local_steps: int):
 
 
 def features(d_weight: torch.Tensor, d_bias: torch.Tensor) -> torch.Tensor:
-    """The last layer's input [n], for a batch its mean weighted by p - e_y: what the weight's update is of the bias's."""
+    """The last layer's input [n], for a batch its mean weighted by p - e_y.
+
+    Parameters
+    ----------
+    d_weight, d_bias
+        [K, n] and [K], that layer's part of Δ: the weight's update is the bias's times the input.
+    """
     return d_weight.T @ d_bias / d_bias.square().sum()
 
 

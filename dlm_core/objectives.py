@@ -1,10 +1,11 @@
-"""How far a dummy update is from the observed one: pure functions of two lists of tensors, one tensor per layer.
+"""How far a dummy update is from the observed one: pure functions of two lists of tensors.
 
-``g`` is the gradient of the loss at W_t for dummy data, ``d`` the observed Δ = W_t - W_{t+1} (DLG: Δ/η). Each returns a
-scalar, zero where the two agree (up to positive scale, where it says so), differentiable in ``g`` and, for DLM, in ``k``.
+Both have one tensor per layer: ``g`` is the gradient of the loss at W_t for dummy data, ``d``
+the observed Δ = W_t - W_{t+1} (DLG: Δ/η). Each returns a scalar, zero where the two agree (up
+to positive scale, where it says so), differentiable in ``g`` and, for DLM, in ``k``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -15,43 +16,72 @@ Tensors = Sequence[torch.Tensor]
 def gradient(
     model: nn.Module, loss: Callable, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """g(x, y): the gradient of ``loss`` in the model's parameters, one tensor per parameter, itself differentiable.
+    """g(x, y): the gradient of ``loss`` in the model's parameters.
 
-    images [B, C, H, W]; labels [B] class indices or [B, K] distributions.
+    Parameters
+    ----------
+    model
+        With the weights W_t.
+    loss
+        (logits [B, K], labels) -> scalar.
+    images
+        x, [B, C, H, W].
+    labels
+        y, [B] class indices or [B, K] distributions.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        One tensor per parameter, itself differentiable in images and labels.
     """
-    return torch.autograd.grad(loss(model(images), labels), list(model.parameters()), create_graph=True)
+    value = loss(model(images), labels)
+    return torch.autograd.grad(value, list(model.parameters()), create_graph=True)
 
 
 def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:
     """Σ_layers ‖g - d‖²: DLG (Zhu et al. 2019), with d = Δ/η."""
-    return sum(_dot(a - b, a - b) for a, b in zip(g, d))
+    return _total(_dot(a - b, a - b) for a, b in zip(g, d))
 
 
 def scaled_distance(g: Tensors, d: Tensors, k: torch.Tensor | float) -> torch.Tensor:
-    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η a variable of the attack (``search.Trained``)."""
-    return sum(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
+    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η is optimised too."""
+    return _total(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
 
 
 def normalised_distance(g: Tensors, d: Tensors) -> torch.Tensor:
-    """Σ_layers ‖g/n(g) - Δ/n(Δ)‖²: DLM+ (Zhao et al. 2024). Invariant to positive scale of either argument.
+    """Σ_layers ‖g/n(g) - Δ/n(Δ)‖²: DLM+ (Zhao et al. 2024).
 
-    Computed as Σ‖g - (n(g)/n(Δ)) Δ‖²/n(g)², which is the same and divides once instead of once a layer: dividing each layer
-    of g would keep a copy of all of it for the way back.
+    Invariant to positive scale of either argument.
+
+    Notes
+    -----
+    Computed as Σ‖g - (n(g)/n(Δ)) Δ‖²/n(g)², which is the same and divides once instead of once
+    a layer: dividing each layer of g would keep a copy of all of it for the way back.
     """
     n_g, n_d = mean_norm(g), mean_norm(d)
     return squared_distance(g, [n_g / n_d * layer for layer in d]) / n_g.square()
 
 
 def cosine_distance(g: Tensors, d: Tensors) -> torch.Tensor:
-    """1 - cos(g, Δ), all layers as one vector: Inverting Gradients (Geiping et al. 2020). Invariant to positive scale."""
-    dot, g_squared, d_squared = (sum(_dot(a, b) for a, b in zip(*pair)) for pair in ((g, d), (g, g), (d, d)))
+    """1 - cos(g, Δ), all layers as one vector: Inverting Gradients (Geiping et al. 2020).
+
+    Invariant to positive scale of either argument.
+    """
+    dot, g_squared, d_squared = _inner(g, d), _inner(g, g), _inner(d, d)
     return 1 - dot / (g_squared * d_squared).sqrt()
 
 
-def weighted(distance: Callable, weights: Sequence[torch.Tensor | float]) -> Callable:
-    """The same ``distance`` with every coordinate of g and d multiplied by its weight, one tensor or number per layer.
+def weighted(
+    distance: Callable[..., torch.Tensor], weights: Sequence[torch.Tensor | float]
+) -> Callable[..., torch.Tensor]:
+    """The same distance with every coordinate of g and d multiplied by its weight.
 
-    0 leaves a coordinate out, 1/σ counts it by its noise.
+    Parameters
+    ----------
+    distance
+        Of this module: (g, d) -> scalar, or (g, d, k) -> scalar.
+    weights
+        One tensor or number per layer. 0 leaves a coordinate out, 1/σ counts it by its noise.
     """
 
     def between(g: Tensors, d: Tensors, *k: torch.Tensor) -> torch.Tensor:
@@ -67,10 +97,25 @@ def mean_norm(tensors: Tensors) -> torch.Tensor:
 
 
 def total_variation(images: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of vertical and of horizontal neighbours, summed; ``images`` [B, C, H, W]."""
+    """Mean absolute difference of vertical and of horizontal neighbours, summed.
+
+    Parameters
+    ----------
+    images
+        [B, C, H, W].
+    """
     return images.diff(dim=-2).abs().mean() + images.diff(dim=-1).abs().mean()
 
 
+def _total(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
+    return sum(numbers)  # type: ignore[return-value]
+
+
+def _inner(a: Tensors, b: Tensors) -> torch.Tensor:
+    """Inner product of two lists of tensors."""
+    return _total(_dot(one, other) for one, other in zip(a, b))
+
+
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product of two tensors; unlike (a * b).sum() it stores no product, which halves the time of a large layer."""
+    """Inner product of two tensors; unlike (a * b).sum() it stores no product: half the time."""
     return torch.dot(a.flatten(), b.flatten())

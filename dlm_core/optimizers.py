@@ -1,4 +1,4 @@
-"""The attacker's optimizers: each is called with (variables, budget of evaluations) and steps on a closure."""
+"""The attacker's optimizers: each takes (variables, max_evaluations) and steps on a closure."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,26 +8,57 @@ Variables = Sequence[torch.Tensor]
 
 
 def lbfgs(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
-    """L-BFGS with strong-Wolfe line search and a history of 100; when to stop is left to the search."""
-    limits = {"max_iter": max_evaluations, "max_eval": max_evaluations, "tolerance_grad": 0, "tolerance_change": 0}
-    return torch.optim.LBFGS(variables, history_size=100, line_search_fn="strong_wolfe", **limits)
+    """L-BFGS with strong-Wolfe line search and a history of 100.
+
+    Parameters
+    ----------
+    variables
+        What is optimised, the images' coordinates first.
+    max_evaluations
+        Budget of objective and gradient; when to stop is left to the search.
+    """
+    return torch.optim.LBFGS(
+        variables,
+        max_iter=max_evaluations,
+        max_eval=max_evaluations,
+        tolerance_grad=0,
+        tolerance_change=0,
+        history_size=100,
+        line_search_fn="strong_wolfe",
+    )
 
 
 def released_lbfgs(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
-    """L-BFGS as the released code calls it: steps of length 1, no line search, PyTorch's own tolerances."""
+    """L-BFGS as the released code calls it: steps of length 1, no line search.
+
+    Parameters
+    ----------
+    variables, max_evaluations
+        As in ``lbfgs``. The budget is not used, and the tolerances are PyTorch's own.
+    """
     return torch.optim.LBFGS(variables, lr=1)
 
 
 def adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
-    """Adam, lr 0.1, as released for the MLP."""
+    """Adam, lr 0.1, as released for the MLP.
+
+    Parameters
+    ----------
+    variables, max_evaluations
+        As in ``lbfgs``; the budget is not used.
+    """
     return torch.optim.Adam(variables, lr=0.1)
 
 
 class SignedAdam(torch.optim.Adam):
-    """The optimizer of Inverting Gradients (Geiping et al. 2020): Adam, lr 0.1, on the sign of the gradient.
+    """The optimizer of Inverting Gradients (Geiping et al. 2020): Adam on the gradient's sign.
 
-    Pixels are clamped to [0, 1] after each step; lr falls tenfold after 3/8, 5/8 and 7/8 of the budget. The first of
-    ``variables`` must be the images in pixels.
+    Parameters
+    ----------
+    variables
+        What is optimised; the first are the images in pixels, clamped to [0, 1] after each step.
+    max_evaluations
+        Budget; lr, 0.1, falls tenfold after 3/8, 5/8 and 7/8 of it.
     """
 
     def __init__(self, variables: Variables, max_evaluations: int) -> None:
@@ -37,6 +68,7 @@ class SignedAdam(torch.optim.Adam):
         self.steps = 0
 
     def step(self, closure: Callable) -> torch.Tensor:  # type: ignore[override]
+        """One step; the loss before it."""
         value = closure()
         self.steps += 1
         for group in self.param_groups:

@@ -141,7 +141,11 @@ class Attack(Record):
     @property
     def demands(self) -> list[str]:
         """The arguments without a default: it cannot be run without being told them."""
-        return [name for name, p in self.parameters.items() if p.default is p.empty]
+        _, *others = inspect.signature(self.function).parameters.values()
+        named = (p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        return [
+            p.name for p in named if p.default is p.empty and p.name not in ("num_images", "seed")
+        ]
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -157,6 +161,10 @@ class Attack(Record):
                 f"num_images is {num_images}; {self.key} takes one: "
                 "exact_batch and dlm_plus take several"
             )
+        self.check_options("option", options)
+        missing = [name for name in self.demands if name not in options]
+        if missing:
+            raise ValueError(f"attack {self.key!r} has to be told {', '.join(missing)}")
         common = {"num_images": num_images} if self.several else {}
         if self.seeded:
             common["seed"] = seed
@@ -213,7 +221,8 @@ class Network(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Record):
-    """A data set: a function (n=…, indices=…, source=…) -> ``data.Dataset``.
+    """A data set: a function without arguments that returns its images [N, C, H, W] in [0, 1] and
+    labels [N], all of them; ``data.load`` serves it.
 
     Attributes
     ----------
@@ -226,6 +235,9 @@ class DataSet(Record):
     image_shape: tuple[int, int, int] = field(default=(3, 32, 32))
     num_classes: int = 2
     full_set: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,11 +319,16 @@ protocol = _decorator(Protocol)
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:
-    """Names of a function's keyword arguments, and of those that it ``passes_on_to`` others."""
+    """Names of the arguments that a function, and those that it ``passes_on_to``, take by name.
+
+    An argument with a default counts as well as one that is taken by name alone.
+    """
     names: dict[str, None] = {}
     for each in (function, *getattr(function, "passes_on_to", ())):
-        every = inspect.signature(each).parameters.values()
-        names |= {p.name: None for p in every if p.kind is p.KEYWORD_ONLY}
+        for p in inspect.signature(each).parameters.values():
+            has_default = p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
+            if p.kind is p.KEYWORD_ONLY or has_default:
+                names[p.name] = None
     return list(names)
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: a small network on which attacks take a fraction of a second, and real images."""
+"""Shared fixtures: a small network, attacked in a fraction of a second, and real images."""
 
 import os
 
@@ -39,10 +39,14 @@ def small(device):
 
 @pytest.fixture
 def seen(small, digit):
-    return federated.train_locally(small, *digit, lr=0.05)
+    return federated.train_locally(small, *digit, learning_rate=0.05)
 
 
 @pytest.fixture
 def environment(tmp_path):
     """Environment of a subprocess that keeps to this test's folders."""
-    return {**os.environ, "DLM_STORE": str(tmp_path / "store"), "DLM_FIGURES": str(tmp_path / "figures")}
+    return {
+        **os.environ,
+        "DLM_STORE": str(tmp_path / "store"),
+        "DLM_FIGURES": str(tmp_path / "figures"),
+    }

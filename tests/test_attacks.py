@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from dlm_core import attacks, coordinates, data, federated, label_inference, metrics, models, objectives, optimizers
+from dlm_core import (
+    attacks,
+    coordinates,
+    data,
+    federated,
+    label_inference,
+    metrics,
+    models,
+    objectives,
+    optimizers,
+)
 from dlm_core.search import reconstruct
 
 
@@ -17,14 +27,24 @@ def psnr(found, truth):
 def lenet_case():
     """A real CIFAR-100 image through the paper's LeNet."""
     images, truth_labels, *_ = data.load("cifar100", n=1, source="bundled")
-    return federated.train_locally(models.build("lenet", seed=0), images, truth_labels, lr=0.01), images, truth_labels
+    return (
+        federated.train_locally(
+            models.build("lenet", seed=0), images, truth_labels, learning_rate=0.01
+        ),
+        images,
+        truth_labels,
+    )
 
 
 def test_dlm_plus_recovers_a_real_image_from_two_snapshots(lenet_case):
     seen, images, truth_labels = lenet_case
     found = attacks.dlm_plus(seen, seed=0)
     assert psnr(found, images) > 30
-    assert torch.equal(found.labels, truth_labels) and found.k is None and found.stop_reason == "converged"
+    assert (
+        torch.equal(found.labels, truth_labels)
+        and found.k is None
+        and found.stop_reason == "converged"
+    )
 
 
 def test_dlm_s_k_is_one_over_eta_at_the_optimum(lenet_case):
@@ -53,16 +73,21 @@ def test_inverting_gradients_runs_its_full_budget_in_the_box(seen, digit):
 
 
 def test_the_returned_image_has_the_returned_loss(seen):
-    for attack, distance in ((attacks.dlm_plus, objectives.normalised_distance), (attacks.inverting_gradients, None)):
+    for attack, distance in (
+        (attacks.dlm_plus, objectives.normalised_distance),
+        (attacks.inverting_gradients, None),
+    ):
         found = attack(seen, max_evaluations=60)
         assert found.loss == min(found.losses) and found.evaluations == len(found.losses) <= 60
         if distance:
             g = objectives.gradient(seen.model.double(), federated.loss, found.images, found.labels)
-            assert float(distance(g, federated.weight_delta(seen)).detach()) == pytest.approx(found.loss, rel=1e-9)
+            assert float(distance(g, seen.delta).detach()) == pytest.approx(found.loss, rel=1e-9)
 
 
 def test_same_seed_same_bits_and_other_seed_other_start(seen):
-    first, again, other = (attacks.dlm_plus(seen, seed=seed, max_evaluations=30) for seed in (1, 1, 2))
+    first, again, other = (
+        attacks.dlm_plus(seen, seed=seed, max_evaluations=30) for seed in (1, 1, 2)
+    )
     assert first.losses == again.losses and torch.equal(first.images, again.images)
     assert first.losses[0] != other.losses[0]
 
@@ -86,7 +111,7 @@ def test_stops_when_converged_and_not_before(seen):
 def test_dlm_stops_at_the_same_misfit_whatever_k0(seen):
     for k0 in (5, 20, 80):
         found = attacks.dlm(seen, k0=k0, max_evaluations=1000)
-        size = sum(float((found.k * d).square().sum()) for d in federated.weight_delta(seen))
+        size = sum(float((found.k * d).square().sum()) for d in seen.delta)
         assert found.stop_reason == "converged" and found.loss <= 1e-6 * size < 100 * found.loss
 
 
@@ -94,7 +119,9 @@ def test_a_start_that_fits_well_already_is_not_taken_for_the_answer(digit):
     model = models.build("lenet", (1, 8, 8), 10, seed=3, init="default").to(
         digit[0].device
     )  # its update hardly shows the image
-    found = attacks.dlm_plus(federated.train_locally(model, *digit, lr=0.05), max_evaluations=200)
+    found = attacks.dlm_plus(
+        federated.train_locally(model, *digit, learning_rate=0.05), max_evaluations=200
+    )
     assert found.evaluations > 20 and found.loss < 1e-4 * found.losses[0]
 
 
@@ -104,9 +131,11 @@ def test_never_fits_below_the_rounding_of_the_weights(seen, digit):
     coarse = {name: tensor.bfloat16() for name, tensor in seen.weights_after.items()}
     coarse = replace(seen, model=seen.model.bfloat16(), weights_after=coarse)
     found = attacks.dlm_plus(coarse, tolerance=0.0, max_evaluations=2000, patience=2000)
-    floor = federated.rounding_share(coarse)
+    floor = coarse.rounding_share
     unit = sum(
-        float((d / objectives.mean_norm(delta)).square().sum()) for delta in [federated.weight_delta(coarse)] for d in delta
+        float((d / objectives.mean_norm(delta)).square().sum())
+        for delta in [coarse.delta]
+        for d in delta
     )
     assert floor > 1e-6 and (found.loss > 0.5 * floor * unit)
 
@@ -126,7 +155,9 @@ def test_stalled_budget_and_diverged(seen):
         return objectives.squared_distance(g, d) * (math.nan if len(calls) > 5 else 1.0)
 
     found = reconstruct(seen, breaks)
-    assert found.stop_reason == "diverged" and found.evaluations == 5  # the first call measures the unit
+    assert (
+        found.stop_reason == "diverged" and found.evaluations == 5
+    )  # the first call measures the unit
     assert found.images.isfinite().all() and math.isfinite(found.loss)
 
 
@@ -161,7 +192,10 @@ def test_attacker_precision_and_label_modes(seen, digit):
     assert attacks.dlm_plus(seen, max_evaluations=10).images.dtype == torch.float64
     given = attacks.dlm_plus(seen, labels=torch.tensor([7]), max_evaluations=5)
     assert given.labels.tolist() == [7]
-    assert attacks.idlg(seen, learning_rate=0.05, max_evaluations=5).labels.tolist() == digit[1].tolist()
+    assert (
+        attacks.idlg(seen, learning_rate=0.05, max_evaluations=5).labels.tolist()
+        == digit[1].tolist()
+    )
 
 
 @pytest.mark.parametrize("parametrisation", [coordinates.pixels, coordinates.cosines])
@@ -180,28 +214,34 @@ def test_labels_of_a_batch_by_count(count):
     images, truth, *_ = data.load("cifar100", n=count, source="bundled")
     truth = truth.clone()
     truth[1] = truth[0]  # a class twice
-    seen = federated.train_locally(models.build("lenet", seed=1), images, truth, lr=0.01)
+    seen = federated.train_locally(models.build("lenet", seed=1), images, truth, learning_rate=0.01)
     assert label_inference.infer(seen, count).tolist() == sorted(truth.tolist())
 
 
 @pytest.mark.parametrize("count, steps", [(2, 5), (8, 2), (16, 2)])
 def test_labels_of_a_batch_after_several_steps(count, steps):
     images, truth, *_ = data.load("cifar100", n=count, source="bundled")
-    seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=steps)
+    seen = federated.train_locally(
+        models.build("lenet", seed=0), images, truth, learning_rate=0.01, local_steps=steps
+    )
     expected = sorted(truth.tolist())
     assert label_inference.infer(seen, count).tolist() != expected, "one step does not explain it"
-    assert label_inference.infer(seen, count, steps=steps).tolist() == expected
-    assert label_inference.infer(seen, count, steps=16).tolist() == expected, "nor need their number be known"
+    assert label_inference.infer(seen, count, local_steps=steps).tolist() == expected
+    assert label_inference.infer(seen, count, local_steps=16).tolist() == expected, (
+        "nor need their number be known"
+    )
 
 
 def test_label_of_one_image_is_the_only_negative_bias_entry(seen, digit):
-    assert (federated.weight_delta(seen)[-1] < 0).sum() == 1
+    assert (seen.delta[-1] < 0).sum() == 1
     assert label_inference.infer(seen).tolist() == digit[1].tolist()
 
 
 def test_a_batch_of_two_comes_back():
     images, truth, *_ = data.load("digits", n=2)
-    seen = federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=3), images, truth, lr=0.05)
+    seen = federated.train_locally(
+        models.build("lenet", (1, 8, 8), 10, seed=3), images, truth, learning_rate=0.05
+    )
     found = attacks.dlm_plus(seen, num_images=2, max_evaluations=1000)
     order = metrics.match(found.images, images)
     assert metrics.psnr(found.images[order], images, data_range=1.0) > 20
@@ -234,15 +274,20 @@ def test_bad_told_values_are_named(seen):
 
 
 def test_models_without_a_biased_last_layer_are_refused(digit):
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False)).to(digit[0].device)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False)).to(
+        digit[0].device
+    )
     with pytest.raises(ValueError, match="does not end in an nn.Linear layer with bias"):
-        federated.train_locally(model, *digit, lr=0.1)
+        federated.train_locally(model, *digit, learning_rate=0.1)
 
 
 def test_batch_norm_in_train_mode_is_attackable(device):
     images, truth, *_ = data.load("digits", n=2)
     seen = federated.train_locally(
-        models.build("resnet18_bn", (1, 8, 8), 10).to(device), images.to(device), truth.to(device), lr=0.1
+        models.build("resnet18_bn", (1, 8, 8), 10).to(device),
+        images.to(device),
+        truth.to(device),
+        learning_rate=0.1,
     )
     stats = seen.model[1].running_mean.clone()
     found = attacks.dlm_plus(seen, num_images=2, max_evaluations=3)

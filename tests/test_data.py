@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dlm_core import data
+from dlm_core import data, records
 
 BUNDLED = {  # count, image shape, classes
     "cifar100": (20, (3, 32, 32), 100),
@@ -76,7 +76,9 @@ def test_images_and_labels_are_those_of_the_files(name, divisor):
     files = sorted((data.BUNDLE / name).glob("*.png"))
     assert labels.tolist() == [int(file.stem.split("_")[1]) // divisor for file in files]
     for image, file in zip(images, files, strict=True):
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(file), np.float32) / 255)
+        assert np.array_equal(
+            image.permute(1, 2, 0).numpy(), np.asarray(Image.open(file), np.float32) / 255
+        )
 
 
 def test_digits_are_exactly_scikit_learns():
@@ -96,7 +98,8 @@ def test_faces_are_scikit_images_to_8_bits():
 
 
 def test_imagenet64_was_reduced_without_aliasing():
-    # Contrast of neighbours over that of 2x2 means: 0.87 for area means; 1.20 for the same photographs merely subsampled.
+    # Contrast of neighbours over that of 2x2 means: 0.87 for area means,
+    # 1.20 for the same photographs merely subsampled.
     images = data.load("imagenet64").images
     blurred = torch.nn.functional.avg_pool2d(images, 2)
     assert images.diff(dim=-1).abs().mean() / blurred.diff(dim=-1).abs().mean() < 0.9
@@ -123,9 +126,12 @@ def test_float32_whatever_the_default_dtype():
 
 def test_importing_the_core_imports_no_image_library():
     libraries = "torchvision", "PIL", "skimage", "lpips"
-    code = f"import sys, dlm_core.data, dlm_core.metrics; print([m for m in {libraries} if m in sys.modules])"
+    imports = "import sys, dlm_core.data, dlm_core.metrics"
+    code = f"{imports}; print([m for m in {libraries} if m in sys.modules])"
     root = Path(data.__file__).parents[1]
-    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert shown.stdout.strip() == "[]"
 
 
@@ -141,7 +147,15 @@ def test_indices_choose_in_their_order(indices):
 
 
 @pytest.mark.parametrize(
-    "indices", [range(3, 6), (3, 4, 5), np.arange(3, 6), torch.arange(3, 6), iter([3, 4, 5]), list(np.arange(3, 6))]
+    "indices",
+    [
+        range(3, 6),
+        (3, 4, 5),
+        np.arange(3, 6),
+        torch.arange(3, 6),
+        iter([3, 4, 5]),
+        list(np.arange(3, 6)),
+    ],
 )
 def test_indices_of_any_kind(indices):
     chosen = data.load("digits", indices=indices)
@@ -153,7 +167,10 @@ def test_indices_of_any_kind(indices):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "cifar10"}, r"name 'cifar10' is unknown: choose from .*; did you mean cifar100\?"),
+        (
+            {"name": "cifar10"},
+            r"name 'cifar10' is unknown: choose from .*; did you mean cifar100\?",
+        ),
         (
             {"name": "cifar100", "source": "ful"},
             r"source 'ful' is unknown: choose from auto, bundled, full; did you mean full\?",
@@ -169,7 +186,10 @@ def test_indices_of_any_kind(indices):
         ({"name": "cifar100", "indices": [-1]}, r"indices holds -1; it takes"),
         ({"name": "cifar100", "indices": []}, r"indices holds nothing; it takes"),
         ({"name": "cifar100", "indices": [0.5]}, r"indices holds 0\.5; it takes"),
-        ({"name": "cifar100", "indices": torch.ones(20, dtype=torch.bool)}, r"indices holds True; it takes"),
+        (
+            {"name": "cifar100", "indices": torch.ones(20, dtype=torch.bool)},
+            r"indices holds True; it takes",
+        ),
         ({"name": "cifar100", "indices": 20}, r"indices holds 20; it takes"),
         ({"name": "digits", "source": "full"}, r"source is 'full', and digits is bundled whole"),
     ],
@@ -215,9 +235,131 @@ def test_missing_bundle_says_how_to_install(monkeypatch, tmp_path):
         data.load("digits")
 
 
+def test_outside_a_checkout_the_error_says_where_the_data_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "BUNDLE", tmp_path / "nowhere")
+    monkeypatch.delenv("DLM_DATA")
+    for call in (lambda: data.load("cifar100"), lambda: data.digest("lfw")):
+        with pytest.raises(FileNotFoundError, match="a clone of the repository.*DLM_BUNDLE"):
+            call()
+
+
+def test_the_bundle_may_lie_elsewhere(monkeypatch, copied_bundle):
+    expected = data.load("cifar100", n=2).images
+    monkeypatch.setattr(data, "BUNDLE", copied_bundle / "nowhere")
+    monkeypatch.setenv("DLM_BUNDLE", str(copied_bundle))
+    assert torch.equal(data.load("cifar100", n=2).images, expected)
+    assert data.bundled_file("lfw.png") == copied_bundle / "lfw.png"
+
+
+# --- records, and a set of one's own
+
+
+@pytest.mark.parametrize("name", data.NAMES)
+def test_the_record_of_a_bundled_set_says_what_it_holds(name):
+    record = records.DATA_SETS[name]
+    count, shape, classes = BUNDLED[name]
+    assert (record.image_shape, record.num_classes) == (shape, classes)
+    assert record.full_set == (name in data.FULL)
+    images, labels = record.function()
+    loaded = data.load(name, source="bundled")
+    assert torch.equal(images, loaded.images) and torch.equal(labels, loaded.labels)
+
+
+OWN_IMAGES = torch.rand(6, 1, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+OWN_LABELS = torch.tensor([2, 0, 1, 1, 0, 2], dtype=torch.int32)
+
+
+@pytest.fixture
+def own_set():
+    """Registers a function as the set "mine", for this test alone."""
+
+    def register(function, **about):
+        described = {"title": "Mine", "image_shape": (1, 5, 4), "num_classes": 3, **about}
+        records.DATA_SETS.pop("mine", None)
+        return records.data_set("mine", **described)(function)
+
+    yield register
+    records.DATA_SETS.pop("mine", None)
+
+
+def test_a_set_of_one_s_own_is_loaded_as_ours_are(own_set):
+    calls = []
+
+    def mine():
+        calls.append(1)
+        return OWN_IMAGES, OWN_LABELS
+
+    own_set(mine, image_shape=[1, 5, 4])
+    loaded = data.load("mine")
+    assert loaded.images.dtype == torch.float32 and loaded.labels.dtype == torch.int64
+    assert torch.equal(loaded.images, OWN_IMAGES.float()) and loaded.num_classes == 3
+    assert loaded.source == "registered: Mine, 6 images"
+    chosen = data.load("mine", indices=[4, 1], source="bundled")
+    assert torch.equal(chosen.images, loaded.images[[4, 1]]) and chosen.labels.tolist() == [0, 0]
+    loaded.images.zero_()
+    assert torch.equal(data.load("mine", n=2).images, OWN_IMAGES[:2].float())
+    assert len(data.digest("mine")) == 16 and len(calls) == 1, "it is made once"
+    with pytest.raises(ValueError, match="source is 'full', and mine is registered whole"):
+        data.load("mine", source="full")
+    with pytest.raises(ValueError, match=r"n is 7; there are 6 images \(registered: Mine"):
+        data.load("mine", n=7)
+
+
+def test_the_digest_of_a_set_of_one_s_own_follows_its_content(own_set):
+    other = OWN_IMAGES.clone()
+    other[5, 0, 0, 0] += 0.001
+    variants = [(OWN_IMAGES, OWN_LABELS), (other, OWN_LABELS), (OWN_IMAGES, OWN_LABELS.roll(1))]
+    digests = []
+    for returned in variants:
+        own_set(lambda returned=returned: returned)
+        digests.append(data.digest("mine"))
+    own_set(lambda: (OWN_IMAGES.clone(), OWN_LABELS.long()))
+    assert len(set(digests)) == 3 and data.digest("mine") == digests[0]
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (OWN_IMAGES, r"data set 'mine' returned a Tensor; its function returns \(images, labels\)"),
+        (
+            (OWN_IMAGES.numpy(), OWN_LABELS),
+            "images of data set 'mine' is a ndarray; it takes a tensor",
+        ),
+        ((OWN_IMAGES[:, 0], OWN_LABELS), r"images .* has shape \[6, 5, 4\].* \[N, 1, 5, 4\]"),
+        ((OWN_IMAGES[:0], OWN_LABELS[:0]), "N at least 1"),
+        (
+            ((255 * OWN_IMAGES).byte(), OWN_LABELS),
+            r"images .* has dtype torch.uint8; .* in \[0, 1\]",
+        ),
+        (
+            (OWN_IMAGES - 1, OWN_LABELS),
+            r"images .* runs from -0\.\d+ to .*; pixels lie in \[0, 1\]",
+        ),
+        ((OWN_IMAGES * float("nan"), OWN_LABELS), "images .* runs from nan to nan; pixels lie"),
+        ((OWN_IMAGES, OWN_LABELS[:5]), r"labels .* has shape \[5\] .*; it takes 6 class indices"),
+        (
+            (OWN_IMAGES, OWN_LABELS.double()),
+            "labels .* dtype torch.float64; it takes 6 class indices",
+        ),
+        (
+            (OWN_IMAGES, OWN_LABELS + 1),
+            "labels .* runs from 1 to 3; its record says 3 classes, 0 to 2",
+        ),
+    ],
+)
+def test_a_set_of_one_s_own_that_is_not_as_its_record_says_is_refused(own_set, returned, message):
+    own_set(lambda: returned)
+    for call in (data.load, data.digest):
+        with pytest.raises(ValueError, match=message) as caught:
+            call("mine")
+        assert "\n" not in str(caught.value)
+
+
 def test_digest_depends_on_files_and_labels(copied_bundle):
     before = {name: data.digest(name) for name in data.NAMES}
-    assert len(set(before.values())) == len(data.NAMES) and all(len(value) == 16 for value in before.values())
+    assert len(set(before.values())) == len(data.NAMES) and all(
+        len(value) == 16 for value in before.values()
+    )
     manifest = json.loads((copied_bundle / "manifest.json").read_text())
     manifest["cifar100"]["files"]["cifar100/00_49.png"] = "0" * 64
     manifest["lfw"]["labels"] = manifest["lfw"]["labels"][::-1]
@@ -233,7 +375,7 @@ def test_digest_depends_on_files_and_labels(copied_bundle):
 
 
 def write_tiny_imagenet(folder):
-    """Three classes of two images each, one of them grey; returns the pixels' mean colour by file."""
+    """Three classes of two images each, one of them grey, each of one colour."""
     rng = np.random.default_rng(0)
     for wnid in ("n03", "n01", "n02"):
         images = folder / "tiny-imagenet-200" / "train" / wnid / "images"
@@ -243,7 +385,9 @@ def write_tiny_imagenet(folder):
             grey = wnid == "n02" and i == 1
             level = rng.integers(40, 215, 1 if grey else 3).astype(np.uint8)
             pixels = np.full((64, 64), level[0]) if grey else np.broadcast_to(level, (64, 64, 3))
-            Image.fromarray(np.ascontiguousarray(pixels)).save(images / f"{wnid}_{i}.JPEG", quality=95)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(
+                images / f"{wnid}_{i}.JPEG", quality=95
+            )
 
 
 def tiny_imagenet_zip(tmp_path, monkeypatch):
@@ -263,7 +407,11 @@ def test_tiny_imagenet_folder(tmp_path):
     write_tiny_imagenet(tmp_path / "downloads")
     loaded = data.load("imagenet64")
     assert loaded.source == "full: Tiny ImageNet training set, 6 images of 3 classes"
-    assert loaded.images.shape == (6, 3, 64, 64) and loaded.images.dtype == torch.float32 and loaded.num_classes == 200
+    assert (
+        loaded.images.shape == (6, 3, 64, 64)
+        and loaded.images.dtype == torch.float32
+        and loaded.num_classes == 200
+    )
     assert loaded.labels.tolist() == [0, 0, 1, 1, 2, 2], "the rank of the sorted WordNet ids"
     order = [f"n0{c}_{i}" for c in (1, 2, 3) for i in (0, 1)]
     for image, name in zip(loaded.images, order, strict=True):
@@ -310,7 +458,11 @@ def test_damaged_zip_is_refused(tmp_path, monkeypatch, download):
     assert left_in(tmp_path / "downloads") == ["tiny-imagenet-200.zip"]
 
 
-FOLDERS = [("cifar100", "cifar-100-python"), ("imagenet64", "tiny-imagenet-200"), ("fashion_mnist", "FashionMNIST")]
+FOLDERS = [
+    ("cifar100", "cifar-100-python"),
+    ("imagenet64", "tiny-imagenet-200"),
+    ("fashion_mnist", "FashionMNIST"),
+]
 
 
 class Response(io.BytesIO):
@@ -347,7 +499,10 @@ def test_download(tmp_path, monkeypatch):
     assert loaded.source.startswith("full") and set(opened) == {data.FULL["imagenet64"][0]}
     assert left_in(tmp_path / "downloads") == ["tiny-imagenet-200"]
     opened.clear()
-    assert torch.equal(data.load("imagenet64", n=3, download=True).images, loaded.images) and not opened
+    assert (
+        torch.equal(data.load("imagenet64", n=3, download=True).images, loaded.images)
+        and not opened
+    )
 
 
 @pytest.mark.parametrize("failure", ["broken off", "wrong content"])
@@ -357,7 +512,9 @@ def test_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, failure):
         serve(monkeypatch, content, fails_after=100)
     else:
         serve(monkeypatch, content + b"!")
-    with pytest.raises(ConnectionError, match=r"tiny-imagenet-200\.zip cannot be downloaded .*source='bundled'"):
+    with pytest.raises(
+        ConnectionError, match=r"tiny-imagenet-200\.zip cannot be downloaded .*source='bundled'"
+    ):
         data.load("imagenet64", download=True)
     assert left_in(tmp_path / "downloads") == []
     assert data.load("imagenet64", n=1).source.startswith("bundled")
@@ -366,7 +523,8 @@ def test_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, failure):
 @pytest.mark.parametrize("name, folder", FOLDERS)
 def test_no_network(tmp_path, name, folder):
     with pytest.raises(
-        ConnectionError, match=rf"(?s){folder}.* cannot be downloaded to .*downloads .*no network.*source='bundled'"
+        ConnectionError,
+        match=rf"(?s){folder}.* cannot be downloaded to .*downloads .*no network.*source='bundled'",
     ):
         data.load(name, source="full", download=True)
     assert left_in(tmp_path / "downloads") == []
@@ -374,14 +532,17 @@ def test_no_network(tmp_path, name, folder):
 
 @pytest.mark.parametrize("name, folder", FOLDERS)
 def test_absent_full_set_names_folder_remedy_and_alternative(tmp_path, name, folder):
-    with pytest.raises(FileNotFoundError, match=rf"no {folder} in .*downloads: pass download=True.*source='bundled'"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"no {folder} in .*downloads: pass download=True.*source='bundled'",
+    ):
         data.load(name, source="full")
     assert not (tmp_path / "downloads").exists()
 
 
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
-    """A CIFAR-100 of 7 training images whose digests torchvision is made to expect; returns its pixels and labels."""
+    """A CIFAR-100 of 7 images, as torchvision is made to expect: (folder, pixels, labels)."""
     from torchvision.datasets import CIFAR100
 
     rng = np.random.default_rng(1)
@@ -397,7 +558,11 @@ def fake_cifar(tmp_path, monkeypatch):
         (folder / name).write_bytes(content)
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(contents["train"])]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(contents["test"])]])
-    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5(contents["meta"])})
+    monkeypatch.setattr(
+        CIFAR100,
+        "meta",
+        {"filename": "meta", "key": "fine_label_names", "md5": md5(contents["meta"])},
+    )
     return folder, torch.from_numpy(pixels).view(7, 3, 32, 32).float() / 255, labels
 
 
@@ -410,7 +575,9 @@ def fake_fashion(tmp_path):
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
         for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(
+                n.to_bytes(4, "big") for n in array.shape
+            )
             (raw / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
     return raw.parent, torch.from_numpy(pixels)[:, None].float() / 255, labels.tolist()
 
@@ -422,12 +589,18 @@ def fake_fashion(tmp_path):
         ("fashion_mnist", "fake_fashion", "Fashion-MNIST", 10, [4, 1], [7, 0]),
     ],
 )
-def test_full_set_of_torchvision(tmp_path, request, name, made, title, classes, chosen, classes_chosen):
+def test_full_set_of_torchvision(
+    tmp_path, request, name, made, title, classes, chosen, classes_chosen
+):
     folder, images, labels = request.getfixturevalue(made)
     shutil.copytree(folder, tmp_path / "downloads" / folder.name)
     loaded = data.load(name)
     assert loaded.source == f"full: {title} training set" and loaded.num_classes == classes
-    assert torch.equal(loaded.images, images) and loaded.labels.tolist() == labels and loaded.labels.dtype == torch.int64
+    assert (
+        torch.equal(loaded.images, images)
+        and loaded.labels.tolist() == labels
+        and loaded.labels.dtype == torch.int64
+    )
     some = data.load(name, indices=chosen)
     assert torch.equal(some.images, images[chosen]) and some.labels.tolist() == classes_chosen
     assert data.load(name, source="bundled").source.startswith("bundled")
@@ -445,7 +618,9 @@ def test_fashion_mnist_is_downloaded_aside(tmp_path, monkeypatch, fake_fashion):
     from torchvision.datasets import FashionMNIST
 
     folder, images, _ = fake_fashion
-    monkeypatch.setattr(FashionMNIST, "download", lambda self: shutil.copytree(folder, f"{self.root}/{folder.name}"))
+    monkeypatch.setattr(
+        FashionMNIST, "download", lambda self: shutil.copytree(folder, f"{self.root}/{folder.name}")
+    )
     assert torch.equal(data.load("fashion_mnist", download=True).images, images)
     assert left_in(tmp_path / "downloads") == ["FashionMNIST"]
 
@@ -464,7 +639,9 @@ def test_damaged_full_cifar100_is_refused_not_replaced_by_the_bundle(tmp_path, f
     shutil.copytree(fake_cifar[0], tmp_path / "downloads" / "cifar-100-python")
     with open(tmp_path / "downloads" / "cifar-100-python" / "train", "ab") as file:
         file.write(b"!")
-    with pytest.raises(ValueError, match=r"cifar-100-python is damaged .*delete it, or pass source='bundled'"):
+    with pytest.raises(
+        ValueError, match=r"cifar-100-python is damaged .*delete it, or pass source='bundled'"
+    ):
         data.load("cifar100")
 
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core import attacks, defenses, federated, label_inference, models
+from dlm_core import attacks, defenses, federated, label_inference, models, records
 from dlm_core.beyond import adaptive
-from dlm_core.harness import trials
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -21,7 +20,10 @@ def test_zero_noise_is_the_identity(seen, options):
 
 def test_zero_sparsity_is_the_identity(seen):
     weights = seen.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in defenses.sparsify(weights, percent=0).items())
+    assert all(
+        torch.equal(value, weights[name])
+        for name, value in defenses.sparsify(weights, percent=0).items()
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,7 +52,9 @@ def test_noise_has_its_scale_times_the_undone_clip(distribution, variance):
 
 def test_the_released_noise_is_forty_times_its_nominal_scale():
     weights = models.build("lenet").state_dict()
-    added = torch.cat([(v - weights[k]).flatten() for k, v in defenses.noise(weights, scale=1e-5).items()])
+    added = torch.cat(
+        [(v - weights[k]).flatten() for k, v in defenses.noise(weights, scale=1e-5).items()]
+    )
     assert 30 < added.std().item() / (2**0.5 * 1e-5) < 50
 
 
@@ -64,7 +68,9 @@ def test_observers_and_seeds(seen):
         assert torch.equal(channel.weights_after[name], server.weights_after[name])
         assert torch.equal(channel.weights_after[name], again.weights_after[name])
         noise_before = channel.model.state_dict()[name] - raw
-        assert not torch.allclose(noise_before, channel.weights_after[name] - seen.weights_after[name])
+        assert not torch.allclose(
+            noise_before, channel.weights_after[name] - seen.weights_after[name]
+        )
 
 
 def test_nothing_is_changed_in_place(seen):
@@ -77,7 +83,7 @@ def test_nothing_is_changed_in_place(seen):
 def test_the_server_sees_the_undefended_delta_where_weights_are_kept(seen):
     server = defenses.defend(seen, defenses.sparsify, percent=30, observer="server")
     names = [name for name, _ in seen.model.named_parameters()]
-    for name, plain, defended in zip(names, federated.weight_delta(seen), federated.weight_delta(server)):
+    for name, plain, defended in zip(names, seen.delta, server.delta):
         kept = server.weights_after[name] != 0
         assert torch.equal(plain[kept], defended[kept])
 
@@ -93,15 +99,35 @@ def test_buffers_pass_through(device):
     "defence, options, message",
     [
         (defenses.noise, {"scale": -1}, r"scale is -1; it takes a finite number in \[0, inf\)"),
-        (defenses.noise, {"scale": 1, "distribution": "laplac"}, "distribution 'laplac' is unknown.*did you mean laplace"),
-        (defenses.sparsify, {"percent": 101}, r"percent is 101; it takes a finite number in \[0, 100\]"),
-        (defenses.noise, {"scale": 1, "observer": "sever"}, "observer 'sever' is unknown.*did you mean server"),
+        (
+            defenses.noise,
+            {"scale": 1, "distribution": "laplac"},
+            "distribution 'laplac' is unknown.*did you mean laplace",
+        ),
+        (
+            defenses.sparsify,
+            {"percent": 101},
+            r"percent is 101; it takes a finite number in \[0, 100\]",
+        ),
+        (
+            defenses.noise,
+            {"scale": 1, "observer": "sever"},
+            "observer 'sever' is unknown.*did you mean server",
+        ),
         (defenses.sparsify, {"percent": 100}, "equals the model's weights"),
-        (defenses.clip_and_noise, {"clip": 0}, r"clip is 0; it takes a finite number in \(0, inf\)"),
+        (
+            defenses.clip_and_noise,
+            {"clip": 0},
+            r"clip is 0; it takes a finite number in \(0, inf\)",
+        ),
         (defenses.top_k, {"percent": -1}, r"percent is -1; it takes a finite number in \[0, 100\]"),
         (defenses.quantise, {"bits": 1}, "bits is 1; it takes a whole number of at least 2"),
         (defenses.quantise, {"repeats": 0}, "repeats is 0; it takes a whole number of at least 1"),
-        (lambda weights, **_: weights.clear(), {"observer": "server"}, "defence <function .*> returned no dict"),
+        (
+            lambda weights, **_: weights.clear(),
+            {"observer": "server"},
+            "defence <function .*> returned no dict",
+        ),
     ],
 )
 def test_bad_input_is_named(seen, defence, options, message):
@@ -109,8 +135,85 @@ def test_bad_input_is_named(seen, defence, options, message):
         defenses.defend(seen, defence, **options)
 
 
+# --- a defence as a value
+
+
+def test_a_setting_is_a_value_of_its_content():
+    given = {"name": "noise", "observer": "server", "scale": 0.1, "repeats": 2}
+    setting = defenses.Setting.of(given)
+    assert setting == defenses.Setting("noise", {"scale": 0.1}, observer="server", repeats=2)
+    assert hash(setting) == hash(defenses.Setting.of(dict(reversed(given.items()))))
+    assert defenses.Setting.of(setting) is setting
+    assert setting != defenses.Setting("noise", {"scale": 0.2}, observer="server", repeats=2)
+
+
+@pytest.mark.parametrize("take", [defenses.Setting.of, "dlm_plus", "recover", "combined"])
+@pytest.mark.parametrize(
+    "defence, message",
+    [
+        ({"name": "sparsity", "percent": 10}, "defence 'sparsity' is unknown.*mean sparsify"),
+        ({"percent": 10}, "defence is {'percent': 10}; it takes a Setting or a dict with a name"),
+        ({"name": "sparsify"}, "defence 'sparsify' lacks percent"),
+        ({"name": "sparsify", "percnt": 10}, "sparsify 'percnt' is unknown.*did you mean percent"),
+        ({"name": "noise", "scale": 1e-3, "observr": "server"}, "noise 'observr' is unknown"),
+        ({"name": "noise", "scale": 1e-3, "observer": "sever"}, "'sever' is unknown.*mean server"),
+        ({"name": "noise", "scale": 1e-3, "repeats": 0}, "repeats is 0"),
+        ({"name": "noise", "scale": 1e-3, "seed": 3}, "'seed' is no part of a setting"),
+        ({"name": "noise", "scale": 1e-3, "parameters": []}, "'parameters' is no part of a sett"),
+        ({"name": "dp_sgd", "clip": 1.0}, "'dp_sgd' replaces the client's training: call train_"),
+        ("noise", "defence is 'noise'; it takes a Setting or a dict with a name"),
+    ],
+)
+def test_a_misspelt_defence_is_an_error_and_never_no_noise(seen, take, defence, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        if callable(take):
+            take(defence)
+        else:
+            given = [seen, seen] if take == "combined" else seen
+            getattr(adaptive, take)(given, defence=defence)
+    assert "\n" not in str(caught.value)
+
+
+def test_defend_takes_keys_records_functions_and_any_other_function(seen):
+    by_key = defenses.defend(seen, "sparsify", percent=30)
+    by_function = defenses.defend(seen, defenses.sparsify, percent=30)
+    assert all(torch.equal(a, b) for a, b in zip(by_key.delta, by_function.delta))
+
+    def halves(weights, *, factor, parameters, seed):
+        return {**weights, **{name: factor * weights[name] for name in parameters}}
+
+    halved = defenses.defend(seen, halves, factor=0.5)
+    assert all(torch.equal(a, 0.5 * b) for a, b in zip(halved.delta, seen.delta))
+    with pytest.raises(ValueError, match="option of halves 'facto' is unknown.*did you mean facto"):
+        defenses.defend(seen, halves, facto=0.5)
+    with pytest.raises(ValueError, match="defence 'halves' lacks factor"):
+        defenses.defend(seen, halves)
+    with pytest.raises(ValueError, match="defence 'sparsity' is unknown.*did you mean sparsify"):
+        defenses.defend(seen, "sparsity", percent=30)
+    with pytest.raises(ValueError, match="'dp_sgd' replaces the client's training"):
+        defenses.defend(seen, "dp_sgd", learning_rate=1.0, clip=1.0, noise_multiplier=1.0)
+
+
+def test_a_defence_of_the_update_that_works_in_place_spoils_no_delta(seen):
+    @records.defence("mine", title="Mine", acts_on="update", random=False)
+    def mine(update):
+        for layer in update:
+            layer.mul_(0.5)
+        return update
+
+    try:
+        before = [layer.clone() for layer in seen.delta]
+        defenses.defend(seen, "mine")
+    finally:
+        del records.DEFENCES["mine"]
+    assert all(torch.equal(a, b) for a, b in zip(before, seen.delta))
+
+
 def test_clip_and_noise_bounds_the_update_and_adds_its_noise():
-    update = [torch.full((300, 100), 0.1, dtype=torch.float64), torch.full((100,), -0.1, dtype=torch.float64)]
+    update = [
+        torch.full((300, 100), 0.1, dtype=torch.float64),
+        torch.full((100,), -0.1, dtype=torch.float64),
+    ]
     length = (30_100 * 0.01) ** 0.5
     clipped = defenses.clip_and_noise(update, clip=2.0)
     assert torch.cat([layer.flatten() for layer in clipped]).norm().item() == pytest.approx(2.0)
@@ -139,26 +242,38 @@ def test_quantisation_is_unbiased_and_ends_on_its_grid():
     assert torch.allclose(steps, steps.round())
     assert draws.abs().max() <= 1 + 1e-12
     error = (draws.mean(0) - update[0]).abs().max().item()
-    assert error < 5 * (1 / 3) / 2 / 2000**0.5  # standard deviation of one draw: at most half a step
+    assert (
+        error < 5 * (1 / 3) / 2 / 2000**0.5
+    )  # standard deviation of one draw: at most half a step
 
 
 def test_averaging_repeats_divides_the_variance(seen):
-    plain = torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+    plain = torch.cat([layer.flatten() for layer in seen.delta])
 
     def variance(repeats):
-        noisy = defenses.defend(seen, defenses.noise, scale=1e-3, observer="server", repeats=repeats)
-        return float((torch.cat([layer.flatten() for layer in federated.weight_delta(noisy)]) - plain).square().mean())
+        noisy = defenses.defend(
+            seen, defenses.noise, scale=1e-3, observer="server", repeats=repeats
+        )
+        return float(
+            (torch.cat([layer.flatten() for layer in noisy.delta]) - plain).square().mean()
+        )
 
     assert variance(1) / variance(16) == pytest.approx(16, rel=0.2)
 
 
-OF_UPDATES = [(defenses.clip_and_noise, {"clip": 1e-3}), (defenses.top_k, {"percent": 50}), (defenses.quantise, {})]
+OF_UPDATES = [
+    (defenses.clip_and_noise, {"clip": 1e-3}),
+    (defenses.top_k, {"percent": 50}),
+    (defenses.quantise, {}),
+]
 
 
-@pytest.mark.parametrize("defence, options", OF_UPDATES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "defence, options", OF_UPDATES, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence, options):
     before = {name: tensor.clone() for name, tensor in seen.weights_after.items()}
-    update = federated.weight_delta(seen)
+    update = seen.delta
     copies = [layer.clone() for layer in update]
     expected = defence(update, **({"seed": 1} if defence is not defenses.top_k else {}), **options)
     sent = defenses.defend(seen, defence, **options)
@@ -166,34 +281,36 @@ def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence,
     assert all(torch.equal(before[name], tensor) for name, tensor in seen.weights_after.items())
     for name, raw in seen.model.state_dict().items():
         assert torch.equal(sent.model.state_dict()[name], raw)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(federated.weight_delta(sent), expected))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(sent.delta, expected))
 
 
 @pytest.mark.parametrize("multiplier, rounds", [(0.3, 1), (1.0, 50), (4.0, 100), (20.0, 5)])
 def test_epsilon_is_opacus_and_the_gaussian_mechanism_s(multiplier, rounds):
-    """Against Opacus' own orders, and against Balle and Wang's exact condition (ICML 2018), which no accountant beats."""
+    """Against Opacus' own orders, and the exact condition of Balle and Wang (ICML 2018)."""
     from opacus.accountants.analysis import rdp
     from scipy.stats import norm
 
-    ours = defenses.epsilon(noise_multiplier=multiplier, rounds=rounds)
+    ours = defenses.epsilon(noise_multiplier=multiplier, num_rounds=rounds)
     orders = [1 + i / 10 for i in range(1, 100)] + list(range(12, 64))
     spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=rounds, orders=orders)
     theirs, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=1e-5)
     assert ours == pytest.approx(theirs, rel=0.02)
     mu = rounds**0.5 / multiplier
     exact = norm.cdf(mu / 2 - ours / mu) - math.exp(ours) * norm.cdf(-mu / 2 - ours / mu)
-    assert 0 < exact <= 1e-5
+    assert 0 < exact <= 1e-5  # no accountant beats it
 
 
 def test_epsilon_falls_with_sampling_and_is_infinite_without_noise():
-    assert defenses.epsilon(noise_multiplier=0, rounds=1) == float("inf")
-    everyone = defenses.epsilon(noise_multiplier=1.0, rounds=50)
-    assert defenses.epsilon(noise_multiplier=1.0, rounds=50, sample_rate=0.1) < everyone / 4
+    assert defenses.epsilon(noise_multiplier=0, num_rounds=1) == float("inf")
+    everyone = defenses.epsilon(noise_multiplier=1.0, num_rounds=50)
+    assert defenses.epsilon(noise_multiplier=1.0, num_rounds=50, sample_rate=0.1) < everyone / 4
 
 
 def test_dp_sgd_without_noise_and_clip_is_sgd(small, digit):
-    plain = federated.train_locally(small, *digit, lr=0.05, steps=2)
-    private = defenses.train_privately(small, *digit, lr=0.05, clip=1e6, noise_multiplier=0.0, steps=2)
+    plain = federated.train_locally(small, *digit, learning_rate=0.05, local_steps=2)
+    private = defenses.train_privately(
+        small, *digit, learning_rate=0.05, clip=1e6, noise_multiplier=0.0, local_steps=2
+    )
     assert private.image_shape == plain.image_shape and private.num_classes == plain.num_classes
     for name, expected in plain.weights_after.items():
         assert torch.allclose(private.weights_after[name], expected, atol=1e-6)
@@ -207,12 +324,12 @@ def test_dp_sgd_clips_each_image_and_adds_its_noise(small):
     images, labels = images.to(device), labels.to(device)
 
     def update(**options):
-        seen = defenses.train_privately(small, images, labels, lr=1.0, **options)
-        return torch.cat([layer.flatten() for layer in federated.weight_delta(seen)])
+        seen = defenses.train_privately(small, images, labels, learning_rate=1.0, **options)
+        return torch.cat([layer.flatten() for layer in seen.delta])
 
     alone = []
     for image, label in zip(images, labels):
-        delta = federated.weight_delta(federated.train_locally(small, image[None], label[None], lr=1.0))
+        delta = federated.train_locally(small, image[None], label[None], learning_rate=1.0).delta
         alone.append(torch.cat([layer.flatten() for layer in delta]))
     clip = 0.5 * min(float(each.norm()) for each in alone)
     expected = sum(clip * each / each.norm() for each in alone) / 4
@@ -223,8 +340,9 @@ def test_dp_sgd_clips_each_image_and_adds_its_noise(small):
 
 
 def aware(seen, attack, **defence):
-    return attack(defenses.defend(seen, trials.DEFENCES[defence["name"]], **{k: v for k, v in defence.items() if k != "name"}),
-                  defence=defence)  # fmt: skip
+    """``attack`` on what the defence leaves of ``seen``, told the defence."""
+    options = {name: value for name, value in defence.items() if name != "name"}
+    return attack(defenses.defend(seen, defence["name"], **options), defence=defence)
 
 
 @pytest.mark.parametrize("name", ["sparsify", "top_k"])
@@ -234,16 +352,22 @@ def test_sparsification_is_void_against_a_server_that_leaves_zeros_out(seen, dig
     found = aware(seen, adaptive.dlm_plus, name=name, percent=30, observer="server")
     assert found.labels.tolist() == digit[1].tolist()
     assert float((found.images - digit[0]).square().mean()) < 1e-3
-    unaware = attacks.dlm_plus(defenses.defend(seen, defenses.sparsify, percent=30, observer="server"))
+    unaware = attacks.dlm_plus(
+        defenses.defend(seen, defenses.sparsify, percent=30, observer="server")
+    )
     assert float((unaware.images - digit[0]).square().mean()) > 1e-2
 
 
 def test_a_weight_that_a_black_pixel_leaves_alone_is_no_zeroed_one(digit):
-    """Such coordinates were once left out with the zeroed ones, and the prior then greyed the pixel."""
+    """Such coordinates were once left out with the zeroed ones: a prior then greyed the pixel."""
     model = models.build("mlp", (1, 8, 8), 10)
     assert (digit[0] == 0).any()
     found = aware(
-        federated.train_locally(model, *digit, lr=0.1), adaptive.recover, name="sparsify", percent=30, observer="server"
+        federated.train_locally(model, *digit, learning_rate=0.1),
+        adaptive.recover,
+        name="sparsify",
+        percent=30,
+        observer="server",
     )
     assert found.identifiable == 64
     assert torch.equal((found.images * 16).round(), (digit[0] * 16).round().double())
@@ -267,10 +391,11 @@ def test_clipping_without_noise_hides_nothing(seen, digit):
 def test_the_noise_that_the_attacker_expects_is_the_noise_that_is_there(seen, defence):
     options = {name: value for name, value in defence.items() if name != "name"}
     clean = defenses.defend(seen, defenses.clip_and_noise, clip=0.01) if "clip" in defence else seen
+    setting = defenses.Setting.of(defence)
     square, expected = 0.0, 0.0
     for seed in range(20):
-        sent = defenses.defend(seen, trials.DEFENCES[defence["name"]], seed=seed, **options)
-        parts = zip(federated.weight_delta(sent), federated.weight_delta(clean), adaptive.noise_variance(sent, defence))
+        sent = defenses.defend(seen, defence["name"], seed=seed, **options)
+        parts = zip(sent.delta, clean.delta, setting.noise_variance(sent))
         for noisy, plain, variance in parts:
             square += float((noisy - plain).square().sum())
             expected += variance * noisy.numel()
@@ -288,9 +413,9 @@ def test_labels_with_gaps(seen, digit):
 
 
 def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small, digit):
-    seen = federated.train_locally(small, *digit, lr=0.3, steps=5)
+    seen = federated.train_locally(small, *digit, learning_rate=0.3, local_steps=5)
     defence = {"name": "sparsify", "percent": 30, "observer": "server"}
-    found = aware(seen, partial(adaptive.unrolled_dlm, learning_rate=0.3, steps=5), **defence)
+    found = aware(seen, partial(adaptive.unrolled_dlm, learning_rate=0.3, local_steps=5), **defence)
     assert float((found.images - digit[0]).square().mean()) < 1e-4
     one_step = aware(seen, adaptive.dlm_plus, **defence)
     assert found.loss < one_step.loss / 4
@@ -298,7 +423,7 @@ def test_the_aware_attacker_sees_through_several_steps_and_sparsification(small,
 
 def test_exact_recovery_bears_units_that_are_zero_in_both_snapshots(digit):
     model = models.build("mlp", (1, 8, 8), 10, seed=0, init="default").to(digit[0].device)
-    seen = federated.train_locally(model, *digit, lr=1.0)
+    seen = federated.train_locally(model, *digit, learning_rate=1.0)
     found = aware(seen, adaptive.recover, name="sparsify", percent=30, observer="channel")
     assert found.images.isfinite().all()
 
@@ -312,7 +437,9 @@ def test_labels_of_a_batch_are_not_made_up(seen):
 
 @pytest.mark.parametrize("observer", ["server", "channel"])
 def test_a_defence_that_works_in_place_spoils_nothing(digit, observer):
-    seen = federated.train_locally(models.build("mlp", (1, 8, 8), 10, seed=0), digit[0], digit[1], lr=0.1)
+    seen = federated.train_locally(
+        models.build("mlp", (1, 8, 8), 10, seed=0), digit[0], digit[1], learning_rate=0.1
+    )
 
     def pure(weights, *, parameters, seed):
         return {name: tensor + 0.01 for name, tensor in weights.items()}
@@ -325,4 +452,7 @@ def test_a_defence_that_works_in_place_spoils_nothing(digit, observer):
     expected, found = (defenses.defend(seen, each, observer=observer) for each in (pure, in_place))
     for p, q in zip(expected.model.parameters(), found.model.parameters()):
         assert torch.equal(p, q)
-    assert all(torch.equal(tensor, found.weights_after[name]) for name, tensor in expected.weights_after.items())
+    assert all(
+        torch.equal(tensor, found.weights_after[name])
+        for name, tensor in expected.weights_after.items()
+    )

@@ -14,15 +14,15 @@ from dlm_core import attacks, data, federated, models, objectives
 
 
 @settings(max_examples=10, deadline=None)
-@given(lr=st.floats(1e-3, 1.0))
-def test_one_sgd_step_with_known_rate_is_the_gradient(lr):
+@given(rate=st.floats(1e-3, 1.0))
+def test_one_sgd_step_with_known_rate_is_the_gradient(rate):
     images, labels, *_ = data.load("digits", n=2)
     model = models.build("lenet", (1, 8, 8), 10, seed=3).double()
-    seen = federated.train_locally(model, images.double(), labels, lr=lr)
+    seen = federated.train_locally(model, images.double(), labels, learning_rate=rate)
     for delta, g in zip(
-        federated.weight_delta(seen), objectives.gradient(model, federated.loss, images.double(), labels), strict=True
+        seen.delta, objectives.gradient(model, federated.loss, images.double(), labels), strict=True
     ):
-        torch.testing.assert_close(delta / lr, g, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(delta / rate, g, rtol=1e-9, atol=1e-12)
 
 
 def test_steps_clear_gradients_and_the_released_client_does_not(small, digit):
@@ -33,46 +33,80 @@ def test_steps_clear_gradients_and_the_released_client_does_not(small, digit):
         optimizer.zero_grad()
         federated.loss(expected(digit[0]), digit[1]).backward()
         optimizer.step()
-    seen = federated.train_locally(model, *digit, lr=0.1, steps=3)
+    seen = federated.train_locally(model, *digit, learning_rate=0.1, local_steps=3)
     assert all(torch.equal(seen.weights_after[name], p) for name, p in expected.named_parameters())
-    released = federated.train_locally(model, *digit, lr=0.1, steps=3, clear_gradients=False)
-    longer, plain = (sum(d.square().sum() for d in federated.weight_delta(s)) for s in (released, seen))
+    released = federated.train_locally(
+        model, *digit, learning_rate=0.1, local_steps=3, clear_gradients=False
+    )
+    longer, plain = (sum(d.square().sum() for d in s.delta) for s in (released, seen))
     assert longer > 2 * plain  # 1 + 2 + 3 gradients instead of 3
+
+
+def test_the_former_names_still_serve_and_both_are_refused(small, digit):
+    seen = federated.train_locally(small, *digit, learning_rate=0.1, local_steps=2)
+    former = federated.train_locally(small, *digit, lr=0.1, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(seen.delta, former.delta))
+    with pytest.raises(TypeError, match="lr is the former name of learning_rate; give one of them"):
+        federated.train_locally(small, *digit, lr=0.1, learning_rate=0.1)
+    with pytest.raises(
+        TypeError, match="steps is the former name of local_steps; give one of them"
+    ):
+        federated.train_locally(small, *digit, learning_rate=0.1, steps=2, local_steps=2)
 
 
 def test_batches_are_taken_in_order_and_cyclically():
     images, labels, *_ = data.load("digits", n=3)
     model = models.build("mlp", (1, 8, 8), 10, seed=0)
-    seen = federated.train_locally(model, images, labels, lr=0.1, steps=2, batch_size=2)
-    first = federated.train_locally(model, images[:2], labels[:2], lr=0.1)
+    seen = federated.train_locally(
+        model, images, labels, learning_rate=0.1, local_steps=2, batch_size=2
+    )
+    first = federated.train_locally(model, images[:2], labels[:2], learning_rate=0.1)
     model.load_state_dict(first.weights_after)
-    second = federated.train_locally(model, images[[2, 0]], labels[[2, 0]], lr=0.1)
-    assert all(torch.equal(seen.weights_after[name], second.weights_after[name]) for name in second.weights_after)
+    second = federated.train_locally(model, images[[2, 0]], labels[[2, 0]], learning_rate=0.1)
+    assert all(
+        torch.equal(seen.weights_after[name], second.weights_after[name])
+        for name in second.weights_after
+    )
 
 
 @pytest.mark.parametrize(
-    "optimizer, options", [(torch.optim.Adam, None), (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1})]
+    "optimizer, options",
+    [(torch.optim.Adam, None), (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1})],
 )
 def test_any_torch_optimizer(small, digit, optimizer, options):
-    seen = federated.train_locally(small, *digit, lr=0.01, steps=2, optimizer=optimizer, options=options)
-    assert all(delta.isfinite().all() for delta in federated.weight_delta(seen))
+    seen = federated.train_locally(
+        small,
+        *digit,
+        learning_rate=0.01,
+        local_steps=2,
+        client_optimizer=optimizer,
+        optimizer_options=options,
+    )
+    assert all(delta.isfinite().all() for delta in seen.delta)
 
 
 def test_the_model_given_is_left_as_it_was(small, digit):
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    federated.train_locally(small, *digit, lr=1.0, steps=2)
+    federated.train_locally(small, *digit, learning_rate=1.0, local_steps=2)
     assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
     assert all(p.grad is None for p in small.parameters())
 
 
 def test_no_ground_truth_is_reachable_from_an_observation(small, digit):
     images, labels = digit
-    federated.loss(small(images), labels).backward()  # even where the caller's model carries gradients of the data
-    seen = federated.train_locally(small, images, labels, lr=0.05, steps=2)
+    federated.loss(
+        small(images), labels
+    ).backward()  # even where the caller's model carries gradients of the data
+    seen = federated.train_locally(small, images, labels, learning_rate=0.05, local_steps=2)
     todo, known, tensors = [seen], set(), []
     while todo:
         thing = todo.pop()
-        if id(thing) in known or isinstance(thing, type) or type(thing).__module__ == "builtins" and callable(thing):
+        if (
+            id(thing) in known
+            or isinstance(thing, type)
+            or type(thing).__module__ == "builtins"
+            and callable(thing)
+        ):
             continue
         known.add(id(thing))
         if isinstance(thing, torch.Tensor):
@@ -92,9 +126,11 @@ def test_fedavg_is_the_weighted_mean_of_the_clients():
     images, labels, *_ = data.load("digits", n=6)
     model = models.build("mlp", (1, 8, 8), 10, seed=0)
     clients = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    (after, seen), *_ = federated.rounds(model, clients, number=1, lr=0.1)
+    (after, seen), *_ = federated.rounds(model, clients, num_rounds=1, learning_rate=0.1)
     for name, tensor in after.state_dict().items():
-        expected = (4 * seen[0].weights_after[name].double() + 2 * seen[1].weights_after[name].double()) / 6
+        expected = (
+            4 * seen[0].weights_after[name].double() + 2 * seen[1].weights_after[name].double()
+        ) / 6
         torch.testing.assert_close(tensor.double(), expected)
 
 
@@ -102,20 +138,29 @@ def test_fedavg_learns():
     images, labels, *_ = data.load("digits", n=100)
     model = models.build("mlp", (1, 8, 8), 10, seed=0, init="default")
     *_, (after, _) = federated.rounds(
-        model, [(images[:50], labels[:50]), (images[50:], labels[50:])], number=20, lr=0.5, steps=5
+        model,
+        [(images[:50], labels[:50]), (images[50:], labels[50:])],
+        num_rounds=20,
+        learning_rate=0.5,
+        local_steps=5,
     )
     assert (after(images).argmax(1) == labels).float().mean() > 0.9
 
 
 def test_rounding_variance_matches_simulated_rounding():
-    seen = federated.train_locally(models.build("mlp", (1, 8, 8), 10), *data.load("digits", n=1)[:2], lr=0.01)
+    seen = federated.train_locally(
+        models.build("mlp", (1, 8, 8), 10), *data.load("digits", n=1)[:2], learning_rate=0.01
+    )
     name, weight = next(iter(seen.model.named_parameters()))
     exact = (
         weight.detach().double()
-        - torch.rand(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.1
+        - torch.rand(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        * 0.1
     )
     error = exact.float().double() - exact
-    expected = federated.rounding_variance(replace(seen, weights_after={**seen.weights_after, name: exact.float()}))[0]
+    expected = replace(
+        seen, weights_after={**seen.weights_after, name: exact.float()}
+    ).rounding_variance[0]
     assert (error.square() / expected).mean().item() == pytest.approx(1, rel=0.1)
 
 
@@ -127,10 +172,18 @@ def test_snapshots_that_do_not_fit_are_refused_by_name(seen):
             key: value for key, value in after.items() if key != name
         },
         "it has 'extra'$": {**after, "extra": torch.zeros(1)},
-        f"it lacks '{name}'.* and 6 more and has 'net.{name}'": {f"net.{key}": value for key, value in after.items()},
+        f"it lacks '{name}'.* and 6 more and has 'net.{name}'": {
+            f"net.{key}": value for key, value in after.items()
+        },
         rf"weights_after\['{name}'\] has shape \[1\]": {**after, name: torch.zeros(1)},
-        rf"weights_after\['{name}'\] has dtype torch.float64": {**after, name: after[name].double()},
-        f"weights_after holds NaN or infinity in '{name}'": {**after, name: after[name] * float("nan")},
+        rf"weights_after\['{name}'\] has dtype torch.float64": {
+            **after,
+            name: after[name].double(),
+        },
+        f"weights_after holds NaN or infinity in '{name}'": {
+            **after,
+            name: after[name] * float("nan"),
+        },
         "equals the model's weights": seen.model.state_dict(),
     }
     for message, weights in bad.items():
@@ -147,9 +200,9 @@ def test_an_observation_and_a_result_print_in_a_line(seen):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lr": 0}, r"lr is 0; it takes a finite number in \(0, inf\)"),
-        ({"lr": float("nan")}, "lr is nan"),
-        ({"steps": 0}, "steps is 0; it takes a whole number of at least 1"),
+        ({"learning_rate": 0}, r"learning_rate is 0; it takes a finite number in \(0, inf\)"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"local_steps": 0}, "local_steps is 0; it takes a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"labels": torch.tensor([10])}, "labels run from 10 to 10; the model has classes 0 to 9"),
         ({"labels": torch.tensor([1, 2])}, "labels has shape"),
@@ -159,14 +212,19 @@ def test_an_observation_and_a_result_print_in_a_line(seen):
 )
 def test_bad_training_input_is_named(change, message):
     model = models.build("lenet", (1, 8, 8), 10)
-    arguments = {"images": torch.rand(1, 1, 8, 8), "labels": torch.tensor([1]), "lr": 0.1, **change}
+    arguments = {
+        "images": torch.rand(1, 1, 8, 8),
+        "labels": torch.tensor([1]),
+        "learning_rate": 0.1,
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         federated.train_locally(model, **arguments)
 
 
 def test_a_client_that_diverges_says_so(small, digit):
     with pytest.raises(FloatingPointError, match="diverged within 3 steps"):
-        federated.train_locally(small, *digit, lr=1e38, steps=3)
+        federated.train_locally(small, *digit, learning_rate=1e38, local_steps=3)
 
 
 def test_snapshots_from_files(tmp_path, seen):
@@ -180,7 +238,7 @@ def test_snapshots_from_files(tmp_path, seen):
         federated.load_weights(tmp_path / "after.pt"),
         (1, 8, 8),
     )
-    for ours, theirs in zip(federated.weight_delta(loaded), federated.weight_delta(seen)):
+    for ours, theirs in zip(loaded.delta, seen.delta):
         assert torch.equal(ours, theirs.cpu())
 
 
@@ -209,7 +267,9 @@ def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path):
 def test_weights_can_be_rounded_on_their_way(small, digit):
     model, (images, labels) = small, digit
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    seen = federated.train_locally(model, images, labels, lr=0.1, transmitted=torch.bfloat16)
+    seen = federated.train_locally(
+        model, images, labels, learning_rate=0.1, transmitted=torch.bfloat16
+    )
     for name, after in seen.weights_after.items():
         assert after.dtype == torch.float32
         for sent in (after, seen.model.state_dict()[name]):

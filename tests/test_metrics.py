@@ -1,4 +1,4 @@
-"""The metrics against known values, independent formulas, and what must not happen to their inputs."""
+"""The metrics against known values and independent formulas; their inputs stay as they were."""
 
 import math
 import warnings
@@ -15,7 +15,10 @@ from dlm_core import data, metrics
 
 CIFAR = data.load("cifar100", source="bundled").images
 RANGED = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": metrics.lpips}
-PAIRED = [*(lambda e, t, f=f: f(e, t, data_range=1.0) for f in RANGED.values()), metrics.exact_pixel_rate]
+PAIRED = [
+    *(lambda e, t, f=f: f(e, t, data_range=1.0) for f in RANGED.values()),
+    metrics.exact_pixel_rate,
+]
 PAIRED += [metrics.released_psnr, metrics.released_ssim, metrics.match]
 
 
@@ -26,12 +29,16 @@ def noise(*shape, seed=0):
 # --- PSNR
 
 
-@pytest.mark.parametrize("offset, decibels", [(0.1, 20), (0.01, 40), (0.5, 20 * math.log10(2)), (1.0, 0)])
+@pytest.mark.parametrize(
+    "offset, decibels", [(0.1, 20), (0.01, 40), (0.5, 20 * math.log10(2)), (1.0, 0)]
+)
 def test_psnr_of_a_constant_error(offset, decibels):
     truth = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     value = metrics.psnr(truth + offset, truth, data_range=1.0)
     assert type(value) is float and value == pytest.approx(decibels, abs=1e-9)
-    assert metrics.psnr(255 * (truth + offset), 255 * truth, data_range=255) == pytest.approx(decibels, abs=1e-9)
+    assert metrics.psnr(255 * (truth + offset), 255 * truth, data_range=255) == pytest.approx(
+        decibels, abs=1e-9
+    )
 
 
 def test_psnr_agrees_with_scikit_image():
@@ -40,11 +47,14 @@ def test_psnr_agrees_with_scikit_image():
     estimate = noise(20, 3, 32, 32)
     each = metrics.psnr(estimate, CIFAR, data_range=1.0, per_image=True)
     expected = [
-        peak_signal_noise_ratio(t, e, data_range=1) for e, t in zip(estimate.double().numpy(), CIFAR.double().numpy())
+        peak_signal_noise_ratio(t, e, data_range=1)
+        for e, t in zip(estimate.double().numpy(), CIFAR.double().numpy())
     ]
     assert each.shape == (20,) and each.dtype == torch.float64
     assert each.tolist() == pytest.approx(expected, abs=1e-9)
-    assert metrics.psnr(estimate, CIFAR, data_range=1.0) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert metrics.psnr(estimate, CIFAR, data_range=1.0) == pytest.approx(
+        np.mean(expected), abs=1e-9
+    )
 
 
 def test_psnr_of_identical_images_is_infinite():
@@ -73,7 +83,9 @@ def test_psnr_is_symmetric_and_knows_no_units(seed, scale):
 def test_psnr_rises_as_the_error_shrinks(seed, factor):
     truth, estimate = noise(2, 1, 3, 5, 4, seed=seed).double()
     closer = truth + factor * (estimate - truth)
-    gain = metrics.psnr(closer, truth, data_range=1.0) - metrics.psnr(estimate, truth, data_range=1.0)
+    gain = metrics.psnr(closer, truth, data_range=1.0) - metrics.psnr(
+        estimate, truth, data_range=1.0
+    )
     assert gain == pytest.approx(-20 * math.log10(factor))
 
 
@@ -86,14 +98,19 @@ def test_ssim_is_one_for_identical_and_near_zero_for_unrelated_images():
 
 
 def test_ssim_agrees_with_its_definition():
-    # One 7x7 image has one window: SSIM = (2 μμ' + C1)(2 cov + C2) / ((μ² + μ'² + C1)(σ² + σ'² + C2)), unbiased σ², cov.
+    # One 7x7 image has one window, and with unbiased σ² and cov
+    # SSIM = (2 μμ' + C1)(2 cov + C2) / ((μ² + μ'² + C1)(σ² + σ'² + C2)).
     a, b = noise(2, 1, 1, 7, 7, seed=3).double()
     c1, c2 = 0.01**2, 0.03**2
     covariance = torch.cov(torch.stack([a.flatten(), b.flatten()]))
     brightness = (2 * a.mean() * b.mean() + c1) / (a.mean() ** 2 + b.mean() ** 2 + c1)
     structure = (2 * covariance[0, 1] + c2) / (covariance[0, 0] + covariance[1, 1] + c2)
-    assert metrics.ssim(a, b, data_range=1.0) == pytest.approx(float(brightness * structure), abs=1e-9)
-    assert metrics.ssim(255 * a, 255 * b, data_range=255) == pytest.approx(float(brightness * structure), abs=1e-9)
+    assert metrics.ssim(a, b, data_range=1.0) == pytest.approx(
+        float(brightness * structure), abs=1e-9
+    )
+    assert metrics.ssim(255 * a, 255 * b, data_range=255) == pytest.approx(
+        float(brightness * structure), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 9), (6, 6), (8, 8), (25, 25)])
@@ -111,7 +128,9 @@ def test_ssim_refuses_images_without_a_window():
 # --- LPIPS
 
 
-@pytest.mark.parametrize("first, second, distance", [(0, 1, 0.2309), (0, 2, 0.1806), (1, 3, 0.1479)])
+@pytest.mark.parametrize(
+    "first, second, distance", [(0, 1, 0.2309), (0, 2, 0.1806), (1, 3, 0.1479)]
+)
 def test_lpips_golden_values(first, second, distance):
     a, b = CIFAR[first : first + 1], CIFAR[second : second + 1]
     assert metrics.lpips(a, b) == pytest.approx(distance, abs=6e-5)
@@ -131,7 +150,9 @@ def test_lpips_heads_are_those_of_the_lpips_package():
     import lpips
 
     shipped = torch.load(
-        Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True
+        Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth",
+        map_location="cpu",
+        weights_only=True,
     )
     loaded = metrics._lpips_network().state_dict()
     assert len(shipped) == 5
@@ -148,14 +169,18 @@ def test_lpips_loads_silently_and_leaves_the_global_generator_alone():
         metrics.lpips(CIFAR[:1], CIFAR[:1])
     assert torch.equal(torch.get_rng_state(), before)
     network = metrics._lpips_network()
-    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    assert not network.training and not any(
+        parameter.requires_grad for parameter in network.parameters()
+    )
     assert network is metrics._lpips_network(), "read once"
 
 
 def test_lpips_smallest_size():
     assert metrics.lpips(noise(1, 3, 31, 31), noise(1, 3, 31, 31, seed=1)) > 0
     for shape in ((1, 3, 30, 40), (1, 1, 25, 25), (1, 2, 32, 32)):
-        with pytest.raises(ValueError, match="lpips takes 1 or 3 channels and 31x31 pixels or more"):
+        with pytest.raises(
+            ValueError, match="lpips takes 1 or 3 channels and 31x31 pixels or more"
+        ):
             metrics.lpips(noise(*shape), noise(*shape))
 
 
@@ -184,7 +209,9 @@ def test_success():
 @settings(deadline=None, max_examples=25)
 def test_match_undoes_any_order(order, level):
     truths = CIFAR[:6]
-    shuffled = (truths + level * torch.randn(truths.shape, generator=torch.Generator().manual_seed(0)))[list(order)]
+    shuffled = (
+        truths + level * torch.randn(truths.shape, generator=torch.Generator().manual_seed(0))
+    )[list(order)]
     found = metrics.match(shuffled, truths)
     assert found.dtype == torch.int64
     assert [order[i] for i in found.tolist()] == list(range(6))
@@ -193,7 +220,8 @@ def test_match_undoes_any_order(order, level):
 def test_match_gives_each_image_away_once_and_bears_nan():
     truths = torch.tensor([0.5, 0.6, 1.0])[:, None, None, None].expand(3, 1, 2, 2)
     estimates = torch.tensor([0.58, math.nan, 0.9])[:, None, None, None].expand(3, 1, 2, 2)
-    # Both 0.58 and 0.9 are nearest to 0.6 or 1.0, so the broken one is left with 0.5, though it fits nothing.
+    # Both 0.58 and 0.9 are nearest to 0.6 or 1.0: the broken one is left with 0.5, though it
+    # fits nothing.
     assert metrics.match(estimates, truths).tolist() == [1, 0, 2]
 
 
@@ -204,7 +232,10 @@ def released_formula(estimate, truth):
     """The released PSNR, in numpy."""
     mse = np.mean((estimate.numpy() - truth.numpy()) ** 2)
     return np.mean(
-        [10 * np.log10((1 / std) ** 2 / mse) for std in (0.2673342823982239, 0.2564384639263153, 0.2761504650115967)]
+        [
+            10 * np.log10((1 / std) ** 2 / mse)
+            for std in (0.2673342823982239, 0.2564384639263153, 0.2761504650115967)
+        ]
     )
 
 
@@ -220,8 +251,12 @@ def test_released_psnr_neither_clamps_nor_separates_images():
     truth = CIFAR[:2].double()
     estimate = truth.clone()
     estimate[0] += 3
-    assert metrics.released_psnr(estimate, truth) == pytest.approx(released_formula(estimate, truth), abs=1e-9)
-    assert metrics.released_psnr(estimate, truth) == pytest.approx(11.4854 - 10 * math.log10(4.5), abs=1e-3)
+    assert metrics.released_psnr(estimate, truth) == pytest.approx(
+        released_formula(estimate, truth), abs=1e-9
+    )
+    assert metrics.released_psnr(estimate, truth) == pytest.approx(
+        11.4854 - 10 * math.log10(4.5), abs=1e-3
+    )
     assert metrics.released_psnr(truth, truth) == math.inf
 
 
@@ -241,16 +276,23 @@ def gaussian_ssim(x, y, data_range):
 
 
 def test_released_ssim_agrees_with_pytorch_msssim():
-    unrelated = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unrelated = torch.randn(
+        2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     truth = CIFAR[:2].double()
-    assert metrics.released_ssim(unrelated, truth) == pytest.approx(gaussian_ssim(unrelated, truth, 255), abs=1e-9)
-    # Recorded from pytorch-msssim 1.0.0, ssim(..., data_range=255), for images 1 and 2 against 0 and 1.
+    assert metrics.released_ssim(unrelated, truth) == pytest.approx(
+        gaussian_ssim(unrelated, truth, 255), abs=1e-9
+    )
+    # Recorded from pytorch-msssim 1.0.0, ssim(..., data_range=255), images 1 and 2 against 0 and 1.
     assert metrics.released_ssim(CIFAR[1:3], CIFAR[:2]) == pytest.approx(0.98971, abs=1e-5)
 
 
 def test_released_ssim_calls_noise_a_success():
     unrelated = noise(1, 3, 32, 32)
-    assert metrics.released_ssim(unrelated, CIFAR[:1]) > 0.95 and metrics.ssim(unrelated, CIFAR[:1], data_range=1.0) < 0.1
+    assert (
+        metrics.released_ssim(unrelated, CIFAR[:1]) > 0.95
+        and metrics.ssim(unrelated, CIFAR[:1], data_range=1.0) < 0.1
+    )
     with pytest.raises(ValueError, match="images are 8x8; released_ssim takes 11x11 or more"):
         metrics.released_ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8))
 
@@ -262,7 +304,8 @@ def test_released_ssim_calls_noise_a_success():
 def test_unequal_or_misshapen_images_are_refused(metric):
     for estimate, truth in ((CIFAR[:1], CIFAR[:2]), (CIFAR[0], CIFAR[0]), (CIFAR[:0], CIFAR[:0])):
         with pytest.raises(
-            ValueError, match=r"estimate has shape \[.*\] and truth \[.*\]; they take the same \[N, C, H, W\]"
+            ValueError,
+            match=r"estimate has shape \[.*\] and truth \[.*\]; they take the same \[N, C, H, W\]",
         ):
             metric(estimate, truth)
 
@@ -276,7 +319,9 @@ def test_any_floating_dtype_and_inputs_stay_as_they_were(metric, dtype):
     assert torch.as_tensor(value).tolist() == pytest.approx(
         torch.as_tensor(metric(kept[0].double(), kept[1].double())).tolist()
     )
-    assert torch.equal(estimate, kept[0]) and torch.equal(truth, kept[1]) and estimate.dtype == dtype
+    assert (
+        torch.equal(estimate, kept[0]) and torch.equal(truth, kept[1]) and estimate.dtype == dtype
+    )
 
 
 @pytest.mark.parametrize("name", RANGED)
@@ -293,7 +338,9 @@ def test_a_wrong_data_range_is_refused(name):
     for wrong in (0, -1, math.inf, math.nan, "1"):
         with pytest.raises(ValueError, match="data_range is"):
             RANGED[name](CIFAR[:1], CIFAR[:1], data_range=wrong)
-    with pytest.raises(ValueError, match=r"truth runs from .* to .*; data_range 1 needs values in \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"truth runs from .* to .*; data_range 1 needs values in \[0, 1\]"
+    ):
         RANGED[name](CIFAR[:1], 2 * CIFAR[:1] - 1, data_range=1.0)
     with pytest.raises(ValueError, match="truth runs from"):
         RANGED[name](255 * CIFAR[:1], 255 * CIFAR[:1], data_range=1.0)

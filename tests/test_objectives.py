@@ -13,11 +13,17 @@ positive = st.floats(1e-6, 1e6)
 
 def layers(seed):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((4, 3), (4,), (2, 4), (2,))]
+    return [
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((4, 3), (4,), (2, 4), (2,))
+    ]
 
 
 def test_known_values():
-    g, d = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])], [torch.tensor([0.0, 0.0]), torch.tensor([2.0])]
+    g, d = (
+        [torch.tensor([3.0, 4.0]), torch.tensor([0.0])],
+        [torch.tensor([0.0, 0.0]), torch.tensor([2.0])],
+    )
     assert objectives.squared_distance(g, d) == 29
     assert objectives.scaled_distance(g, d, 0.5) == 26
     assert objectives.mean_norm(g) == 2.5
@@ -42,8 +48,12 @@ def test_dlm_plus_and_cosine_ignore_positive_scale(scale, seed):
 def test_zero_exactly_where_the_updates_agree(seed, k):
     g = layers(seed)
     assert objectives.squared_distance(g, g) == 0
-    assert float(objectives.scaled_distance([k * x for x in g], g, k)) == pytest.approx(0, abs=1e-18)
-    assert float(objectives.normalised_distance([k * x for x in g], g)) == pytest.approx(0, abs=1e-24)
+    assert float(objectives.scaled_distance([k * x for x in g], g, k)) == pytest.approx(
+        0, abs=1e-18
+    )
+    assert float(objectives.normalised_distance([k * x for x in g], g)) == pytest.approx(
+        0, abs=1e-24
+    )
     assert float(objectives.cosine_distance([k * x for x in g], g)) == pytest.approx(0, abs=1e-12)
     assert float(objectives.normalised_distance(g, [-x for x in g])) > 1
 
@@ -51,7 +61,11 @@ def test_zero_exactly_where_the_updates_agree(seed, k):
 def test_distances_differentiate_as_finite_differences_say():
     g = [x.requires_grad_() for x in layers(0)]
     d = layers(1)
-    for distance in (objectives.squared_distance, objectives.normalised_distance, objectives.cosine_distance):
+    for distance in (
+        objectives.squared_distance,
+        objectives.normalised_distance,
+        objectives.cosine_distance,
+    ):
         assert torch.autograd.gradcheck(lambda *g, distance=distance: distance(g, d), g)
     k = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda k, *g: objectives.scaled_distance(g, d, k), (k, *g))

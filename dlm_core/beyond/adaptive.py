@@ -1,87 +1,197 @@
-"""Attackers who know the defence: its kind and its parameters are public (Kerckhoffs), the noise that it drew is not.
+"""Attackers who know the defence.
 
-``defence`` is told as a ``defenses.Setting``, or {"name": …, "observer": …} with its keyword arguments beside them. Which
-coordinates a sparsified snapshot or update keeps need not be told; the snapshots show it.
+Its kind and its parameters are public (Kerckhoffs), the noise that it drew is not. They are told as
+a ``defenses.Setting``, or as {"name": …, "observer": …} with the defence's keyword arguments beside
+them. Which coordinates a sparsified snapshot or update keeps need not be told: the snapshots show
+it.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from dlm_core import attacks, defenses, objectives, records
+from dlm_core import attacks, check, objectives, records
 from dlm_core.beyond import clients, exact
+from dlm_core.defenses import Setting
 from dlm_core.observation import Observation
+from dlm_core.results import Reconstruction
+from dlm_core.search import reconstruct
 
-CONTRAST = 0.05  # mean difference of neighbouring pixels in natural images: the scale of the total-variation prior
+# Mean difference of neighbouring pixels in natural images: the scale of the total-variation prior.
+CONTRAST = 0.05
+
+Told = Setting | Mapping[str, Any]
 
 
-@records.attack("aware_exact", title="exact, aware", colour=3, marker="*", several=False, seeded=False)
-def recover(seen, *, defence, **options):
-    """``exact.recover`` without the coordinates that the defence zeroed, under the noise that it adds. Told: the defence."""
-    defence = defenses.Setting.of(defence)
-    trusted, variance = defence.kept(seen), defence.noise_variance(seen)
-    if trusted is not None:  # a zero in both snapshots has not even rounding for a variance: any other will do
-        variance = [(~t).double() for t in trusted]
+@records.attack(
+    "aware_exact",
+    title="exact, aware",
+    colour=3,
+    marker="*",
+    assumes=("that the client took one SGD step on one image",),
+    client="one step of SGD on one image, defended",
+    several=False,
+    seeded=False,
+)
+@records.passes_on_to(exact.recover)
+def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstruction:
+    """``exact.recover`` without what the defence zeroed, under the noise that it adds.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    defence
+        Told, with its strength.
+    **options
+        Of ``exact.recover``, ``trusted`` and ``extra_variance`` aside.
+    """
+    setting = Setting.of(defence)
+    trusted = setting.kept(seen)
+    variance: Sequence[torch.Tensor | float] = setting.noise_variance(seen)
+    if trusted is not None:
+        # A zero in both snapshots has not even rounding for a variance: any other will do.
+        variance = [(~kept).double() for kept in trusted]
     return exact.recover(seen, trusted=trusted, extra_variance=variance, **options)
 
 
-@records.attack("aware_dlm_plus", title="DLM+, aware", colour=4, marker="P")
-def dlm_plus(seen, *, defence, total_variation=None, **options):
-    """DLM+ without the coordinates that the defence zeroed, all others weighted by their noise. Told: the defence.
+@records.attack(
+    "aware_dlm_plus",
+    title="DLM+, aware",
+    colour=4,
+    marker="P",
+    client="one step of SGD, with momentum or not, defended",
+)
+@records.passes_on_to(reconstruct)
+def dlm_plus(
+    seen: Observation, *, defence: Told, total_variation: float | None = None, **options: Any
+) -> Reconstruction:
+    """DLM+ without what the defence zeroed, all other coordinates weighted by their noise.
 
-    total_variation  of ``search.reconstruct``; None sets it to the most probable image's under a Laplace prior of scale
-                     ``CONTRAST`` on the differences of neighbouring pixels, which is 0 without noise.
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    defence
+        Told, with its strength.
+    total_variation
+        Of ``search.reconstruct``. None sets it to the most probable image's under a Laplace prior
+        of scale ``CONTRAST`` on the differences of neighbouring pixels, which is 0 without noise.
+    **options
+        Of ``search.reconstruct``.
     """
-    defence = defenses.Setting.of(defence)
-    variances = defence.noise_variance(seen)
+    setting = Setting.of(defence)
+    variances = setting.noise_variance(seen)
     if not any(variances):
-        return attacks.dlm_plus(seen, trusted=defence.kept(seen), total_variation=total_variation or 0.0, **options)
+        trusted, prior = setting.kept(seen), total_variation or 0.0
+        return attacks.dlm_plus(seen, trusted=trusted, total_variation=prior, **options)
     weights = [variance**-0.5 for variance in variances]
     if total_variation is None:
         total_variation = _prior(seen, weights)
     distance = objectives.weighted(objectives.normalised_distance, weights)
-    return attacks.reconstruct(seen, distance, total_variation=total_variation, **options)
+    return reconstruct(seen, distance, total_variation=total_variation, **options)
 
 
-@records.attack("aware_unrolled_dlm", title="unrolled DLM+, aware", colour=5, marker="X")
-def unrolled_dlm(seen, *, defence, learning_rate, local_steps, **options):
-    """``dlm_plus`` on a simulated SGD client. Told: the defence, and η and E, which a server prescribes."""
+@records.attack(
+    "aware_unrolled_dlm",
+    title="unrolled DLM+, aware",
+    colour=5,
+    marker="X",
+    assumes=("that the client ran plain SGD",),
+    client="several local steps of plain SGD, defended",
+)
+@check.renamed(steps="local_steps")
+@records.passes_on_to(dlm_plus)
+def unrolled_dlm(
+    seen: Observation, *, defence: Told, learning_rate: float, local_steps: int, **options: Any
+) -> Reconstruction:
+    """``dlm_plus`` on a simulated SGD client.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    defence
+        Told, with its strength.
+    learning_rate, local_steps
+        η > 0 and E >= 1, told: a server prescribes them.
+    **options
+        Of ``dlm_plus``.
+    """
+    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
+    check.at_least("local_steps", local_steps, 1)
     client = partial(clients.update, learning_rate=learning_rate, local_steps=local_steps)
     return dlm_plus(seen, defence=defence, update_of=client, **options)
 
 
-@records.attack("aware_combined", title="DLM+ on several rounds, aware", colour=4, marker="H")
-def combined(rounds, *, defence, **options):
-    """DLM+ on several rounds of one client with the same image: the sum of its objectives over their W_t. Told: the defence.
+@records.attack(
+    "aware_combined",
+    title="DLM+ on several rounds, aware",
+    colour=4,
+    marker="H",
+    assumes=("that the image is the same in all rounds",),
+    client="one step of SGD a round on the same image, several rounds, defended by noise",
+    several=False,
+)
+@records.passes_on_to(reconstruct)
+def combined(
+    rounds: Sequence[Observation], *, defence: Told | None, **options: Any
+) -> Reconstruction:
+    """DLM+ on several rounds of one client with the same image: the sum of its objectives.
 
-    rounds  a list of Observations. Each is normalised by itself, so that no learning rate or clipping need be shared; the label
-            is read off their sum, and the prior is that of ``dlm_plus`` for their mean.
-
-    The defence is one that adds noise, or {}.
+    Parameters
+    ----------
+    rounds
+        One Observation each. Each is normalised by itself, so that no learning rate or clipping
+        need be shared. The label is read off the sum of their updates, and the prior is that of
+        ``dlm_plus`` for their mean.
+    defence
+        Told, with its strength: one that adds noise; None or {} for no defence.
+    **options
+        Of ``search.reconstruct``.
     """
-    models, size = nn.ModuleList(each.model for each in rounds), len(rounds[0].delta)
-    after = {f"{r}.{name}": tensor for r, each in enumerate(rounds) for name, tensor in each.weights_after.items()}
-    joined = Observation(models, after, rounds[0].image_shape, rounds[0].num_classes)
+    size = len(rounds[0].delta)
     weights, prior = [[1.0] * size] * len(rounds), 0.0
     if defence:
-        weights = [[variance**-0.5 for variance in defenses.Setting.of(defence).noise_variance(each)] for each in rounds]
+        setting = Setting.of(defence)
+        weights = [[v**-0.5 for v in setting.noise_variance(each)] for each in rounds]
         prior = len(rounds) / sum(1 / _prior(each, w) for each, w in zip(rounds, weights))
 
     def update_of(models, loss, images, labels):
-        return [layer for model in models for layer in objectives.gradient(model, loss, images, labels)]
+        return [g for model in models for g in objectives.gradient(model, loss, images, labels)]
 
     def distance(g, d):
-        parts = [slice(start, start + size) for start in range(0, len(g), size)]
-        return sum(objectives.weighted(objectives.normalised_distance, w)(g[p], d[p]) for w, p in zip(weights, parts))
+        total = 0
+        for turn, own in enumerate(weights):
+            part = slice(turn * size, (turn + 1) * size)
+            between = objectives.weighted(objectives.normalised_distance, own)
+            total = total + between(g[part], d[part])
+        return total
 
     label = sum(each.head.delta_bias for each in rounds).argmin()[None]
-    options = {"labels": label, "total_variation": prior, **options}
-    return attacks.reconstruct(joined, distance, update_of=update_of, **options)
+    settings = {"labels": label, "total_variation": prior, **options}
+    return reconstruct(_joined(rounds), distance, update_of=update_of, **settings)
 
 
-def _prior(seen, weights):
-    """Weight of total variation beside DLM+ with coordinates ``weights`` = 1/noise: the Laplace prior of scale CONTRAST."""
+def _joined(rounds: Sequence[Observation]) -> Observation:
+    """One Observation of a model that is the list of all, parameters round by round."""
+    models = nn.ModuleList(each.model for each in rounds)
+    after = {
+        f"{turn}.{name}": tensor
+        for turn, each in enumerate(rounds)
+        for name, tensor in each.weights_after.items()
+    }
+    return Observation(models, after, rounds[0].image_shape, rounds[0].num_classes)
+
+
+def _prior(seen: Observation, weights: Sequence[float]) -> float:
+    """Weight of total variation beside DLM+ with coordinates ``weights`` = 1/noise.
+
+    It is the Laplace prior of scale CONTRAST.
+    """
     length = objectives.mean_norm([w * layer for w, layer in zip(weights, seen.delta)])
     return 2 * math.prod(seen.image_shape) / CONTRAST / float(length) ** 2
-

@@ -1,37 +1,49 @@
-"""Exact recovery of a whole batch through a ReLU layer: images, labels and learning rate, without a search over pixels.
+"""Exact recovery of a batch through a ReLU layer: images, labels and learning rate.
 
-SPEAR (Dimitrov et al., NeurIPS 2024). Where the first layer is z = W x + b with ReLU, a client that trains on r images changes
+No search over pixels is made. SPEAR (Dimitrov et al., NeurIPS 2024): where the first layer is
+z = W x + b with ReLU, a client that trains on r images changes
 
     Δ_W = Σ_i d_i x_iᵀ,   Δ_b = Σ_i d_i,   with d_i = 0 in every unit that image i leaves off.
 
-Δ_W has rank r, so its singular vectors give U [m, r] with d_i ∝ U q_i for unknown q_i. Nearly every combination of columns of
-U has no zeros at all; the r of them with the most zeros are the d_i. Δ_b fixes their lengths, and x follows by least squares.
-SPEAR samples rows of U and takes null vectors, in time exponential in r, and is told gradients; here the zeros are found by
-minimising Σ_units |u q|^½, which goes on where sampling stops, and what counts as zero is read off the noise of two snapshots.
+d_i is the trace of image i. Δ_W has rank r, so its singular vectors give U [m, r] with d_i ∝ U q_i
+for unknown q_i. Nearly every combination of columns of U has no zeros at all; the r of them with
+the most zeros are the traces. Δ_b fixes their lengths, and x follows by least squares.
+
+SPEAR samples rows of U and takes null vectors, in time exponential in r, and is told gradients.
+Here the zeros are found by minimising Σ_units |u q|^½, which goes on where sampling stops. What
+counts as zero is read off the noise of two snapshots.
 """
 
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dlm_core import check, records
-from dlm_core.beyond.exact import CHI2_RANGE
-from dlm_core.beyond.recursion import WRAPPED
+from dlm_core.beyond.rounding import CHI2_RANGE
+from dlm_core.beyond.stacks import REWRITE_HINT
 from dlm_core.federated import loss as training_loss
-from dlm_core.observation import find_head
+from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
+from dlm_core.threads import for_network
 
-MOVED, RANK, ZERO = 3.0, 2.0, 10.0  # times the noise: a unit that moved, a direction that is there, an entry not zero
-MARGIN = 0.05  # of a trace that its zeros settle; combinations have 0
+# Times the noise: a unit that moved, a direction that is there, an entry that is not zero.
+MOVED, RANK, ZERO = 3.0, 2.0, 10.0
+MARGIN = 0.05  # of a trace that its zeros settle; combinations of images have 0
 STARTS = 200  # of the descent, in each round
-WIDTHS = [0.1 * 0.7**i for i in range(14)] + [10.0**-i for i in range(4, 11)]  # its smoothing; from wider ones all end alike
+# Smoothing of the descent's objective; from wider ones all starts end alike.
+WIDTHS = [0.1 * 0.7**i for i in range(14)] + [10.0**-i for i in range(4, 11)]
 MOVES = 4  # of the images by their errors, to see what these do to g
 DEPENDENT = 1e-3  # length of a unit vector's part outside the others' span
+TINY = 1e-300
+MOST_COPIES = 100  # of one image in a batch
 
 
 class Reason(StrEnum):
@@ -64,7 +76,8 @@ class Traces(Evidence):
     units
         Of the first layer, that moved by more than rounding.
     chi2
-        χ²/N of one SGD step on the recovered images against the noise, 1 where it holds; NaN where images are missing.
+        χ²/N of one SGD step on the recovered images against the noise, 1 where it holds; NaN where
+        images are missing.
     reason
         Why.
     """
@@ -88,10 +101,13 @@ class Traces(Evidence):
     @property
     def verdict(self) -> str:
         """How many images were recovered, and why."""
-        return f"{self.num_recovered} of {len(self.recovered)} images recovered: {self._why()}"
+        count = f"{self.num_recovered} of {len(self.recovered)} images recovered"
+        return f"{count}: {self._why()}"
 
     def _why(self) -> str:
-        explained = f"one SGD step on these images explains the update (chi2/N {self.chi2:.3g}, expected 1)"
+        explained = (
+            f"one SGD step on these images explains the update (chi2/N {self.chi2:.3g}, expected 1)"
+        )
         return {
             Reason.EXPLAINED: explained,
             Reason.UNTRACED: f"{explained}; the others left no trace",
@@ -101,11 +117,13 @@ class Traces(Evidence):
             ),
             Reason.UNMOVED: "no unit of the first layer moved by more than rounding",
             Reason.TOO_FEW_UNITS: (
-                f"Δ has rank {self.rank}, {self.units} units moved; it takes more than twice as many units to tell images apart"
+                f"Δ has rank {self.rank}, {self.units} units moved; "
+                "it takes more than twice as many units to tell images apart"
             ),
             Reason.UNSETTLED: (
-                f"Δ has rank {self.rank}, and the zeros of {self.units} units do not settle which of its mixtures are images; "
-                "those are shown that agree with their own pattern of zeros, without labels and learning rate"
+                f"Δ has rank {self.rank}, and the zeros of {self.units} units do not settle which "
+                "of its mixtures are images; those are shown that agree with their own pattern of "
+                "zeros, without labels and learning rate"
             ),
         }[self.reason]
 
@@ -115,124 +133,278 @@ class Traces(Evidence):
     title="exact, batch",
     colour=3,
     marker="H",
+    assumes=("the number of images, if some left no trace",),
     client="several images, a network that begins with Linear and ReLU",
     audited=3,
 )
-def recover_batch(seen, *, num_images=None, max_rounds=50, seed=0):
-    """Recover the images of one client's update, and labels and learning rate if it took one SGD step. Returns a
-    Reconstruction whose evidence are ``Traces``.
+def recover_batch(
+    seen: Observation,
+    *,
+    num_images: int | None = None,
+    seed: int = 0,
+    max_rounds: int = 50,
+) -> Reconstruction:
+    """Recover the images of one client's update; and labels and learning rate, if it was one step.
 
-    num_images  B where the observer knows it; None counts the images that left a trace. One that the model already classified
-                without error leaves none, and η scales with B.
-    max_rounds  of the descent, at least 1; it ends when every image is verified.
-    seed        of its starts.
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    num_images
+        B >= 1 where the observer knows it. None counts the images that left a trace: one that the
+        model already classified without error leaves none, and η scales with B.
+    seed
+        Of the starts.
+    max_rounds
+        Of the descent, at least 1; it ends when every image is verified.
 
-    Several local steps, momentum and mini-batches keep Δ_W of this form as long as units stay off, so images are recovered
-    from them too. Raises ValueError, naming the layer, for a model that is not a stack that begins with nn.Linear (with bias)
-    and nn.ReLU.
+    Returns
+    -------
+    Reconstruction
+        Its evidence are ``Traces``. Images that were not found are grey, with label -1.
+
+    Raises
+    ------
+    ValueError
+        For counts below 1; and, naming the layer, for a model that is not a stack that begins with
+        nn.Linear (with bias) and nn.ReLU.
+
+    Notes
+    -----
+    Several local steps, momentum and mini-batches keep Δ_W of this form as long as units stay off,
+    so images are recovered from them too.
     """
     check.at_least("num_images", 1 if num_images is None else num_images, 1)
     check.at_least("max_rounds", max_rounds, 1)
     began = time.perf_counter()
-    layer, update, bias, sigma, live = _first_update(seen)
-    if not live.any():
-        return _result(seen, num_images or 1, 0, 0, began, Reason.UNMOVED)
-    left, values, right = torch.linalg.svd(update, full_matrices=False)
-    computing = max(update.shape) * torch.finfo(values.dtype).eps * values[0]
-    floor = RANK * sigma.amax() * sum(map(math.sqrt, update.shape)) + computing  # RANK times what noise alone would have
-    rank = min(int((values > floor).sum()), num_images or len(values))
-    if not 0 < 2 * rank < len(update):
-        return _result(seen, num_images or max(rank, 1), rank, len(update), began, Reason.TOO_FEW_UNITS)
-    rest = update - left[:, :rank] * values[:rank] @ right[:rank]
-    sigma = torch.maximum(sigma, rest.square().mean(1).sqrt())  # more than rounding where a defence added noise
-    basis, noise = left[:, :rank], torch.hypot(sigma, computing / math.sqrt(update.shape[1]))[:, None] / values[:rank]
-    for directions in _sparse_directions(basis, noise, max_rounds, seed):
-        traces = _traces(basis, directions, noise, bias)
-        certain = (_margins(basis, traces, noise) > MARGIN).all()
-        if certain:
-            break
-    x = torch.linalg.lstsq(traces, update).solution
-    weight, offset = layer.weight.detach().double()[live], layer.bias.detach().double()[live]
-    before, after = x @ weight.T + offset > 0, x @ (weight - update).T + (offset - bias) > 0
-    left_trace = (traces != 0).T
-    agreement = (before == left_trace).double().mean(1)
-    silent = (before & after & ~left_trace).sum(1)  # on at both ends, and yet no trace
-    if certain and (3 * silent <= (before & after).sum(1)).all():
-        information = torch.linalg.inv(traces.T @ traces).diagonal()
-        error = (sigma.square().mean() * information * (1 + x.square().mean(1))).sqrt()  # of Δ_W, and of the lengths by Δ_b
-        return _explain(seen, num_images, x, agreement, error, rank, len(update), began)
-    shown = agreement > 1 - 1 / len(update)
-    found = (x.reshape(-1, *seen.image_shape), shown, agreement)
-    return _result(seen, num_images or rank, rank, len(update), began, Reason.UNSETTLED, *found)
+    with for_network(seen.model):
+        outcome = _recover(seen, num_images, max_rounds, seed)
+        return outcome.as_reconstruction(seen, began)
 
 
-def _first_update(seen):
-    """(layer, Δ_W, Δ_b, standard error of each row's entries, which rows these are) of the first layer's units that moved."""
-    layer, name = _first_layer(seen.model)
-    named = seen.delta_by_name
-    update, bias = (named[f"{name}.{part}"] for part in ("weight", "bias"))
-    variance = dict(zip(named, seen.rounding_variance))[f"{name}.weight"].mean(1)
-    variance = variance + (torch.finfo(layer.weight.dtype).eps * update).square().mean(1) / 6
+def _recover(seen: Observation, num_images: int | None, max_rounds: int, seed: int) -> "_Outcome":
+    moved = _moved_units(seen)
+    units = len(moved.update)
+    if units == 0:
+        return _Outcome(reason=Reason.UNMOVED, num_images=num_images or 1)
+    decomposed = _decompose(moved)
+    rank = min(decomposed.rank, num_images or len(decomposed.values))
+    if not 0 < 2 * rank < units:
+        total = num_images or max(rank, 1)
+        return _Outcome(reason=Reason.TOO_FEW_UNITS, num_images=total, rank=rank, units=units)
+    mixture, sigma = _mixture(moved, decomposed, rank)
+    traces, certain = _find_traces(mixture, moved.bias_update, max_rounds, seed)
+    x = torch.linalg.lstsq(traces, moved.update).solution
+    agreement, silent_units_fit = _patterns(moved, x, traces)
+    if certain and silent_units_fit:
+        error = _image_error(x, traces, sigma)
+        return _explain(seen, num_images, x, agreement, error, units)
+    images = x.reshape(-1, *seen.image_shape)
+    found = _Found(images=images, shown=agreement > 1 - 1 / units, agreement=agreement)
+    total = num_images or rank
+    return _Outcome(reason=Reason.UNSETTLED, num_images=total, rank=rank, units=units, found=found)
+
+
+@dataclass(frozen=True)
+class _MovedUnits:
+    """The m units of the first layer that moved by more than rounding.
+
+    Attributes
+    ----------
+    weight, bias
+        [m, n] and [m], at W_t.
+    update, bias_update
+        Δ_W [m, n] and Δ_b [m].
+    sigma
+        [m] standard error of the entries of each row of Δ_W.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    update: torch.Tensor
+    bias_update: torch.Tensor
+    sigma: torch.Tensor
+
+
+def _moved_units(seen: Observation) -> _MovedUnits:
+    name, layer = _first_layer(seen.model)
+    variances = dict(zip(seen.parameter_names, seen.rounding_variance))
+    update = seen.delta_by_name[f"{name}.weight"]
+    bias_update = seen.delta_by_name[f"{name}.bias"]
+    variance = variances[f"{name}.weight"].mean(1)
+    arithmetic = (torch.finfo(layer.weight.dtype).eps * update).square().mean(1) / 6
+    variance = variance + arithmetic
     live = update.norm(dim=1) > MOVED * (variance * update.shape[1]).sqrt()
-    return layer, update[live], bias[live], variance[live].sqrt(), live
+    return _MovedUnits(
+        weight=layer.weight.detach().double()[live],
+        bias=layer.bias.detach().double()[live],
+        update=update[live],
+        bias_update=bias_update[live],
+        sigma=variance[live].sqrt(),
+    )
 
 
-def _first_layer(model):
-    """(layer, name) of the nn.Linear that the model begins with."""
-    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, (nn.Sequential, nn.Flatten, nn.Identity))]
+def _first_layer(model: nn.Module) -> tuple[str, nn.Linear]:
+    """(name, layer) of the nn.Linear that the model begins with; ValueError for other models."""
+    passed_over = (nn.Sequential, nn.Flatten, nn.Identity)
+    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, passed_over)]
     if not isinstance(model, nn.Sequential) or len(modules) < 3:
         wanted = "an nn.Sequential that begins with Linear and ReLU"
-        raise ValueError(f"the model is a {type(model).__name__}; it takes {wanted}; {WRAPPED}")
-    for (name, module), wanted in zip(modules, (nn.Linear, nn.ReLU)):
-        if not isinstance(module, wanted):
+        raise ValueError(
+            f"the model is a {type(model).__name__}; it takes {wanted}; {REWRITE_HINT}"
+        )
+    for (name, module), kind in zip(modules, (nn.Linear, nn.ReLU)):
+        if not isinstance(module, kind):
             raise ValueError(
-                f"layer {name!r} is a {type(module).__name__}; a batch is recovered through {wanted.__name__} there"
+                f"layer {name!r} is a {type(module).__name__}; "
+                f"a batch is recovered through {kind.__name__} there"
             )
-    if modules[0][1].bias is None:
-        raise ValueError(f"layer {modules[0][0]!r} (Linear) has no bias; the bias fixes the scale of the images")
-    return modules[0][1], modules[0][0]
+    name, layer = modules[0]
+    if layer.bias is None:
+        raise ValueError(
+            f"layer {name!r} (Linear) has no bias; the bias fixes the scale of the images"
+        )
+    return name, layer
 
 
-def _sparse_directions(basis, noise, max_rounds, seed):
-    """Yield, round by round, the r independent q [r, r], in columns, for which ``basis`` q has the most zeros so far.
+@dataclass(frozen=True)
+class _Decomposition:
+    """Δ_W = left · diag(values) · right, and how many of its directions stand above the noise.
 
-    Descent of Σ |u q|^½ over the sphere by reweighting, with rows u of unit length. Each round starts orthogonal to some of
-    those that it has, as the images' traces are nearly orthogonal to each other. A combination of images is zero only where
-    all of them are off (and where it cancels): taking the most zeros first, and never what depends on those taken, ends with
-    the images alone.
-
-    noise  [m, r] standard error of the entries of ``basis``.
+    ``computing`` is the error of the decomposition itself.
     """
-    generator, rank = torch.Generator().manual_seed(seed), basis.shape[1]
-    unit = basis / basis.norm(dim=1, keepdim=True)
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+    computing: torch.Tensor
+    rank: int
+
+
+def _decompose(moved: _MovedUnits) -> _Decomposition:
+    shape = moved.update.shape
+    left, values, right = torch.linalg.svd(moved.update, full_matrices=False)
+    computing = max(shape) * torch.finfo(values.dtype).eps * values[0]
+    noise_alone = RANK * moved.sigma.amax() * sum(map(math.sqrt, shape))
+    rank = int((values > noise_alone + computing).sum())
+    return _Decomposition(left, values, right, computing, rank)
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """The r directions of Δ_W: each image's trace is a combination U q of the columns of U.
+
+    Attributes
+    ----------
+    basis
+        U [m, r].
+    noise
+        [m, r] standard error of its entries.
+    """
+
+    basis: torch.Tensor
+    noise: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.basis.shape[1]
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """The rows of U at unit length."""
+        return self.basis / self.basis.norm(dim=1, keepdim=True)
+
+    @property
+    def weighted(self) -> torch.Tensor:
+        """The rows of U over their noise."""
+        return self.basis / self.noise[:, -1:]
+
+    def zeros(self, directions: torch.Tensor) -> torch.Tensor:
+        """Where [m, k] U q vanishes within its error, for the columns q of ``directions``."""
+        variance = self.noise.square() @ directions.square()
+        return (self.basis @ directions).square() <= ZERO**2 * variance
+
+
+def _mixture(
+    moved: _MovedUnits, decomposed: _Decomposition, rank: int
+) -> tuple[_Mixture, torch.Tensor]:
+    """(the first ``rank`` directions, standard error [m] of the rows of Δ_W).
+
+    The error is more than rounding where a defence added noise, which the other directions show.
+    """
+    left, values, right = decomposed.left, decomposed.values, decomposed.right
+    rest = moved.update - left[:, :rank] * values[:rank] @ right[:rank]
+    sigma = torch.maximum(moved.sigma, rest.square().mean(1).sqrt())
+    error = torch.hypot(sigma, decomposed.computing / math.sqrt(moved.update.shape[1]))
+    return _Mixture(basis=left[:, :rank], noise=error[:, None] / values[:rank]), sigma
+
+
+def _find_traces(
+    mixture: _Mixture, bias_update: torch.Tensor, max_rounds: int, seed: int
+) -> tuple[torch.Tensor, bool]:
+    """(traces [m, r], whether the zeros of every one of them settle it)."""
+    for directions in _sparse_directions(mixture, max_rounds, seed):
+        traces = _traces(mixture, directions, bias_update)
+        certain = bool((_margins(mixture, traces) > MARGIN).all())
+        if certain:
+            break
+    return traces, certain
+
+
+def _sparse_directions(mixture: _Mixture, max_rounds: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield, round by round, the r independent q [r, r], in columns, with the most zeros so far.
+
+    Each round descends Σ |u q|^½ over the sphere from many starts. A combination of images is zero
+    only where all of them are off (and where it cancels): taking the most zeros first, and never
+    what depends on those taken, ends with the images alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unit = mixture.unit
     products = (unit[:, :, None] * unit[:, None, :]).flatten(1)
-    pool = basis.new_zeros(rank, 0)
+    pool = mixture.basis.new_zeros(mixture.rank, 0)
     for _ in range(max_rounds):
-        q = torch.randn(STARTS, rank, generator=generator, dtype=torch.float64).to(basis)
-        share = 0.5 + 0.5 * torch.rand(STARTS, 1, generator=generator)
-        some = (
-            pool * (torch.rand(STARTS, pool.shape[1], generator=generator) < share).to(pool)[:, None]
-        )  # [STARTS, r, found]
-        rest = q - (some @ (torch.linalg.pinv(some) @ q[:, :, None]))[:, :, 0]
-        q = torch.where(rest.norm(dim=1, keepdim=True) > DEPENDENT, rest, q)  # nothing is left where all were taken
-        for width in WIDTHS:
-            q = q / q.norm(dim=1, keepdim=True)
-            weights = ((q @ unit.T).square() + width**2) ** -0.75
-            q = torch.linalg.eigh((weights @ products).view(-1, rank, rank))[1][:, :, 0]
+        q = _descend(_starts(pool, generator), unit, products)
         pool = torch.cat([pool, q.T], dim=1)
-        zeros = _zeros(basis, pool, noise).sum(0)
-        pool = pool[:, _independent(pool, zeros.argsort(descending=True, stable=True))]
+        zeros = mixture.zeros(pool).sum(0)
+        most_zeros_first = zeros.argsort(descending=True, stable=True)
+        pool = pool[:, _independent(pool, most_zeros_first)]
         yield pool
 
 
-def _zeros(basis, directions, noise):
-    """Where [m, k] ``basis`` q vanishes within its error."""
-    return (basis @ directions).square() <= ZERO**2 * noise.square() @ directions.square()
+def _starts(pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """q [STARTS, r], each orthogonal to some of the columns that the ``pool`` has.
+
+    The images' traces are nearly orthogonal to each other.
+    """
+    rank, found = pool.shape
+    q = torch.randn(STARTS, rank, generator=generator, dtype=torch.float64).to(pool)
+    share = 0.5 + 0.5 * torch.rand(STARTS, 1, generator=generator)
+    taken = torch.rand(STARTS, found, generator=generator) < share
+    some = pool * taken.to(pool)[:, None]  # [STARTS, r, found]
+    rest = q - (some @ (torch.linalg.pinv(some) @ q[:, :, None]))[:, :, 0]
+    something_is_left = rest.norm(dim=1, keepdim=True) > DEPENDENT  # not where all were taken
+    return torch.where(something_is_left, rest, q)
 
 
-def _independent(vectors, order):
-    """Indices of the first of the columns, in ``order``, of which none is a combination of those before it."""
-    chosen, span = [], vectors[:, :0]
+def _descend(q: torch.Tensor, unit: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Lower Σ |u q|^½ over the sphere, by reweighting; ``unit`` [m, r] are rows u of unit length.
+
+    ``products`` [m, r²] are those of their entries.
+    """
+    rank = unit.shape[1]
+    for width in WIDTHS:
+        q = q / q.norm(dim=1, keepdim=True)
+        weights = ((q @ unit.T).square() + width**2) ** -0.75
+        moments = (weights @ products).view(-1, rank, rank)
+        q = torch.linalg.eigh(moments)[1][:, :, 0]
+    return q
+
+
+def _independent(vectors: torch.Tensor, order: torch.Tensor) -> list[int]:
+    """Indices of the first columns, in ``order``, of which none combines earlier ones."""
+    chosen: list[int] = []
+    span = vectors[:, :0]
     for index in order.tolist():
         rest = vectors[:, index]
         for _ in range(2):  # the second time for rounding
@@ -245,139 +417,279 @@ def _independent(vectors, order):
     return chosen
 
 
-def _margins(basis, traces, noise):
-    """[r] how well the zeros of each trace overdetermine it: 1 - the largest leverage of any single unit among them.
+def _traces(mixture: _Mixture, directions: torch.Tensor, bias_update: torch.Tensor) -> torch.Tensor:
+    """Traces d [m, r] from the columns q of ``directions``.
 
-    A combination of images vanishes where all of them are off, and at one more unit for each coefficient it has free. Each of
-    these alone holds it in place, with leverage 1; a true trace stays where it is without any one unit.
+    Each q is fitted to its zeros anew, and the lengths of the traces to Δ_b.
     """
-    rank, margins = basis.shape[1], []
-    for trace in traces.T:
-        zero, margin = trace == 0, 0.0
-        rows = (basis / noise[:, -1:])[zero]  # of noise at most 1
-        if rank == 1:
-            margin = 1.0
-        elif trace.any() and len(rows) >= rank and torch.linalg.svdvals(rows)[-2] > ZERO * math.sqrt(len(rows)):
-            left = torch.linalg.svd((basis / basis.norm(dim=1, keepdim=True))[zero], full_matrices=False)[0]
-            margin = 1 - float(left[:, : rank - 1].square().sum(1).amax())
-        margins.append(margin)
-    return basis.new_tensor(margins)
-
-
-def _traces(basis, directions, noise, bias):
-    """Traces d [m, r] from the columns q of ``directions``: each fitted to its zeros anew, their lengths to Δ_b."""
-    weighted = basis / noise[:, -1:]
+    weighted = mixture.weighted
     for _ in range(2):
-        zero = _zeros(basis, directions, noise)
-        fitted = [
-            torch.linalg.svd(weighted[off])[2][-1] if off.sum() >= len(q) - 1 else q for off, q in zip(zero.T, directions.T)
-        ]
+        columns = zip(mixture.zeros(directions).T, directions.T)
+        fitted = [_fitted_to_zeros(weighted, zero, q) for zero, q in columns]
         directions = torch.stack(fitted, dim=1)
-    traces = basis @ directions * ~_zeros(basis, directions, noise)
-    return traces * torch.linalg.lstsq(traces, bias[:, None]).solution[:, 0]
+    traces = mixture.basis @ directions * ~mixture.zeros(directions)
+    lengths = torch.linalg.lstsq(traces, bias_update[:, None]).solution[:, 0]
+    return traces * lengths
 
 
-def _explain(seen, num_images, x, agreement, error, rank, units, began):
-    """The result: with all images at hand, the last layer gives labels and η, and one SGD step is put to the test."""
+def _fitted_to_zeros(weighted: torch.Tensor, zero: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The direction that vanishes best in the units ``zero``; q itself where they are too few."""
+    if zero.sum() < len(q) - 1:
+        return q
+    return torch.linalg.svd(weighted[zero])[2][-1]
+
+
+def _margins(mixture: _Mixture, traces: torch.Tensor) -> torch.Tensor:
+    """[r] how well the zeros of each trace overdetermine it: 1 - the largest leverage among them.
+
+    A combination of images vanishes where all of them are off, and at one more unit for each
+    coefficient it has free. Each of these units alone holds it in place, with leverage 1. A true
+    trace stays where it is without any one unit.
+    """
+    return mixture.basis.new_tensor([_margin(mixture, trace) for trace in traces.T])
+
+
+def _margin(mixture: _Mixture, trace: torch.Tensor) -> float:
+    rank = mixture.rank
+    if rank == 1:
+        return 1.0
+    zero = trace == 0
+    rows = mixture.weighted[zero]  # of noise at most 1
+    if not trace.any() or len(rows) < rank:
+        return 0.0
+    if not torch.linalg.svdvals(rows)[-2] > ZERO * math.sqrt(len(rows)):
+        return 0.0
+    left = torch.linalg.svd(mixture.unit[zero], full_matrices=False)[0]
+    leverages = left[:, : rank - 1].square().sum(1)
+    return 1 - float(leverages.amax())
+
+
+def _patterns(
+    moved: _MovedUnits, x: torch.Tensor, traces: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
+    """(agreement [r], whether few units are silent though on) of the images' ReLU patterns.
+
+    ``agreement`` is the share of units in which an image is on at W_t where it left a trace, and
+    off elsewhere. A unit that is on at both ends should have left one.
+    """
+    weight_after = moved.weight - moved.update
+    bias_after = moved.bias - moved.bias_update
+    before = x @ moved.weight.T + moved.bias > 0
+    after = x @ weight_after.T + bias_after > 0
+    left_trace = (traces != 0).T
+    agreement = (before == left_trace).double().mean(1)
+    always_on = before & after
+    silent = (always_on & ~left_trace).sum(1)
+    return agreement, bool((3 * silent <= always_on.sum(1)).all())
+
+
+def _image_error(x: torch.Tensor, traces: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """[r] standard error of a pixel: that of Δ_W, and that of the lengths by Δ_b."""
+    information = torch.linalg.inv(traces.T @ traces).diagonal()
+    return (sigma.square().mean() * information * (1 + x.square().mean(1))).sqrt()
+
+
+def _explain(
+    seen: Observation,
+    num_images: int | None,
+    x: torch.Tensor,
+    agreement: torch.Tensor,
+    error: torch.Tensor,
+    units: int,
+) -> "_Outcome":
+    """With all images at hand, read labels and η off the last layer and test one SGD step."""
+    rank = len(x)
     images = x.reshape(-1, *seen.image_shape)
     labels, counts = _labels_and_counts(seen, images)
-    counts = counts if counts.sum() <= (num_images or 10 * rank) else torch.ones_like(counts)
+    if counts.sum() > (num_images or 10 * rank):
+        counts = torch.ones_like(counts)
     each = torch.repeat_interleave(torch.arange(rank, device=x.device), counts)
+    found = _Found(
+        images=images[each],
+        shown=torch.ones_like(each, dtype=torch.bool),
+        agreement=agreement[each],
+        error=error[each],
+        labels=labels[each],
+    )
+    rate, chi2 = _one_step(seen, images[each], labels[each], error[each])
     total = num_images or len(each)
-    learning_rate, chi2 = _one_step(seen, images[each], labels[each], error[each])
-    learning_rate *= total / len(each)  # an image without a trace has its share in the mean that is the client's loss
+    rate *= total / len(each)  # an image without a trace has its share in the client's mean loss
     reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
-    if chi2 > CHI2_RANGE[1]:
-        reason, learning_rate = Reason.NOT_ONE_STEP, math.nan
-    found = (images[each], torch.ones_like(each, dtype=torch.bool), agreement[each], error[each], labels[each])
-    return _result(seen, total, rank, units, began, reason, *found, learning_rate, chi2)
+    one_step = not chi2 > CHI2_RANGE[1]
+    known_rate = one_step and not math.isnan(rate)
+    return _Outcome(
+        reason=reason if one_step else Reason.NOT_ONE_STEP,
+        num_images=total,
+        rank=rank,
+        units=units,
+        found=found,
+        learning_rate=rate if known_rate else None,
+        chi2=chi2,
+    )
 
 
-def _labels_and_counts(seen, images):
-    """Label and number of occurrences of each image: row i of the last layer's update, by its inputs, is η/B·count·(p - e_y)."""
+def _labels_and_counts(
+    seen: Observation, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Label and number of occurrences [r] of each image.
+
+    In terms of the images' features, the last layer's update has one row each: η/B·count·(p - e_y).
+    """
+    features, p = _features_and_outputs(seen, images)
+    inputs = torch.cat([features, torch.ones_like(p[:, :1])], dim=1)
+    update = torch.cat([seen.head.delta_weight, seen.head.delta_bias[:, None]], dim=1)
+    errors = torch.linalg.lstsq(inputs.T, update.T).solution
+    labels = errors.argmin(1)
+    expected = p - F.one_hot(labels, p.shape[1])
+    rates = (errors * expected).sum(1) / expected.square().sum(1).clamp(min=TINY)
+    counts = (rates / rates.clamp(min=TINY).min()).round().clamp(1, MOST_COPIES)
+    return labels, counts.long()
+
+
+def _features_and_outputs(
+    seen: Observation, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the last layer's input [r, n], the class probabilities [r, K]) of images."""
     model = copy.deepcopy(seen.model).double()
-    layer = model.get_submodule(find_head(model, seen.image_shape)[0])
-    seen_inputs = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen_inputs.append(inputs[0]))
+    last = model.get_submodule(seen.head.names[0].rpartition(".")[0])
+    entered: list[torch.Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     with torch.no_grad():
         p = model(images).softmax(1)
     hook.remove()
-    d_weight, d_bias = seen.head.delta_weight, seen.head.delta_bias
-    inputs = torch.cat([seen_inputs[0], torch.ones_like(p[:, :1])], dim=1)
-    update = torch.cat([d_weight, d_bias[:, None]], dim=1)
-    errors = torch.linalg.lstsq(inputs.T, update.T).solution
-    labels = errors.argmin(1)
-    expected = p - torch.nn.functional.one_hot(labels, p.shape[1])
-    rates = (errors * expected).sum(1) / expected.square().sum(1).clamp(min=1e-300)
-    return labels, (rates / rates.clamp(min=1e-300).min()).round().clamp(1, 100).long()
+    return entered[0], p
 
 
-def _one_step(seen, images, labels, error):
+def _one_step(
+    seen: Observation, images: torch.Tensor, labels: torch.Tensor, error: torch.Tensor
+) -> tuple[float, float]:
     """(η, χ²/N) of one SGD step on the batch: Δ against η g by weighted least squares.
 
-    To the noise of rounding W_{t+1} come, for each output unit, the client's arithmetic and what the images' own errors do to
-    g; both are measured, by computing g in the client's precision and for images moved by their errors.
+    A weight that stayed where it was is censored, and left out.
     """
-    dtype, draws = next(seen.model.parameters()).dtype, torch.Generator().manual_seed(0)
-    model, in_client = copy.deepcopy(seen.model).double(), copy.deepcopy(seen.model)
-
-    def gradient(model, images):
-        return [g.double() for g in torch.autograd.grad(training_loss(model(images), labels), list(model.parameters()))]
-
-    g, others = gradient(model, images), [gradient(in_client, images.to(dtype))]
-    for _ in range(MOVES):
-        moves = torch.randn(images.shape, generator=draws, dtype=torch.float64).to(images) * error[:, None, None, None]
-        others.append(gradient(model, images + moves))
+    g, others = _gradients(seen, images, labels, error)
     update = seen.delta
-    rate = sum((d * p).sum() for d, p in zip(update, g)) / sum(p.square().sum() for p in g)
+    length = sum(p.square().sum() for p in g)
+    rate = sum((d * p).sum() for d, p in zip(update, g)) / length
     weights = []
     for i, (d, rounding) in enumerate(zip(update, seen.rounding_variance)):
-        spread = [(other[i] - g[i]).square() for other in others]
-        squares = spread[0] + sum(spread[1:]) / MOVES
-        squares = squares.mean(1, keepdim=True) if d.ndim > 1 else squares
-        weights.append((d != 0) / (rounding + rate**2 * squares).clamp(min=1e-300))  # a weight that stayed is censored
+        variance = rounding + rate**2 * _spread(g[i], [other[i] for other in others])
+        weights.append((d != 0) / variance.clamp(min=TINY))
 
     def dot(a, b):
         return sum(float((w * p * q).sum()) for w, p, q in zip(weights, a, b))
 
     rate = dot(update, g) / dot(g, g)
     rest = [d - rate * p for d, p in zip(update, g)]
-    return rate, dot(rest, rest) / max(1, sum(int((d != 0).sum()) for d in update))
+    moved = sum(int((d != 0).sum()) for d in update)
+    return rate, dot(rest, rest) / max(1, moved)
 
 
-def _result(
-    seen, total, rank, units, began, reason, images=(), shown=(), agreement=(), error=(), labels=(), rate=math.nan, chi2=math.nan
-):
-    """A Reconstruction of ``total`` images: those ``shown`` in their place, grey elsewhere."""
+def _gradients(
+    seen: Observation, images: torch.Tensor, labels: torch.Tensor, error: torch.Tensor
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """(g, others): the gradient in float64; in the client's precision, then for moved images.
 
-    def fill(value, given, *shape, dtype=torch.float64):
-        tensor = torch.full((total, *shape), value, dtype=dtype, device=next(seen.model.parameters()).device)
-        if len(given):
-            tensor[: len(given)] = given[:total]
+    What these differ by is measured noise of g: of the client's arithmetic, and of the images' own
+    errors.
+    """
+    dtype = next(seen.model.parameters()).dtype
+    draws = torch.Generator().manual_seed(0)
+    model = copy.deepcopy(seen.model).double()
+    in_client = copy.deepcopy(seen.model)
+
+    def gradient(model, images):
+        loss = training_loss(model(images), labels)
+        return [g.double() for g in torch.autograd.grad(loss, list(model.parameters()))]
+
+    g = gradient(model, images)
+    others = [gradient(in_client, images.to(dtype))]
+    for _ in range(MOVES):
+        draw = torch.randn(images.shape, generator=draws, dtype=torch.float64).to(images)
+        moves = draw * error[:, None, None, None]
+        others.append(gradient(model, images + moves))
+    return g, others
+
+
+def _spread(g: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+    """Variance of one layer's g, by output unit, from what ``_gradients`` returns."""
+    squares = [(other - g).square() for other in others]
+    variance = squares[0] + sum(squares[1:]) / MOVES
+    return variance.mean(1, keepdim=True) if g.ndim > 1 else variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The k images at hand, and what is known of each.
+
+    Attributes
+    ----------
+    images
+        [k, C, H, W].
+    shown
+        [k] whether the attack stands by it.
+    agreement
+        [k] of its ReLU pattern with its trace.
+    error
+        [k] standard error of a pixel; None where unknown.
+    labels
+        [k] class indices; None where unknown.
+    """
+
+    images: torch.Tensor
+    shown: torch.Tensor
+    agreement: torch.Tensor
+    error: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """How a recovery of ``num_images`` images ended; the other fields are those of ``Traces``."""
+
+    reason: Reason
+    num_images: int
+    rank: int = 0
+    units: int = 0
+    found: _Found | None = None
+    learning_rate: float | None = None
+    chi2: float = math.nan
+
+    def as_reconstruction(self, seen: Observation, began: float) -> Reconstruction:
+        """Put the images that are shown in their place, and grey elsewhere."""
+        each = partial(self._each, device=next(seen.model.parameters()).device)
+        recovered = each("shown", False, torch.bool)
+        canvas = each("images", 0.5, torch.float64, *seen.image_shape)
+        canvas[~recovered] = 0.5
+        number = int(recovered.sum())
+        evidence = Traces(
+            losses=[self.chi2],
+            loss=self.chi2,
+            recovered=recovered,
+            agreement=each("agreement", 0.0, torch.float64),
+            image_error=each("error", math.inf, torch.float64),
+            num_recovered=number,
+            rank=self.rank,
+            units=self.units,
+            chi2=self.chi2,
+            reason=self.reason,
+        )
+        return Reconstruction(
+            images=canvas,
+            labels=each("labels", -1, torch.int64),
+            status=Status.CONVERGED if number == self.num_images else Status.STALLED,
+            vouched=recovered,
+            evidence=evidence,
+            client=ClientEstimate(learning_rate=self.learning_rate),
+            seconds=time.perf_counter() - began,
+        )
+
+    def _each(
+        self, name: str, otherwise: float, dtype: torch.dtype, *shape: int, device: torch.device
+    ) -> torch.Tensor:
+        """[B, *shape] of one field of ``found``, ``otherwise`` where there is nothing."""
+        tensor = torch.full((self.num_images, *shape), otherwise, dtype=dtype, device=device)
+        given = None if self.found is None else getattr(self.found, name)
+        if given is not None:
+            tensor[: len(given)] = given[: self.num_images]
         return tensor
-
-    recovered = fill(False, shown, dtype=torch.bool)
-    canvas = fill(0.5, images, *seen.image_shape)
-    canvas[~recovered] = 0.5
-    number = int(recovered.sum())
-    evidence = Traces(
-        losses=[chi2],
-        loss=chi2,
-        recovered=recovered,
-        agreement=fill(0.0, agreement),
-        image_error=fill(math.inf, error),
-        num_recovered=number,
-        rank=rank,
-        units=units,
-        chi2=chi2,
-        reason=reason,
-    )
-    return Reconstruction(
-        images=canvas,
-        labels=fill(-1, labels, dtype=torch.int64),
-        status=Status.CONVERGED if number == total else Status.STALLED,
-        vouched=recovered,
-        evidence=evidence,
-        client=ClientEstimate(learning_rate=rate if rate == rate else None),
-        seconds=time.perf_counter() - began,
-    )

@@ -1,22 +1,38 @@
-"""The client's local training as a function of its images and its learning rate, to be differentiated in both.
+"""The client's local training as a function of its images and its learning rate.
 
-Each optimizer is a pure function of one tensor: (weight, gradient, state, rate, **options) -> (weight, state), with the
-names, defaults and order of operations of ``torch.optim``; the state before the first step is None.
+It can be differentiated in both. Each optimizer is a pure function of one tensor,
+(weight, gradient, state, rate, **options) -> (weight, state), with the names, defaults and order of
+operations of ``torch.optim``. The state before the first step is None.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from dlm_core import check
-from dlm_core.records import CLIENT_OPTIMIZERS, add
+from dlm_core import check, federated, records
 
 CHECKPOINT_FROM = 100  # steps: from here on memory is worth up to twice the time
 
+Rate = torch.Tensor | float
+Step = Callable[..., tuple[torch.Tensor, Any]]
 
-def sgd(weight, gradient, state, rate, *, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0):
+
+def sgd(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: torch.Tensor | None,
+    rate: Rate,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SGD with heavy-ball or Nesterov momentum; the buffer starts as the first gradient."""
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     if momentum:
@@ -25,67 +41,168 @@ def sgd(weight, gradient, state, rate, *, momentum=0.0, dampening=0.0, nesterov=
     return weight - rate * gradient, state
 
 
-def adam(weight, gradient, state, rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma and Ba 2015), weight decay as part of the gradient. Its first step is η g/(|g| + ε)."""
+def adam(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor, int] | None,
+    rate: Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
+    """Adam (Kingma and Ba 2015), weight decay as part of the gradient.
+
+    Its first step is η g/(|g| + ε).
+    """
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     first, second, t = state or (0.0, 0.0, 0)
-    first, second, t = betas[0] * first + (1 - betas[0]) * gradient, betas[1] * second + (1 - betas[1]) * gradient**2, t + 1
+    first = betas[0] * first + (1 - betas[0]) * gradient
+    second = betas[1] * second + (1 - betas[1]) * gradient**2
+    t = t + 1
     size = _root(second / (1 - betas[1] ** t)) + eps
     return weight - rate * first / (1 - betas[0] ** t) / size, (first, second, t)
 
 
-def adamw(weight, gradient, state, rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
-    """AdamW (Loshchilov and Hutter 2019): Adam on weights that shrink by η λ in each step."""
-    return adam(weight * (1 - rate * weight_decay), gradient, state, rate, betas=betas, eps=eps)
+def adamw(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor, int] | None,
+    rate: Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
+    """AdamW (Loshchilov and Hutter 2019): Adam on weights that shrink by ηλ in each step."""
+    shrunk = weight * (1 - rate * weight_decay)
+    return adam(shrunk, gradient, state, rate, betas=betas, eps=eps)
 
 
-def rmsprop(weight, gradient, state, rate, *, alpha=0.99, eps=1e-8, weight_decay=0.0):
+def rmsprop(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: torch.Tensor | None,
+    rate: Rate,
+    *,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSprop (Hinton 2012). Its first step is η g/(√(1-α) |g| + ε)."""
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     state = alpha * (0.0 if state is None else state) + (1 - alpha) * gradient**2
     return weight - rate * gradient / (_root(state) + eps), state
 
 
-OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "rmsprop": rmsprop}
-for _key, _step in OPTIMIZERS.items():
-    add(replace(CLIENT_OPTIMIZERS[_key], step=_step))
+OPTIMIZERS: dict[str, Step] = {"sgd": sgd, "adam": adam, "adamw": adamw, "rmsprop": rmsprop}
+
+for _key, _step in OPTIMIZERS.items():  # federated has a record of each, with its torch.optim class
+    records.add(replace(federated.CLIENT_OPTIMIZERS[_key], step=_step))
 
 
-@check.renamed(rate="learning_rate", steps="local_steps", options="optimizer_options", optimizer="client_optimizer")
+def step_of(argument: str, key: str) -> Step:
+    """The differentiable step of a registered client optimizer.
+
+    Parameters
+    ----------
+    argument
+        Name of the argument that ``key`` came as, for the error.
+    key
+        Of ``records.CLIENT_OPTIMIZERS``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown optimizer, or one whose record has no ``step``.
+    """
+    every = records.CLIENT_OPTIMIZERS
+    steps = {name: record.step for name, record in every.items() if record.step is not None}
+    check.one_of(argument, key, steps)
+    return steps[key]
+
+
+@check.renamed(
+    rate="learning_rate",
+    steps="local_steps",
+    options="optimizer_options",
+    optimizer="client_optimizer",
+)
 def update(
-    model, loss, images, labels, *, learning_rate, local_steps=1, batch_size=None, client_optimizer=sgd,
-    optimizer_options=None, checkpointed=None,
-):
-    """Δ = W_t - W_{t+1} of a client that takes ``local_steps`` steps from the model's weights, one tensor per parameter.
+    model: nn.Module,
+    loss: Callable[..., torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    learning_rate: Rate,
+    local_steps: int = 1,
+    batch_size: int | None = None,
+    client_optimizer: Step = sgd,
+    optimizer_options: Mapping[str, Any] | None = None,
+    checkpointed: bool | None = None,
+) -> list[torch.Tensor]:
+    """Δ = W_t - W_{t+1} of a client that takes ``local_steps`` steps from the model's weights.
 
-    images, labels  as in ``objectives.gradient``.      learning_rate  η, a tensor [] or a number.
-    batch_size      images per step, in order and cyclically; None takes all in each step.
-    client_optimizer  of this module, with ``optimizer_options`` of its own, e.g. {"momentum": 0.9}.
-    checkpointed    keep the weights after each step alone and compute the rest again on the way back: up to twice the time;
-                    LeNet's memory falls by a third at most. None does so from 100 steps on.
+    Parameters
+    ----------
+    model
+        With the weights W_t.
+    loss
+        (logits, labels) -> scalar.
+    images
+        [N, C, H, W].
+    labels
+        [N] class indices or [N, K] distributions.
+    learning_rate
+        η > 0, a tensor [] or a number.
+    local_steps
+        E >= 1.
+    batch_size
+        Images per step, in order and cyclically; None takes all in each step.
+    client_optimizer
+        A step of this module, or another of its form.
+    optimizer_options
+        Its keyword arguments, e.g. {"momentum": 0.9}.
+    checkpointed
+        Whether to keep the weights after each step alone, and compute the rest again on the way
+        back. That takes up to twice the time; LeNet's memory falls by a third at most. None does so
+        from 100 steps on.
 
-    Differentiable in images, soft labels and rate; ``federated.train_locally`` is the same without that.
+    Returns
+    -------
+    list of torch.Tensor
+        One per parameter, differentiable in images, soft labels and rate.
+        ``federated.train_locally`` is the same without that.
     """
     names, weights = zip(*model.named_parameters())
     batch_size = len(images) if batch_size is None else batch_size
+    options = optimizer_options or {}
 
     def step(number, images, labels, rate, states, *weights):
-        batch = torch.arange(number * batch_size, (number + 1) * batch_size, device=images.device) % len(images)
+        positions = torch.arange(
+            number * batch_size, (number + 1) * batch_size, device=images.device
+        )
         if batch_size != len(images):
+            batch = positions % len(images)
             images, labels = images[batch], labels[batch]
         value = loss(functional_call(model, dict(zip(names, weights)), images), labels)
         gradients = torch.autograd.grad(value, weights, create_graph=True)
-        stepped = [client_optimizer(w, g, s, rate, **(optimizer_options or {})) for w, g, s in zip(weights, gradients, states)]
+        of_each = zip(weights, gradients, states)
+        stepped = [client_optimizer(w, g, state, rate, **options) for w, g, state in of_each]
         return tuple(zip(*stepped))
 
+    if checkpointed is None:
+        checkpointed = local_steps >= CHECKPOINT_FROM
     before, states = weights, [None] * len(weights)
     for number in range(local_steps):
         arguments = (number, images, labels, learning_rate, states, *weights)
-        keeps = local_steps < CHECKPOINT_FROM if checkpointed is None else not checkpointed
-        weights, states = step(*arguments) if keeps else checkpoint(step, *arguments, use_reentrant=False)
+        if checkpointed:
+            weights, states = checkpoint(step, *arguments, use_reentrant=False)
+        else:
+            weights, states = step(*arguments)
     return [a - b for a, b in zip(before, weights)]
 
 
-def _root(square):
+def _root(square: torch.Tensor) -> torch.Tensor:
     """√, whose slope at 0 is finite, so that a gradient of zero leaves zero and not NaN."""
     return (square + torch.finfo(square.dtype).tiny).sqrt()

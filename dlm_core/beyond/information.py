@@ -1,45 +1,193 @@
-"""The information that an update holds about the image: JᵀWJ, J the Jacobian of the update, W the weights of its entries.
+"""The information that an update holds about the image: its inverse is the Cramér-Rao bound.
 
-Its inverse is the Cramér-Rao bound, and the step of a Gauss-Newton fit. Conventions as in ``recursion``.
+It gives the step of a Gauss-Newton fit as well. The code cites the equations below by number.
+Symbols are those of ``stacks``: per layer the kernel K, the patches u of its input, z = K u + b,
+and δ = dloss/dz. A dot marks a small change: ẋ of the image, u̇ and δ̇ what follows from it.
+
+What is computed
+----------------
+The client's update is η G, with G = δ uᵀ in each layer. Entry (o, i) of the update is known with
+inverse variance w_oi. A change ẋ of the image changes G by the product rule:
+
+    (1)  Ġ = δ̇ uᵀ + δ u̇ᵀ.
+
+How well the update tells x from x + ẋ is the quadratic form
+
+    (2)  ẋᵀ N ẋ = η² Σ_layers Σ_oi w_oi Ġ_oi² + r ẋᵀẋ,
+
+with r the precision of a prior. N is the information matrix. N⁻¹ is the Cramér-Rao bound on the
+covariance of any estimate of x, and its diagonal bounds the variance of each pixel. With J the
+update's Jacobian in x, and W = diag(w), N = Jᵀ W J + r. The transpose of (1), which Jᵀ needs,
+takes a matrix Q of G's shape to
+
+    (3)  Q u in the place of δ̇,    Qᵀ δ in the place of u̇.
+
+A bias counts as one more entry of each patch, of value 1, that no change of the input moves.
+
+Where N is singular in float64, r is raised to r'. Along a direction without data N⁻¹ then says
+1/r', where the prior's 1/r is meant. The projector on these directions is close to (r' N⁻¹)², so
+
+    (4)  variance = diag( N⁻¹ + (1/r - 1/r') (r' N⁻¹)² ).
+
+A stack that begins with convolutions: layer by layer, from the last one down
+-----------------------------------------------------------------------------
+The layers above a layer see its z alone. Two square matrices [O·L, O·L] sum them up: A, their
+information in z, and B, the change of δ with z:
+
+    (5)  żᵀ A ż = their part of (2),    δ̇ = B ż.
+
+B is the loss's second derivative in z, so Bᵀ = B. The last layer has δ = p - e_y, with p the
+softmax and e_y the label's unit vector. No layer is above it:
+
+    (6)  A = 0,    B = dp/dz = diag(p) - p pᵀ.
+
+Each layer's z is linear in its input a: ż = C ȧ, with C the kernel as a matrix (``Layer.back``
+multiplies by it). So δ̇ = B C ȧ. In the other term of (1), δ u̇ᵀ, entry i of a patch is place k of
+channel c, i = (c, k), and sees one pixel p of that channel:
+
+    (7)  P_okp = Σ_l δ_ol [place k of patch l is pixel p],    (δ u̇ᵀ)_o(ck) = Σ_p P_okp ȧ_cp.
+
+M, the information in the layer's input, is that of the layers above and that of the layer's own
+gradient, whose rows j_oi = dG_oi/da follow from (1) and (7). From here to (10), w includes η².
+
+    (8)  M = Cᵀ A C + Σ_oi w_oi j_oi j_oiᵀ,
+         j_o(ck) = Σ_l u_(ck)l (B C)_ol + P_ok, the latter in the pixels of channel c.
+
+Where a patch has fewer entries than there are patches, (8) is computed as it stands. Otherwise
+the square is expanded, and no row is formed:
+
+    (9)  M = Cᵀ (A + B U B) C + Cᵀ B Y + (Cᵀ B Y)ᵀ + D,
+         U_(ol)(ol') = Σ_i w_oi u_il u_il', which is 0 between different o,
+         Y_(ol)(cp) = Σ_k w_o(ck) u_(ck)l P_okp,
+         D_(cp)(cp') = Σ_ok w_o(ck) P_okp P_okp', which is 0 between different c.
+
+The input is a = act(z) with z of the layer below, whose δ is act'(z) dloss/da, and dloss/da = Cᵀ δ.
+The chain rule gives A of the layer below, and with the product rule B:
+
+    (10)  A = S M S,    B = S Cᵀ B C S + diag(act''(z) Cᵀ δ),    S = diag(act'(z)).
+
+At the first layer M is the information in the image, and N = M + r.
+
+A first linear layer: low rank
+------------------------------
+Here z = W x + b has far fewer entries than x, and the layers above see x through z alone. The
+client computes its δ in float32. The error e of that is shared by a whole row of G, so it is an
+unknown of its own, of variance σ². With d = η (δ + e) the layer's update is d_o x_i, and by (5)
+
+    (11)  ḋ = η B ż + η ė.
+
+The layer's own part of (2) is, for pixel i and with its prior, a square in ẋ_i to be completed:
+
+    (12)  Σ_o w_oi (x_i ḋ_o + d_o ẋ_i)² + r ẋ_i² = D_i (ẋ_i + Σ_o E_io ḋ_o)² + rest_i(ḋ),
+          D_i = Σ_o w_oi d_o² + r,    E_io = w_oi x_i d_o / D_i.
+
+The rests, summed over pixels, and the bias's own w_ob ḋ_o² are ḋᵀ L ḋ with
+
+    (13)  L_oo' = -S_oo' d_o d_o' where o ≠ o',    S_oo' = Σ_i w_oi w_o'i x_i² / D_i,
+          L_oo = Σ_o'≠o S_oo' d_o'² + Σ_i w_oi r x_i² / D_i + w_ob.
+
+All terms of D and of L's diagonal are non-negative: nothing large is subtracted, as a plain
+Woodbury identity would. With t = ẋ + E ḋ, all of (2) and the prior of e become
+
+    (14)  Σ_i D_i t_i² + ėᵀė / σ² + ḋᵀ L ḋ + żᵀ A ż.
+
+Both ż and ḋ are linear in y = (t, ė), by ż = W ẋ = W (t - E ḋ) and (11):
+
+    (15)  ż = Z y,    Z = (1 + W E η B)⁻¹ [W, -η W E],
+    (16)  ḋ = V y,    V = η B Z + [0, η].
+
+So (14) is yᵀ (Σ⁻¹ + RᵀR) y, with Σ = diag(1/D, σ²) and few rows in R:
+
+    (17)  R = [A^½ Z; L^½ V].
+
+The matrix inversion lemma inverts it, by way of a matrix as small as R is short:
+
+    (18)  (Σ⁻¹ + RᵀR)⁻¹ = Σ - HᵀH,    H = F⁻¹ R Σ,    F Fᵀ = 1 + R Σ Rᵀ.
+
+From y back to the unknowns, by ẋ = t - E ḋ:
+
+    (19)  (ẋ, ė) = T y,    T = 1 - [E V; 0],    N⁻¹ = T (Σ - HᵀH) Tᵀ.
+
+T's upper rows, those of ẋ, are [1, 0] - E V. The diagonal of N⁻¹ there is
+
+    (20)  variance_i = 1/D_i + (E V Σ Vᵀ Eᵀ)_ii - 2 (E V Σ)_ii - Σ_j (H Tᵀ)_ji².
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.func import vjp, vmap
 
-from dlm_core.beyond.recursion import PRIOR_VARIANCE, add_by_channel, cholesky, signals, signals_after_first, times
+from dlm_core.beyond.recursion import (
+    PRIOR_VARIANCE,
+    Tensors,
+    add_by_channel,
+    cholesky,
+    signals,
+    signals_after_first,
+)
+from dlm_core.beyond.stacks import Layer, times
 
-LARGEST = 5000  # entries of a layer: beyond it a square matrix (0.2 GB at this size) is only applied, never formed
+LARGEST = 5000  # entries of a layer: a square matrix of more (0.2 GB) is applied, never formed
 CHUNK = 64  # unit vectors sent through a network at once; more costs memory and gains no time
+CG_STEPS = 200  # of conjugate gradients, where the matrix is not formed
+CG_ENOUGH = 1e-20  # squared residual, relative to the right-hand side's
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """The information matrix N = JᵀWJ + ridge of an image in an update, J the update's Jacobian, W its weights.
+    """The information matrix N of (2).
 
-    solve     [n, m] -> N⁻¹ times it.      variance  [n] diagonal of N⁻¹, None where n is too large.
-    ridge     precision of the prior, or more where N would otherwise be singular in float64.
+    Attributes
+    ----------
+    solve
+        [n, m] -> N⁻¹ times it.
+    variance
+        [n] diagonal of N⁻¹ for the image, by (4) or (20); None where n is too large.
+    ridge
+        r' of (4).
     """
 
-    solve: Callable
+    solve: Callable[[torch.Tensor], torch.Tensor]
     variance: torch.Tensor | None
     ridge: float = 1 / PRIOR_VARIANCE
 
 
-def curvature(layers, label, weights, x, eta, error_variance):
-    """The Curvature of the image ``x`` [n], learning rate ``eta``, with one matrix of ``weights`` [O, I] per layer.
+def curvature(
+    layers: Sequence[Layer],
+    label: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    eta: float,
+    error_variance: float,
+) -> Curvature:
+    """Return the information about an image in an update.
 
-    Where ``x`` is longer, as in ``signals``, its rest has prior variance ``error_variance``.
+    Parameters
+    ----------
+    layers
+        The network.
+    label
+        Class index, a scalar.
+    weights
+        Per layer w [O, I] or [O, I + 1], the inverse variances of the update's entries; 0 for those
+        not to be used.
+    x
+        [n] the image. Behind a first linear layer it may be longer: its rest is e, as in
+        ``recursion.signals``.
+    eta
+        η > 0.
+    error_variance
+        σ², the prior variance of e.
     """
-    if layers[0].window is None:
+    if not layers[0].convolves:
         return _low_rank_curvature(layers, label, weights, x, eta, error_variance)
     (deltas, inputs), push, pull = _linearise(partial(signals, layers, label), x)
 
-    def information(v):  # JᵀWJ v
+    def information(v: torch.Tensor) -> torch.Tensor:
+        """JᵀWJ v."""
         d_dot, u_dot = push(v)
         back = [_weigh(*each) for each in zip(layers, weights, deltas, inputs, d_dot, u_dot)]
         return eta**2 * pull(([d for d, _ in back], [u for _, u in back]))
@@ -52,157 +200,268 @@ def curvature(layers, label, weights, x, eta, error_variance):
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
     factor, ridge = cholesky(matrix)
     inverse = torch.cholesky_inverse(factor)
-    # along a direction without data N⁻¹ is 1/ridge, the prior's variance is meant: the projector on these is (ridge N⁻¹)²
-    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * ridge**2 * inverse.square().sum(1)
+    squared = ridge**2 * inverse.square().sum(1)  # diagonal of (r' N⁻¹)²
+    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * squared  # (4)
     return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 
-def _descend(layers, label, weights, deltas, inputs):
-    """JᵀWJ, layer by layer from the last one down.
+def _descend(
+    layers: Sequence[Layer],
+    label: torch.Tensor,
+    weights: Tensors,
+    deltas: Tensors,
+    inputs: Tensors,
+) -> torch.Tensor:
+    """M of (8) at the first layer, from the last one down; ``weights`` are η² w.
 
-    ``above`` is the information in a layer's output z that the layers above it hold, B = dδ/dz [O·L, O·L], symmetric. The
-    layer's own rows δ uᵀ add theirs, through δ and through u; its kernel and the activation below take both to the next z.
-    A square matrix in the place of many vectors costs a few convolutions of it.
+    Square matrices take the place of many vectors: one of them costs a few convolutions.
     """
-    p = deltas[-1] + torch.nn.functional.one_hot(label, len(deltas[-1])).to(deltas[-1])[:, None]
-    above, B = torch.zeros_like(p @ p.T), p.flatten().diag() - p @ p.T
-    for depth in reversed(range(len(layers))):
-        layer = layers[depth]
-        below = _own(layer, weights[depth], deltas[depth], inputs[depth], above, B)
-        if depth == 0:
-            return below
-        z = layers[depth - 1].output(inputs[depth - 1])
-        slope, bend = _slopes(layers[depth - 1].act, z.flatten())
-        back = layer.spread(times(layer.kernel.T, deltas[depth])).flatten()
-        above = below.mul_(slope).mul_(slope[:, None])
-        B = layer.back(layer.back(B).T).mul_(slope).mul_(slope[:, None])
-        B.diagonal().add_(bend * back)
+    A, B = _of_the_last(label, deltas[-1])
+    for depth in reversed(range(1, len(layers))):
+        layer, delta = layers[depth], deltas[depth]
+        M = _own(layer, weights[depth], delta, inputs[depth], A, B)
+        below = layers[depth - 1]
+        z = below.output(inputs[depth - 1])
+        slope, bend = _slopes(below.activation.function, z.flatten())
+        delta_a = layer.spread(times(layer.kernel.T, delta)).flatten()
+        A = M.mul_(slope).mul_(slope[:, None])  # (10)
+        B = layer.back(layer.back(B).T).mul_(slope).mul_(slope[:, None])  # (10)
+        B.diagonal().add_(bend * delta_a)
+    return _own(layers[0], weights[0], deltas[0], inputs[0], A, B)
 
 
-def _own(layer, weights, delta, u, above, B):
-    """Information in a layer's input [n, n], from that ``above`` it in its output and that of its own gradient."""
-    placed, entries = layer.placed(delta), len(u)  # [O, K, P], I
-    if layer.has_bias:
-        u = torch.cat([u, torch.ones_like(u[:1])])
-    channels, places, pixels = layer.shape[0], *placed.shape[1:]
-    if len(u) < u.shape[1]:  # fewer rows than entries of δ: form the rows
-        J = u @ layer.back(B).reshape(*delta.shape, -1)
-        direct = J[:, :entries].unflatten(1, (channels, places)).unflatten(-1, (channels, pixels))
-        direct.diagonal(dim1=1, dim2=3).add_(placed[..., None])
-        J = J.flatten(0, 1)
-        return layer.back(layer.back(above).T).addmm_(J.T, weights.reshape(-1, 1) * J)
-    through_delta = (u.T * weights[:, None]) @ u  # per output channel [O, L, L]
-    above = above + B @ (through_delta @ B.reshape(*delta.shape, -1)).flatten(0, 1)
-    weighted = layer.by_channel(weights)[..., None] * u[:entries].reshape(channels, places, -1)  # [O, C, K, L]
-    mixed = (weighted.transpose(2, 3).flatten(1, 2) @ placed).reshape(len(delta), channels, -1, pixels).transpose(1, 2)
-    half = layer.back(layer.back(above).T / 2 + mixed.reshape(len(B), -1).T @ B)
-    matrix = half + half.T
-    add_by_channel(matrix, layer, placed, weights)
-    return matrix
+def _of_the_last(label: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of (6) from the last layer's δ [K, 1]."""
+    unit = torch.nn.functional.one_hot(label, len(delta)).to(delta)
+    p = delta + unit[:, None]
+    B = p.flatten().diag() - p @ p.T
+    return torch.zeros_like(B), B
 
 
-def _slopes(act, z):
+def _own(
+    layer: Layer,
+    weights: torch.Tensor,
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+) -> torch.Tensor:
+    """M [n, n], the information in a layer's input, from A and B [O·L, O·L] of its output."""
+    bias_entry = torch.ones_like(u[:1])
+    u_and_one = torch.cat([u, bias_entry]) if layer.has_bias else u
+    if len(u_and_one) < u.shape[1]:
+        return _own_by_rows(layer, weights, delta, u_and_one, A, B)
+    return _own_expanded(layer, weights, delta, u, u_and_one, A, B)
+
+
+def _own_by_rows(
+    layer: Layer,
+    weights: torch.Tensor,
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+) -> torch.Tensor:
+    """(8) as it stands; ``u`` includes the bias's row of ones."""
+    P = layer.placed(delta)  # (7), [O, K, P]
+    channels, places, pixels = layer.shape[0], *P.shape[1:]
+    entries = channels * places
+    BC = layer.back(B).reshape(*delta.shape, -1)  # [O, L, n]
+    J = u @ BC  # [O, I, n], the first term of j
+    by_place = J[:, :entries].unflatten(1, (channels, places)).unflatten(-1, (channels, pixels))
+    of_equal_channels = by_place.diagonal(dim1=1, dim2=3)
+    of_equal_channels.add_(P[..., None])  # the second term, in place
+    J = J.flatten(0, 1)
+    CAC = layer.back(layer.back(A).T)
+    return CAC.addmm_(J.T, weights.reshape(-1, 1) * J)
+
+
+def _own_expanded(
+    layer: Layer,
+    weights: torch.Tensor,
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    u_and_one: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+) -> torch.Tensor:
+    """(9), which needs no rows; ``u_and_one`` includes the bias's row of ones, ``u`` does not."""
+    P = layer.placed(delta)  # (7), [O, K, P]
+    outputs, channels, places = len(delta), layer.shape[0], P.shape[1]
+    U = (u_and_one.T * weights[:, None]) @ u_and_one  # its blocks [O, L, L]
+    UB = (U @ B.reshape(*delta.shape, -1)).flatten(0, 1)
+    A = A + B @ UB
+    by_channel = layer.by_channel(weights)[..., None]  # [O, C, K, 1]
+    weighted = by_channel * u.reshape(channels, places, -1)  # [O, C, K, L]
+    Y = (weighted.transpose(2, 3).flatten(1, 2) @ P).reshape(outputs, channels, -1, P.shape[2])
+    Y = Y.transpose(1, 2).reshape(len(B), -1)  # [O·L, C·P]
+    half = layer.back(
+        layer.back(A).T / 2 + Y.T @ B
+    )  # the first term of (9) is halved, as it comes twice
+    M = half + half.T
+    add_by_channel(M, layer, P, weights)  # D
+    return M
+
+
+def _slopes(act: Callable, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(act', act'') of an elementwise activation."""
 
-    def slope(z):
-        return vjp(act, z)[1](torch.ones_like(z))[0]
+    def slope(z: torch.Tensor) -> torch.Tensor:
+        _, pull = vjp(act, z)
+        return pull(torch.ones_like(z))[0]
 
     first, pull = vjp(slope, z)
     return first, pull(torch.ones_like(z))[0]
 
 
-def _low_rank_curvature(layers, label, weights, x, eta, error_variance):
-    """The same for a first linear layer, where x enters the rest through z = Wx alone, with the errors e of its δ, if any.
-
-    Its own rows are δ_o x_i. Per pixel the square Σ_o w_o (x_i δ̇_o + δ_o ẋ_i)² is completed in ẋ_i, with minimum at -Eδ̇.
-    That leaves a diagonal D in t = ẋ + Eδ̇, the information ``left`` in δ̇ and ``above`` in ż, all sums of non-negative terms
-    (a plain Woodbury identity would subtract large numbers here). With δ̇ = Bż + ė both are linear in y = (t, ė): ż = Zy,
-    δ̇ = Uy, so N⁻¹ = A (D + Zᵀ above Z + Uᵀ left U)⁻¹ Aᵀ where A = 1 - (E, 0)ᵀU takes y to (ẋ, ė).
-    """
-    layer, ridge = layers[0], 1 / PRIOR_VARIANCE
-    n = math.prod(layer.shape)
-    x, errors = x[:n], x[n:]
-    matrix, w = layer.kernel, weights[0][:, :n]
+def _low_rank_curvature(
+    layers: Sequence[Layer],
+    label: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    eta: float,
+    error_variance: float,
+) -> Curvature:
+    """The same for a first linear layer, by (11) to (20)."""
+    layer = layers[0]
+    n = layer.size
+    x, e = x[:n], x[n:]
+    W, w = layer.kernel, weights[0][:, :n]
     z = layer.output(layer.patches(x))
-    (deltas, inputs), push, pull = _linearise(partial(signals_after_first, layers, label), z)
-    delta = eta * (deltas[0] + errors[:, None] if len(errors) else deltas[0])
     one = torch.eye(len(z)).to(x)
 
-    def information(v):  # (JᵀWJ v for the layers above, the change of this layer's δ)
-        d_dot, u_dot = push(v[:, None])
-        back = [_weigh(*each) for each in zip(layers[1:], weights[1:], deltas[1:], inputs, d_dot[1:], u_dot)]
-        above = pull(([torch.zeros_like(z), *(d for d, _ in back)], [u for _, u in back]))
-        return eta**2 * above[:, 0], eta * d_dot[0][:, 0]
-
-    above, d_dot = vmap(information)(one)
-    D = (w.T @ delta.square())[:, 0] + ridge
-    E = (w * delta * x).T / D[:, None]
-    shared = ((w * x.square() / D) @ w.T).fill_diagonal_(0)
-    own = shared @ delta.square() + w @ (ridge * x.square() / D)[:, None]
-    left = torch.diag(own[:, 0]) - shared * (delta @ delta.T)
+    d, A, eta_B = _seen_through_z(layers, label, weights, z, e, eta)
+    D, E, L = _completed_square(w, x, d)
     if layer.has_bias:
-        left = left + torch.diag(weights[0][:, n])
+        L = L + torch.diag(weights[0][:, n])
 
-    Z = torch.linalg.solve(one + matrix @ E @ d_dot.T, torch.cat([matrix, -eta * matrix @ E], 1)[:, : n + len(errors)])
-    U = d_dot.T @ Z
-    U[:, n:] += eta * one[:, : len(errors)]
-    spread = torch.cat([1 / D, torch.full_like(errors, error_variance)])
-    root = torch.cat([_root(above) @ Z, _root(left) @ U])
-    factor = torch.linalg.cholesky(torch.eye(len(root)).to(x) + root * spread @ root.T)
-    H = torch.linalg.solve_triangular(factor, root * spread, upper=False)
+    right = torch.cat([W, -eta * W @ E], 1)[:, : n + len(e)]
+    Z = torch.linalg.solve(one + W @ E @ eta_B, right)  # (15)
+    V = eta_B @ Z  # (16)
+    V[:, n:] += eta * one[:, : len(e)]
+    spread = torch.cat([1 / D, torch.full_like(e, error_variance)])  # the diagonal of Σ
+    R = torch.cat([_root(A) @ Z, _root(L) @ V])  # (17)
+    F = torch.linalg.cholesky(torch.eye(len(R)).to(x) + R * spread @ R.T)  # (18)
+    H = torch.linalg.solve_triangular(F, R * spread, upper=False)
 
-    def solve(b):
-        y = b - U.T @ (E.T @ b[:n])
+    def solve(b: torch.Tensor) -> torch.Tensor:
+        """(19)."""
+        y = b - V.T @ (E.T @ b[:n])  # Tᵀ b
         y = y * spread[:, None] - H.T @ (H @ y)
-        return torch.cat([y[:n] - E @ (U @ y), y[n:]])
+        return torch.cat([y[:n] - E @ (V @ y), y[n:]])
 
-    U_spread, HA = U * spread, H[:, :n] - (H @ U.T) @ E.T
-    squares = (E @ (U_spread @ U.T) * E).sum(1) - 2 * (E * U_spread[:, :n].T).sum(1)
-    return Curvature(solve, 1 / D + squares - HA.square().sum(0))
+    V_spread = V * spread
+    HT = H[:, :n] - (H @ V.T) @ E.T
+    squares = (E @ (V_spread @ V.T) * E).sum(1) - 2 * (E * V_spread[:, :n].T).sum(1)
+    return Curvature(solve, 1 / D + squares - HT.square().sum(0))  # (20)
 
 
-def _root(matrix):
+def _seen_through_z(
+    layers: Sequence[Layer],
+    label: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    z: torch.Tensor,
+    e: torch.Tensor,
+    eta: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d [O, 1] of (11), A [O, O], η B [O, O] of (5)) at the first layer's output z [O, 1]."""
+    function = partial(signals_after_first, layers, label)
+    (deltas, inputs), push, pull = _linearise(function, z)
+    d = eta * (deltas[0] + e[:, None] if len(e) else deltas[0])
+
+    def columns(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A v, η B v)."""
+        d_dot, u_dot = push(v[:, None])
+        above = zip(layers[1:], weights[1:], deltas[1:], inputs, d_dot[1:], u_dot)
+        back = [_weigh(*each) for each in above]
+        of_deltas = [torch.zeros_like(z), *(d for d, _ in back)]
+        of_inputs = [u for _, u in back]
+        return eta**2 * pull((of_deltas, of_inputs))[:, 0], eta * d_dot[0][:, 0]
+
+    A, eta_B = vmap(columns)(torch.eye(len(z)).to(z))  # each column in a row
+    return d, A, eta_B.T
+
+
+def _completed_square(
+    w: torch.Tensor, x: torch.Tensor, d: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(D [n], E [n, O], L [O, O]) of (12) and (13), L without the bias's term.
+
+    From w [O, n], x [n] and d [O, 1].
+    """
+    ridge = 1 / PRIOR_VARIANCE
+    D = (w.T @ d.square())[:, 0] + ridge
+    E = (w * d * x).T / D[:, None]
+    S = ((w * x.square() / D) @ w.T).fill_diagonal_(0)
+    on_diagonal = S @ d.square() + w @ (ridge * x.square() / D)[:, None]
+    return D, E, torch.diag(on_diagonal[:, 0]) - S * (d @ d.T)
+
+
+def _root(matrix: torch.Tensor) -> torch.Tensor:
     """R with RᵀR = a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-def _linearise(function, x):
-    """(value, push, pull): what ``function`` gives at ``x``, its Jacobian times a vector and that one's transpose.
+def _linearise(function: Callable, x: torch.Tensor) -> tuple:
+    """(value, push, pull) of ``function`` at ``x``.
 
-    ``push`` is the transpose of the transpose; torch's forward mode would do, but its import warns of deprecation.
+    ``push`` is the Jacobian times a vector, ``pull`` its transpose. ``push`` is the transpose of
+    the transpose; torch's forward mode would do, but its import warns of deprecation.
     """
     value, pull = vjp(function, x)
     _, push = vjp(lambda cotangent: vjp(function, x)[1](cotangent)[0], value)
     return value, lambda v: push(v)[0], lambda cotangent: pull(cotangent)[0]
 
 
-def _weigh(layer, weights, delta, u, d_dot, u_dot):
-    """A change of (δ, u) -> the change of the gradient -> times the weights -> back to (δ, u)."""
-    if delta.shape[1] == 1:  # one patch: the same without a matrix [O, I] per direction
-        size = torch.cat([u.square(), torch.ones_like(u[:1])])[: weights.shape[1]]
-        weights, size = weights[:, : len(u)], weights @ size
-        mixed = weights * (delta @ u.T)
-        to_u = times(mixed.T, d_dot) + weights.T @ delta.square() * u_dot
-        return size * d_dot + times(mixed, u_dot), to_u
+def _weigh(
+    layer: Layer,
+    weights: torch.Tensor,
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    d_dot: torch.Tensor,
+    u_dot: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1), times the weights, and back by (3)."""
+    if delta.shape[1] == 1:
+        return _weigh_one_patch(weights, delta, u, d_dot, u_dot)
     change = d_dot @ u.T + delta @ u_dot.T
     if layer.has_bias:
         change = torch.cat([change, d_dot.sum(1, keepdim=True)], dim=1)
     return layer.gradient_transpose(weights * change, delta, u)
 
 
-def _conjugate_gradients(information, right, steps=200):
-    """N⁻¹ ``right`` [n, m] by so many steps of conjugate gradients: what the data determine best comes first."""
+def _weigh_one_patch(
+    weights: torch.Tensor,
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    d_dot: torch.Tensor,
+    u_dot: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where L = 1, without a matrix [O, I] per direction."""
+    squares = torch.cat([u.square(), torch.ones_like(u[:1])])[: weights.shape[1]]
+    of_delta = weights @ squares  # [O, 1]
+    weights = weights[:, : len(u)]
+    mixed = weights * (delta @ u.T)  # [O, I]
+    to_u = times(mixed.T, d_dot) + weights.T @ delta.square() * u_dot
+    return of_delta * d_dot + times(mixed, u_dot), to_u
+
+
+def _conjugate_gradients(
+    information: Callable, right: torch.Tensor, steps: int = CG_STEPS
+) -> torch.Tensor:
+    """N⁻¹ ``right`` [n, m] by conjugate gradients: what the data determine best comes first."""
     columns = []
     for b in right.T:
         x, residual, direction = torch.zeros_like(b), b, b
         for _ in range(steps):
             image = information(direction) + direction / PRIOR_VARIANCE
             size = residual.square().sum()
-            if size <= 1e-20 * b.square().sum():
+            if size <= CG_ENOUGH * b.square().sum():
                 break
             length = size / (direction @ image)
-            x, residual = x + length * direction, residual - length * image
+            x = x + length * direction
+            residual = residual - length * image
             direction = residual + residual.square().sum() / size * direction
         columns.append(x)
     return torch.stack(columns, dim=1)

@@ -1,59 +1,120 @@
-"""What batch normalisation sends besides its weights: running statistics, in which the client's batch can be read.
+"""What batch normalisation sends besides its weights: running statistics of the client's batch.
 
-In train mode each of a client's E batches moves a layer's running mean and variance r by its own statistics s,
+In train mode each of a client's E batches moves a layer's running mean and variance r by its own
+statistics s,
 
     r <- (1 - m) r + m s,      so that      (r_after - (1 - m)^E r_before) / (1 - (1 - m)^E)
 
-is a weighted mean of the s of the E batches, and for E = 1 that batch's mean and variance, channel by channel. FedAvg sends the
-whole state dict, so r is in both snapshots, and E beside it (``num_batches_tracked``). In eval mode r stays and says nothing.
+is a weighted mean of the s of the E batches, and for E = 1 that batch's mean and variance, channel
+by channel. FedAvg sends the whole state dict, so r is in both snapshots, and E beside it
+(``num_batches_tracked``). In eval mode r stays and says nothing.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlm_core import attacks, check, objectives, records
+from dlm_core import check, objectives, records, search
+from dlm_core.observation import Observation
+from dlm_core.results import Reconstruction
+
+Tensors = Sequence[torch.Tensor]
+Statistics = dict[str, list[torch.Tensor]]
 
 
-def local_batches(seen):
-    """E, the number of batches that the client took, as each batch-norm layer counted them: {layer's name: E > 0}.
+def local_batches(seen: Observation) -> dict[str, int]:
+    """E, the number of batches that the client took, as each batch-norm layer counted them.
 
-    Layers that counted nothing (eval mode, or no running statistics) are left out; {} where no layer counted.
-    """
-    layers = {name: layer for name, layer in seen.model.named_modules() if isinstance(layer, _BatchNorm)}
-    counted = {name: layer.num_batches_tracked for name, layer in layers.items() if layer.track_running_stats}
-    steps = {name: int(seen.weights_after[_key(name, "num_batches_tracked")]) - int(n) for name, n in counted.items()}
-    return {name: number for name, number in steps.items() if number > 0}
+    Parameters
+    ----------
+    seen
+        What the observer sees.
 
-
-def batch_statistics(seen):
-    """{layer's name: [mean [C], variance [C]]} of what entered each batch-norm layer, in float64, on the model's device.
-
-    The variance is the unbiased one, as PyTorch keeps it. Over several batches both are weighted means, see above.
+    Returns
+    -------
+    dict of str to int
+        {layer's name: E > 0}. Layers that counted nothing (eval mode, or no running statistics) are
+        left out.
     """
     found = {}
-    for name, steps in local_batches(seen).items():
-        layer, found[name] = seen.model.get_submodule(name), []
-        before = int(layer.num_batches_tracked)
-        left = before / (before + steps) if layer.momentum is None else (1 - layer.momentum) ** steps
-        for part in ("running_mean", "running_var"):
-            r = getattr(layer, part).double()
-            after = seen.weights_after[_key(name, part)].to(r)
-            found[name].append((after - left * r) / (1 - left))
+    for name, layer in seen.model.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+            after = int(seen.weights_after[_key(name, "num_batches_tracked")])
+            steps = after - int(layer.num_batches_tracked)
+            if steps > 0:
+                found[name] = steps
     return found
 
 
-def moments(x):
-    """[mean [C], unbiased variance [C]] of a layer's input x [B, C, ...], as batch normalisation takes them."""
+def batch_statistics(seen: Observation) -> Statistics:
+    """What entered each batch-norm layer, as mean and variance of its channels.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+
+    Returns
+    -------
+    dict of str to list of torch.Tensor
+        {layer's name: [mean [C], variance [C]]} in float64, on the model's device. The variance is
+        the unbiased one, as PyTorch keeps it. Over several batches both are weighted means.
+    """
+    return {name: _of_layer(seen, name, steps) for name, steps in local_batches(seen).items()}
+
+
+def _of_layer(seen: Observation, name: str, steps: int) -> list[torch.Tensor]:
+    layer = seen.model.get_submodule(name)
+    before = int(layer.num_batches_tracked)
+    mean_of_all = layer.momentum is None  # that is what r is then
+    left = before / (before + steps) if mean_of_all else (1 - layer.momentum) ** steps
+    found = []
+    for part in ("running_mean", "running_var"):
+        r = getattr(layer, part).double()
+        after = seen.weights_after[_key(name, part)].to(r)
+        found.append((after - left * r) / (1 - left))
+    return found
+
+
+def moments(x: torch.Tensor) -> list[torch.Tensor]:
+    """[mean [C], unbiased variance [C]] of a layer's input, as batch normalisation takes them.
+
+    Parameters
+    ----------
+    x
+        [B, C, ...].
+    """
     rest = [axis for axis in range(x.ndim) if axis != 1]
     return [x.mean(rest), x.var(rest)]
 
 
-def gradient_and_statistics(names):
-    """``objectives.gradient``, followed by the moments of what enters the layers called ``names``, from the same pass."""
+def gradient_and_statistics(names: Sequence[str]) -> Callable[..., list[torch.Tensor]]:
+    """``objectives.gradient``, followed by moments of layers' inputs, from the same pass.
 
-    def update_of(model, loss, images, labels):
-        inputs = {}
+    Parameters
+    ----------
+    names
+        Of the layers.
+
+    Returns
+    -------
+    Callable
+        (model, loss, images, labels) -> [*g, *moments], for ``search.reconstruct``.
+    """
+
+    def update_of(
+        model: nn.Module, loss: Callable, images: torch.Tensor, labels: torch.Tensor
+    ) -> list[torch.Tensor]:
+        inputs: dict[nn.Module, torch.Tensor] = {}
+
+        def keep(layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            inputs[layer] = given[0]
+
         layers = [model.get_submodule(name) for name in names]
-        hooks = [layer.register_forward_pre_hook(lambda layer, given: inputs.update({layer: given[0]})) for layer in layers]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:
             g = objectives.gradient(model, loss, images, labels)
         finally:
@@ -64,38 +125,85 @@ def gradient_and_statistics(names):
     return update_of
 
 
-def matched(distance, targets, weight):
-    """``distance`` between gradient and Δ, plus ``weight`` times the mean relative squared error of the statistics.
+def matched(
+    distance: Callable[..., torch.Tensor], targets: Mapping[str, Tensors], weight: float
+) -> Callable[..., torch.Tensor]:
+    """``distance`` of the gradient, plus the mean relative squared error of the statistics.
 
-    It takes [*g, *statistics] for g. Each layer's means are measured against its standard deviations, its variances against
-    themselves, so that no layer's scale counts.
+    Parameters
+    ----------
+    distance
+        Of ``dlm_core.objectives``.
+    targets
+        Of ``batch_statistics``.
+    weight
+        Of the statistics beside the distance.
+
+    Returns
+    -------
+    Callable
+        A distance that takes [*g, *statistics] for g. Each layer's means are measured against its
+        standard deviations, its variances against themselves, so that no layer's scale counts.
     """
-    units = [unit for _, variance in targets.values() for unit in (variance.sum(), variance.square().sum())]
-    flat = [moment for both in targets.values() for moment in both]
+    flat, units = [], []
+    for mean, variance in targets.values():
+        flat += [mean, variance]
+        units += [variance.sum(), variance.square().sum()]
 
-    def between(g, d, *k):
-        errors = [(s - t.to(s)).square().sum() / unit.to(s) for s, t, unit in zip(g[len(d) :], flat, units)]
+    def between(g: Tensors, d: Tensors, *k: torch.Tensor) -> torch.Tensor:
+        statistics = zip(g[len(d) :], flat, units)
+        errors = [(s - t.to(s)).square().sum() / unit.to(s) for s, t, unit in statistics]
         return distance(g[: len(d)], d, *k) + weight * (sum(errors) / len(flat))
 
     return between
 
 
-@records.attack("statistics", title="DLM+ with statistics", colour=3, marker="^")
-def reconstruct(seen, distance=objectives.normalised_distance, *, weight=1e3, **options):
-    """``search.reconstruct`` that matches the client's batch statistics too: DLM+ unless ``distance`` differs.
+@records.attack(
+    "statistics",
+    title="DLM+ with statistics",
+    colour=3,
+    marker="^",
+    assumes=("that the client took one batch",),
+    client="one step of SGD, a network with batch normalisation in train mode",
+)
+@records.passes_on_to(search.reconstruct)
+def reconstruct(
+    seen: Observation,
+    distance: Callable[..., torch.Tensor] = objectives.normalised_distance,
+    *,
+    weight: float = 1e3,
+    **options: Any,
+) -> Reconstruction:
+    """``search.reconstruct`` that matches the client's batch statistics too.
 
-    Told: nothing but the two snapshots, running statistics included; it assumes one batch.
-    weight  of the statistics beside the distance; 1e3 served best of 0.1 to 1e7 on one image and a ResNet of width 16.
+    Parameters
+    ----------
+    seen
+        What the observer sees, running statistics included. Told: that the client took one batch.
+    distance
+        Of the gradient: DLM+'s unless another is given.
+    weight
+        At least 0, of the statistics beside the distance. 1e3 served best of 0.1 to 1e7 on one
+        image and a ResNet of width 16.
+    **options
+        Of ``search.reconstruct``.
 
-    Other options as there. Raises ValueError where the client sent no statistics of a batch.
+    Raises
+    ------
+    ValueError
+        Where the client sent no statistics of a batch.
     """
     check.in_range("weight", weight, 0, float("inf"))
     targets = batch_statistics(seen)
     if not targets:
-        raise ValueError("seen holds no batch statistics: no batch-norm layer of the model moved its running mean")
+        raise ValueError(
+            "seen holds no batch statistics: no batch-norm layer of the model moved its "
+            "running mean"
+        )
     joint = matched(distance, targets, weight)
-    return attacks.reconstruct(seen, joint, update_of=gradient_and_statistics(list(targets)), **options)
+    update_of = gradient_and_statistics(list(targets))
+    return search.reconstruct(seen, joint, update_of=update_of, **options)
 
 
-def _key(name, part):
+def _key(name: str, part: str) -> str:
     return f"{name}.{part}".lstrip(".")

@@ -1,7 +1,9 @@
-"""Other ways to learn together, run for real, and what a curious party of each holds: Observations, which every attack takes.
+"""Other ways to learn together, run for real, and what a curious party of each holds.
 
-A client is (images [N, C, H, W], labels [N]); a list of clients begins with the one that is looked at, and where the observer
-takes part it is the last. It sees the sum of what it knows and what it wants to know, and subtracts the former.
+What it holds is an Observation, which every attack takes. A client is (images [N, C, H, W],
+labels [N]). A list of clients begins with the one that is looked at. Where the observer takes part,
+it is the last: it sees the sum of what it knows and what it wants to know, and subtracts the
+former.
 """
 
 import copy
@@ -12,22 +14,47 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlm_core import check, federated, records
+from dlm_core.observation import Observation
+from dlm_core.results import Reconstruction
+from dlm_core.weights import StateDict
+
+Client = tuple[torch.Tensor, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
 
 
 @records.protocol("fedsgd", title="FedSGD")
 @check.renamed(lr="learning_rate", number="num_rounds")
-def fedsgd(model, clients, *, learning_rate, num_rounds=1):
-    """FedSGD (McMahan et al. 2017): clients send their gradients g, the server steps by ``learning_rate`` times their mean, ``num_rounds`` times.
+def fedsgd(
+    model: nn.Module, clients: Sequence[Client], *, learning_rate: float, num_rounds: int = 1
+) -> Observation:
+    """FedSGD (McMahan et al. 2017): clients send their gradients, and the server steps.
 
-    Returns what the server sees of the first client in the last round, the Observation (W_t, W_t - g): of rate 1, known.
+    Parameters
+    ----------
+    model
+        With the weights of the start.
+    clients
+        (images, labels) of each.
+    learning_rate
+        η > 0 of the server, which steps by η times the mean of the gradients.
+    num_rounds
+        How many steps, at least 1.
+
+    Returns
+    -------
+    Observation
+        What the server sees of the first client in the last round: (W_t, W_t - g), a step of
+        rate 1, known.
     """
     check.at_least("num_rounds", num_rounds, 1)
     check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
@@ -42,21 +69,50 @@ def fedsgd(model, clients, *, learning_rate, num_rounds=1):
 
 @records.protocol("aggregate", title="aggregate", defended=True)
 @records.passes_on_to(federated.train_locally)
-def aggregate(model, clients, *, curious=False, **training):
-    """One round of FedAvg of which only the mean of the clients' weights is seen: secure aggregation, or a global model.
+def aggregate(
+    model: nn.Module, clients: Sequence[Client], *, curious: bool = False, **training: Any
+) -> Observation:
+    """One round of FedAvg of which only the mean of the clients' weights is seen.
 
-    With equal sizes, one step and one η that is a step on the joint batch. The Observation of it, or with ``curious`` that of
-    the last client, who subtracts its own part. ``training``: keyword arguments of ``federated.train_locally``.
+    That is secure aggregation, or a global model. With equal sizes, one step and one η, it is a
+    step on the joint batch.
+
+    Parameters
+    ----------
+    model
+        With the weights that all clients receive.
+    clients
+        (images, labels) of each.
+    curious
+        Whether the observer is the last client, who subtracts its own part.
+    **training
+        Of ``federated.train_locally``.
+
+    Returns
+    -------
+    Observation
+        Of the mean of all, or of the others' mean.
     """
     ((after, seen),) = federated.rounds(model, clients, num_rounds=1, **training)
-    everyone = federated.observe(model, model.state_dict(), after.state_dict(), seen[0].image_shape)
+    shape = seen[0].image_shape
+    everyone = federated.observe(model, model.state_dict(), after.state_dict(), shape)
     if not curious:
         return everyone
-    return _moved(model, others(everyone.delta, seen[-1].delta, len(clients)), seen[0].image_shape)
+    return _moved(model, others(everyone.delta, seen[-1].delta, len(clients)), shape)
 
 
-def others(mean, own, number):
-    """The mean update of the others, where ``mean`` is that of ``number`` >= 2 parties, ``own`` among them; lists of tensors."""
+def others(mean: Tensors, own: Tensors, number: int) -> list[torch.Tensor]:
+    """The mean update of the others.
+
+    Parameters
+    ----------
+    mean
+        The mean update of all, one tensor per parameter.
+    own
+        That of the one among them who asks.
+    number
+        How many they are, at least 2.
+    """
     check.at_least("number", number, 2)
     return [(number * a.double() - b.double()) / (number - 1) for a, b in zip(mean, own)]
 
@@ -64,64 +120,144 @@ def others(mean, own, number):
 @records.protocol("rounds", title="several rounds", defended=True)
 @records.passes_on_to(federated.train_locally)
 @check.renamed(number="num_rounds")
-def rounds(model, clients, *, num_rounds, defend=None, **training):
-    """``num_rounds`` rounds of FedAvg as its server sees the first client: a list of Observations, each from another W_t.
+def rounds(
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    num_rounds: int,
+    defend: Callable[[Observation, int, int], Observation] | None = None,
+    **training: Any,
+) -> list[Observation]:
+    """Several rounds of FedAvg, as its server sees the first client.
 
-    defend  as in ``federated.rounds``; ``training`` as in ``aggregate``.
+    Parameters
+    ----------
+    model
+        With the weights of the start.
+    clients
+        (images, labels) of each.
+    num_rounds
+        How many, at least 1.
+    defend
+        As in ``federated.rounds``.
+    **training
+        Of ``federated.train_locally``.
+
+    Returns
+    -------
+    list of Observation
+        One a round, each from another W_t.
     """
-    return [seen[0] for _, seen in federated.rounds(model, clients, num_rounds=num_rounds, defend=defend, **training)]
+    every = federated.rounds(model, clients, num_rounds=num_rounds, defend=defend, **training)
+    return [seen[0] for _, seen in every]
 
 
 @records.protocol("data_parallel", title="data-parallel")
 @check.renamed(lr="learning_rate", number="num_rounds")
-def data_parallel(model, clients, *, learning_rate, curious=True, num_rounds=1, timeout=300):
-    """Synchronous data-parallel SGD: a process for each client, gradients averaged by DistributedDataParallel over gloo.
+def data_parallel(
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    learning_rate: float,
+    curious: bool = True,
+    num_rounds: int = 1,
+    timeout: float = 300,
+) -> Observation:
+    """Synchronous data-parallel SGD: a process for each client, gradients averaged over gloo.
 
-    Every worker holds the mean gradient; a ``curious`` one, here the last, knows its own share and subtracts it. Returns its
-    Observation (W_t, W_t - the others' mean gradient) of the last of ``num_rounds`` steps; that of the mean of all without
-    ``curious``. Raises TimeoutError after ``timeout`` seconds, RuntimeError where a worker failed; no process outlives
-    the call.
+    DistributedDataParallel leaves every worker with the mean gradient. One who knows its own share
+    can subtract it.
+
+    Parameters
+    ----------
+    model
+        With the weights of the start.
+    clients
+        (images, labels) of each, at least two.
+    learning_rate
+        η > 0.
+    curious
+        Whether the observer is the last worker, and subtracts its share; else it sees the mean.
+    num_rounds
+        How many steps, at least 1.
+    timeout
+        Seconds.
+
+    Returns
+    -------
+    Observation
+        (W_t, W_t - the others' mean gradient) of the last step; that of the mean of all without
+        ``curious``.
+
+    Raises
+    ------
+    TimeoutError
+        After ``timeout`` seconds.
+    RuntimeError
+        Where a worker failed. No process outlives the call.
     """
     check.at_least("num_rounds", num_rounds, 1)
     check.at_least("number of clients", len(clients), 2)
     check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save((model, clients, learning_rate, num_rounds, timeout), Path(folder) / "task")
+        task = (model, clients, learning_rate, num_rounds, timeout)
+        torch.save(task, Path(folder) / "task")
         _run(len(clients), folder, timeout)
         weights, mean, own = torch.load(Path(folder) / "seen", weights_only=True)
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
-    return _moved(model, others(mean, own, len(clients)) if curious else mean, clients[0][0].shape[1:])
+    update = others(mean, own, len(clients)) if curious else mean
+    return _moved(model, update, clients[0][0].shape[1:])
 
 
-def _run(number, folder, timeout):
-    """Run ``number`` workers to their end: plain processes of Python, which start alike from scripts, notebooks and workers."""
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from dlm_core.beyond import protocols; protocols._work"
+def _run(number: int, folder: str, timeout: float) -> None:
+    """Run ``number`` workers to their end.
+
+    They are plain processes of Python, which start alike from scripts, notebooks and workers.
+    """
+    project = str(Path(__file__).parents[2])
+    script = (
+        f"import sys; sys.path.insert(0, {project!r}); "
+        "from dlm_core.beyond import protocols; protocols._work"
+    )
     log, end = Path(folder) / "errors", time.monotonic() + timeout
     with open(log, "w") as errors:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
-        commands = [[sys.executable, "-c", f"{script}({rank}, {number}, {folder!r})"] for rank in range(number)]
-        workers = [subprocess.Popen(command, **quiet) for command in commands]
+        calls = [f"{script}({rank}, {number}, {folder!r})" for rank in range(number)]
+        workers = [subprocess.Popen([sys.executable, "-c", call], **quiet) for call in calls]
         try:
             while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"data-parallel training has not ended within {timeout} seconds")
+                    raise TimeoutError(
+                        f"data-parallel training has not ended within {timeout} seconds"
+                    )
                 time.sleep(0.05)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
     if any(codes):
-        raise RuntimeError(f"a data-parallel worker failed: {log.read_text().strip().splitlines()[-1:]}")
+        last = log.read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"a data-parallel worker failed: {last}")
 
 
-def _work(rank, size, folder):
-    """A worker of ``data_parallel``; the last writes down what it saw in the last step: W_t, mean gradient, its own gradient."""
+def _work(rank: int, size: int, folder: str) -> None:
+    """A worker of ``data_parallel``.
+
+    The last writes down what it saw in the last step: W_t, mean gradient, its own gradient.
+    """
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # loopback
-    model, clients, learning_rate, num_rounds, timeout = torch.load(Path(folder) / "task", weights_only=False)  # written by data_parallel
-    limits = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout)}
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", **limits)
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    task = torch.load(Path(folder) / "task", weights_only=False)  # written by data_parallel
+    model, clients, learning_rate, num_rounds, timeout = task
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
     images, labels = clients[rank]
     parallel = DistributedDataParallel(model)
     sgd = torch.optim.SGD(model.parameters(), lr=learning_rate)
@@ -132,57 +268,157 @@ def _work(rank, size, folder):
         federated.loss(parallel(images), labels).backward()
         sgd.step()
     if rank == size - 1:
-        torch.save((before, [p.grad for p in model.parameters()], list(own)), Path(folder) / "seen")
+        mean = [p.grad for p in model.parameters()]
+        torch.save((before, mean, list(own)), Path(folder) / "seen")
     distributed.destroy_process_group()
 
 
 @records.protocol("gossip", title="gossip")
 @check.renamed(lr="learning_rate")
-def gossip(model, clients, *, learning_rate, turn=0, accomplice=False, private=False):
-    """Decentralised SGD on a ring, as the last peer sees the first, its neighbour: the Observation of its step in round ``turn``.
+def gossip(
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    learning_rate: float,
+    turn: int = 0,
+    accomplice: bool = False,
+    private: bool = False,
+) -> Observation:
+    """Decentralised SGD on a ring, as the last peer sees the first, its neighbour.
 
-    The listener knows its own messages and those of its two neighbours, with an ``accomplice`` also those of the first peer's
-    other neighbour. Without it takes that one's for the mean of those it knows: right in round 0 from a common start, and
-    where there are no more than three peers; a guess otherwise.
+    Parameters
+    ----------
+    model
+        With the weights that the peers start from.
+    clients
+        (images, labels) of each peer, at least two.
+    learning_rate
+        η > 0.
+    turn
+        The round that is looked at, from 0.
+    accomplice
+        Whether the listener also knows the messages of the first peer's other neighbour.
+    private
+        Whether each peer starts from weights of its own, the model's in another order.
 
-    private  each peer starts from weights of its own, the model's in another order, instead of from the model's.
+    Returns
+    -------
+    Observation
+        Of the first peer's step in round ``turn``.
+
+    Notes
+    -----
+    The listener knows its own messages and those of its two neighbours. Without an accomplice it
+    takes the message it lacks for the mean of those it knows. That is right in round 0 from a
+    common start, and where there are no more than three peers; a guess otherwise.
     """
     size = len(clients)
-    messages = exchange([_shuffled(model, i) if private else model for i in range(size)], clients, learning_rate=learning_rate, num_rounds=turn + 1)
+    starts = [_shuffled(model, peer) if private else model for peer in range(size)]
+    messages = exchange(starts, clients, learning_rate=learning_rate, num_rounds=turn + 1)
     heard = {*ring(size - 1, size), *([1] if accomplice else [])}
     before, after = messages[turn][0], messages[turn + 1][0]
-    mixed = _mean(messages[turn], [i for i in ring(0, size) if i in heard])
-    step = {name: (w.double() + after[name].double() - mixed[name]).to(w) for name, w in before.items()}
+    mixed = _mean(messages[turn], [peer for peer in ring(0, size) if peer in heard])
+    step = {
+        name: (w.double() + after[name].double() - mixed[name]).to(w) for name, w in before.items()
+    }
     return federated.observe(model, before, step, clients[0][0].shape[1:])
 
 
 @records.protocol("two_hops", title="two hops")
 @check.renamed(lr="learning_rate")
-def two_hops(model, clients, *, learning_rate):
-    """The same ring, four peers or more from a common start, and a listener two hops from the first peer, whom it never hears.
+def two_hops(
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    learning_rate: float,
+    attack: str | Callable[[Observation], Reconstruction] = "exact",
+) -> Observation:
+    """The same ring, and a listener two hops from the first peer, whom it never hears.
 
-    The peer between them gives its image away in round 0; in round 1 its own gradient can be computed and subtracted, and what
-    remains of its message is what the first peer had sent it. Returns the Observation of the first peer's step in round 0.
+    Parameters
+    ----------
+    model
+        With the weights that all peers start from.
+    clients
+        (images, labels) of each peer, at least four.
+    learning_rate
+        η > 0.
+    attack
+        The listener's, on the peer between: a key of ``records.ATTACKS``, or a function of an
+        Observation. It has to find image, label and learning rate.
+
+    Returns
+    -------
+    Observation
+        Of the first peer's step in round 0.
+
+    Notes
+    -----
+    The peer between them gives its image away in round 0. In round 1 its own gradient can be
+    computed and subtracted, and what remains of its message is what the first peer had sent it.
     """
-    from dlm_core.beyond import exact  # here, for the workers of data_parallel start faster without
-
     check.at_least("number of clients", len(clients), 4)
-    messages, shape = exchange([model] * len(clients), clients, learning_rate=learning_rate, num_rounds=2), clients[0][0].shape[1:]
-    found = exact.recover(federated.observe(model, messages[0][-1], messages[1][-1], shape))
-    relay = copy.deepcopy(model).double()
-    relay.load_state_dict(messages[1][-1])
-    gradients = torch.autograd.grad(federated.loss(relay(found.images), found.labels), list(relay.parameters()))
-    sent = dict(messages[1][-1])
-    for (name, own), g in zip(relay.named_parameters(), gradients):
-        mixed = messages[2][-1][name].double() + found.learning_rate * g
-        sent[name] = (3 * mixed - own.detach() - messages[1][-2][name].double()).to(sent[name])
+    if isinstance(attack, str):
+        check.one_of("attack", attack, records.ATTACKS)  # those of the modules imported so far
+        attack = records.ATTACKS[attack]
+    starts = [model] * len(clients)
+    messages = exchange(starts, clients, learning_rate=learning_rate, num_rounds=2)
+    between = [turn[-1] for turn in messages]
+    listener = [turn[-2] for turn in messages]
+    shape = clients[0][0].shape[1:]
+    found = attack(federated.observe(model, between[0], between[1], shape))
+    if found.learning_rate is None:
+        raise ValueError("attack found no learning rate; two_hops takes one that finds it")
+    sent = _unmixed(model, between, listener[1], found)
     return federated.observe(model, messages[0][0], sent, shape)
 
 
-def exchange(starts, clients, *, learning_rate, num_rounds):
-    """D-PSGD (Lian et al. 2017, algorithm 1): W_i ← mean of W over peer i and its neighbours - η g_i(W_i), ``num_rounds`` rounds.
+def _unmixed(
+    model: nn.Module, between: Sequence[StateDict], listener: StateDict, found: Reconstruction
+) -> StateDict:
+    """What the first peer sent in round 1.
 
-    starts  one model per client.     Returns the messages [num_rounds + 1][peer]: state dicts, each sent to both neighbours.
+    It is what the peer ``between`` mixed then, less its own message, the listener's, and its own
+    step on the image that was found.
+    """
+    peer = copy.deepcopy(model).double()
+    peer.load_state_dict(between[1])
+    loss = federated.loss(peer(found.images), found.labels)
+    gradients = torch.autograd.grad(loss, list(peer.parameters()))
+    sent = dict(between[1])
+    for (name, own), g in zip(peer.named_parameters(), gradients):
+        mixed = between[2][name].double() + found.learning_rate * g
+        sent[name] = (3 * mixed - own.detach() - listener[name].double()).to(sent[name])
+    return sent
+
+
+@check.renamed(lr="learning_rate", number="num_rounds")
+def exchange(
+    starts: Sequence[nn.Module],
+    clients: Sequence[Client],
+    *,
+    learning_rate: float,
+    num_rounds: int,
+) -> list[list[StateDict]]:
+    """D-PSGD (Lian et al. 2017, algorithm 1) on a ring.
+
+    In each round W_i ← mean of W over peer i and its neighbours - η g_i(W_i).
+
+    Parameters
+    ----------
+    starts
+        One model per client.
+    clients
+        (images, labels) of each peer, at least two.
+    learning_rate
+        η > 0.
+    num_rounds
+        At least 1.
+
+    Returns
+    -------
+    list of list of state dict
+        The messages [num_rounds + 1][peer], each sent to both neighbours.
     """
     check.at_least("num_rounds", num_rounds, 1)
     check.at_least("number of clients", len(clients), 2)
@@ -192,36 +428,49 @@ def exchange(starts, clients, *, learning_rate, num_rounds):
         for i, client in enumerate(clients):
             peer = copy.deepcopy(starts[i])
             peer.load_state_dict(before[i])
-            after = federated.train_locally(peer, *client, learning_rate=learning_rate).weights_after
+            after = federated.train_locally(peer, *client, learning_rate=learning_rate)
             mixed = _mean(before, ring(i, len(clients)))
-            sent.append({name: (mixed[name] + after[name].double() - w.double()).to(w) for name, w in before[i].items()})
+            sent.append(_plus_step(mixed, before[i], after.weights_after))
         messages.append(sent)
     return messages
 
 
-def ring(peer, size):
-    """The peer and its neighbours, ascending."""
+def _plus_step(mixed: StateDict, before: StateDict, after: StateDict) -> StateDict:
+    """``mixed`` moved as ``before`` was to ``after``, in its precision."""
+    return {
+        name: (mixed[name] + after[name].double() - w.double()).to(w) for name, w in before.items()
+    }
+
+
+def ring(peer: int, size: int) -> list[int]:
+    """The peer and its neighbours, ascending, on a ring of ``size``."""
     return sorted({(peer + step) % size for step in (-1, 0, 1)})
 
 
-def _mean(snapshots, members):
-    return {name: torch.stack([snapshots[i][name].double() for i in members]).mean(0) for name in snapshots[0]}
+def _mean(snapshots: Sequence[StateDict], members: Sequence[int]) -> StateDict:
+    """The mean over ``members``, in float64."""
+    return {
+        name: torch.stack([snapshots[i][name].double() for i in members]).mean(0)
+        for name in snapshots[0]
+    }
 
 
-def _shuffled(model, seed):
+def _shuffled(model: nn.Module, seed: int) -> nn.Module:
     """A copy with the entries of each parameter in another order."""
     model, draws = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.data = p.data.flatten()[torch.randperm(p.numel(), generator=draws).to(p.device)].reshape(p.shape)
+        order = torch.randperm(p.numel(), generator=draws).to(p.device)
+        p.data = p.data.flatten()[order].reshape(p.shape)
     return model
 
 
-def _moved(model, update, image_shape):
+def _moved(model: nn.Module, update: Tensors, image_shape: Sequence[int]) -> Observation:
     """The Observation (W, W - ``update``)."""
     return federated.observe(model, model.state_dict(), _stepped(model, update), image_shape)
 
 
-def _stepped(model, update):
+def _stepped(model: nn.Module, update: Tensors) -> StateDict:
     """W - ``update``, a state dict."""
-    steps = {name: (p.detach().double() - u).to(p) for (name, p), u in zip(model.named_parameters(), update)}
+    named = zip(model.named_parameters(), update)
+    steps = {name: (p.detach().double() - u).to(p) for (name, p), u in named}
     return {**model.state_dict(), **steps}

@@ -1,84 +1,230 @@
-"""What precision does to Δ: the noise that exact recovery has to reckon with, from rounding on the way and in the client.
+"""The noise in Δ: rounding of the weights on their way, and float32 arithmetic in the client.
 
-Per layer one matrix [O, I], as in ``recursion``.
+Per layer one matrix [O, I + 1], or [O, I] without a bias, as in ``stacks``.
 """
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from dlm_core.beyond.recursion import signals
+from dlm_core.beyond.recursion import Tensors, signals
+from dlm_core.beyond.stacks import Layer
 from dlm_core.federated import loss as training_loss
+from dlm_core.observation import Observation
 
-RESOLVED = 3.0  # ulp: a coordinate, or its output unit, that moved less is censored by rounding rather than noisy
+# in units in the last place (ulp): what moved less is censored by rounding rather than noisy
+RESOLVED = 3.0  # an output unit, root mean square
+MOVED = 1.5  # a single entry
+# χ²/N for which the noise model is taken to hold; violations give hundreds and more
+CHI2_RANGE = (0.3, 4.0)
+TINY = 1e-300  # keeps divisors from 0
 
 
-def transmitted_variance(seen, pack, update, trusted, extra_variance, transmitted):
-    """Per layer the variance of each entry of Δ that does not depend on the image, and which entries to use.
+@dataclass(frozen=True)
+class Weighting:
+    """How much each entry of Δ counts at one image and learning rate.
 
-    Where Δ is below the resolution of the weights, the error of rounding is not noise: it is -Δ, for all entries of an
-    output unit alike. Such entries are used only where their output unit as a whole is well resolved.
+    Attributes
+    ----------
+    weights
+        Per layer, 1/σ² of each entry; 0 for those not to be used.
+    error_variance
+        Of the client's errors in the δ of a first linear layer.
+    expected
+        χ² at the truth, where that is not the number of entries used; None where it is.
     """
-    of_weights = seen.rounding_variance
-    zeros = [torch.zeros_like(r) for r in of_weights]
-    for name, given in (("trusted", trusted), ("extra_variance", extra_variance)):
-        if given is not None and len(given) != len(zeros):
-            raise ValueError(f"{name} has {len(given)} entries; the model has {len(zeros)} parameters")
-    eps = torch.finfo(next(seen.model.parameters()).dtype).eps
-    coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
-    trusted = pack(trusted or [z == 0 for z in zeros])
-    extra = pack([e + z for e, z in zip(extra_variance or zeros, zeros)])
-    variances, keep = [], []
-    for d, rounding, e, t in zip(update, pack(of_weights), extra, trusted):
-        rounding = coarser**2 * rounding
-        ulp = (12 * rounding).sqrt()
-        unit = d.square().mean(1, keepdim=True).sqrt()
-        keep.append(t & ((d.abs() > 1.5 * ulp) | (unit > RESOLVED * ulp) | (e > ulp.square())))
-        variances.append(rounding + e)
-    return variances, keep
+
+    weights: Tensors
+    error_variance: float = 1.0
+    expected: float | None = None
 
 
-def arithmetic_variance(seen, layers, label, x, pack):
-    """(mean square error [O, 1] or [O, I] of the gradient that the client computes in its own precision at ``x``; how many
-    entries of a layer share each of its errors; the mean square error of the first layer's δ, where that is linear).
+class NoiseModel:
+    """What is known about the noise in Δ, before and after the image is.
 
-    Measured by computing it so, against float64. Errors common to many entries are no independent ones:
-    - in a convolution the part that all patches share is left out, and with it the softmax's: the image hardly feels them;
-    - where the first layer is linear its δ has errors that are unknowns of the fit, and leave each product δ_o x_i its own;
-    - in every other linear layer whole rows (from δ) or columns (from the features) share theirs.
+    Parameters
+    ----------
+    seen, layers, label
+        What the observer sees, the network as a stack, the image's class (a scalar).
+    trusted, extra_variance, transmitted
+        As ``exact.recover`` takes them.
+
+    Attributes
+    ----------
+    update
+        Δ, one matrix per layer.
+    variance
+        Of each entry, as far as it does not depend on the image.
+    keep
+        Which entries to use.
     """
-    parameters = list(seen.model.parameters())
-    x = x[: math.prod(seen.image_shape)].to(parameters[0].dtype)
-    logits = seen.model(x.reshape(1, *seen.image_shape))
-    client = pack(torch.autograd.grad(training_loss(logits, label[None]), parameters))
-    softmax = logits.detach()[0].softmax(0).double()[:, None]
-    variances, shared, error_variance = [], [], 1.0
-    exact, of_softmax = signals(layers, label, x.double()), signals(layers, label, x.double(), softmax)
-    for layer, in_client, *either in zip(layers, client, zip(*exact), zip(*of_softmax)):
-        convolves = layer.window is not None
-        d, u = either[convolves]
-        exactly = layer.gradient(d, u)
-        error, repeats = in_client.double() - exactly, 1
-        if convolves:
-            patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
-            error = error - error @ patches.T @ patches / patches.square().sum()
+
+    def __init__(
+        self,
+        seen: Observation,
+        layers: Sequence[Layer],
+        label: torch.Tensor,
+        trusted: Sequence[torch.Tensor] | None = None,
+        extra_variance: Sequence[torch.Tensor | float] | None = None,
+        transmitted: torch.dtype | None = None,
+    ) -> None:
+        self.seen, self.layers, self.label = seen, layers, label
+        self.update = pack(seen.model, layers, seen.delta)
+        self.variance, self.keep = self._transmitted(trusted, extra_variance, transmitted)
+
+    def guess(self) -> Weighting:
+        """The weights before an image is known.
+
+        Arithmetic is taken to have float32's error, relative to an output unit's mean entry.
+        """
+        eps = torch.finfo(torch.float32).eps
+        scatter = [eps**2 * d.square().mean(1, keepdim=True) for d in self.update]
+        each = zip(self.keep, self.variance, scatter)
+        return Weighting([k / (v + s) for k, v, s in each])
+
+    def at(self, x: torch.Tensor, eta: float) -> Weighting:
+        """The weights at image ``x`` [n] (what is longer is cut) and learning rate ``eta``."""
+        arithmetic = arithmetic_variance(self.seen, self.layers, self.label, x)
+        weights, expected = [], 0.0
+        for keep, variance, layer in zip(self.keep, self.variance, arithmetic.layers):
+            alone = variance + eta**2 * layer.variance
+            # entries that share an error count as one
+            weight = keep / (alone + (layer.sharing - 1) * eta**2 * layer.variance)
+            expected += float((weight * alone).sum())
+            weights.append(weight)
+        return Weighting(weights, arithmetic.delta_error_variance, expected)
+
+    def _transmitted(
+        self,
+        trusted: Sequence[torch.Tensor] | None,
+        extra_variance: Sequence[torch.Tensor | float] | None,
+        transmitted: torch.dtype | None,
+    ) -> tuple[Tensors, Tensors]:
+        """(what of each entry's variance is known without the image, which entries to use).
+
+        Where Δ is below the resolution of the weights, the error of rounding is not noise: it is
+        -Δ, for all entries of an output unit alike. Such entries are used only where their output
+        unit as a whole is well resolved.
+        """
+        model, layers = self.seen.model, self.layers
+        of_weights = self.seen.rounding_variance
+        zeros = [torch.zeros_like(r) for r in of_weights]
+        eps = torch.finfo(next(model.parameters()).dtype).eps
+        coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
+        masks = pack(model, layers, trusted or [z == 0 for z in zeros])
+        added = [e + z for e, z in zip(extra_variance or zeros, zeros)]
+        matrices = (self.update, pack(model, layers, of_weights), pack(model, layers, added), masks)
+        variances, keep = [], []
+        for d, rounding, extra, mask in zip(*matrices):
+            rounding = coarser**2 * rounding
+            ulp = (12 * rounding).sqrt()
+            unit = d.square().mean(1, keepdim=True).sqrt()
+            entry_resolved = d.abs() > MOVED * ulp
+            unit_resolved = unit > RESOLVED * ulp
+            dithered = extra > ulp.square()  # by a defence's noise
+            keep.append(mask & (entry_resolved | unit_resolved | dithered))
+            variances.append(rounding + extra)
+        return variances, keep
+
+
+class LayerArithmetic(NamedTuple):
+    """The error of one layer's gradient as a client computes it.
+
+    Attributes
+    ----------
+    variance
+        [O, 1] or [O, I + 1], mean square error of its entries.
+    sharing
+        How many entries share each error.
+    """
+
+    variance: torch.Tensor
+    sharing: int
+
+
+class Arithmetic(NamedTuple):
+    """The errors of a client's gradient, per layer, and those of a first linear layer's δ."""
+
+    layers: list[LayerArithmetic]
+    delta_error_variance: float
+
+
+def arithmetic_variance(
+    seen: Observation, layers: Sequence[Layer], label: torch.Tensor, x: torch.Tensor
+) -> Arithmetic:
+    """Measure the error of the gradient that the client computes in its own precision at ``x`` [n].
+
+    Notes
+    -----
+    It is computed so, and compared with float64. Errors that many entries share are no independent
+    ones:
+
+    - In a convolution the part that all patches share is left out, and with it the softmax's: the
+      image hardly feels it.
+    - Where the first layer is linear its δ has errors that are unknowns of the fit. They leave each
+      product δ_o x_i an error of its own.
+    - In every other linear layer whole rows (from δ) or columns (from the features) share theirs.
+    """
+    x = x[: layers[0].size].to(next(seen.model.parameters()).dtype)
+    client, softmax = _as_the_client(seen, layers, label, x)
+    exact = signals(layers, label, x.double())
+    of_softmax = signals(layers, label, x.double(), softmax)
+    errors, delta_error_variance = [], 1.0
+    for layer, computed, *either in zip(layers, client, zip(*exact), zip(*of_softmax)):
+        delta, u = either[layer.convolves]
+        exactly = layer.gradient(delta, u)
+        error = computed.double() - exactly
+        if layer.convolves:
+            errors.append(_of_convolution(layer, error, u))
         elif layer is not layers[0]:
-            repeats = max(error.shape)
-        elif len(layers) > 1:
-            common = error[:, -1:]  # the bias's, which is δ's
-            error_variance = float(common.square().sum() / max(1, int((common != 0).sum())))
-            error = error - layer.gradient(common, u)
-        variance = error.square().mean(1, keepdim=True)
-        if layer is layers[0] and not convolves:
-            products = torch.cat([exactly[:, :-1], torch.zeros_like(exactly[:, -1:])], dim=1).square()
-            variance = variance * products / products.mean(1, keepdim=True).clamp(min=1e-300)
-        variances.append(variance)
-        shared.append(repeats)
-    return variances, shared, max(error_variance, 1e-300)
+            variance = error.square().mean(1, keepdim=True)
+            errors.append(LayerArithmetic(variance, max(error.shape)))
+        else:
+            if len(layers) > 1:
+                common = error[:, -1:]  # the bias's error, which is δ's
+                delta_error_variance = _mean_square_of_nonzero(common)
+                error = error - layer.gradient(common, u)
+            errors.append(_of_products(error, exactly))
+    return Arithmetic(errors, max(delta_error_variance, TINY))
 
 
-def pack(model, layers, tensors):
-    """One tensor per parameter, in the model's order -> one matrix [O, I] per layer."""
+def _as_the_client(
+    seen: Observation, layers: Sequence[Layer], label: torch.Tensor, x: torch.Tensor
+) -> tuple[Tensors, torch.Tensor]:
+    """(the gradient in the client's precision, per layer; its softmax [K, 1] as float64)."""
+    logits = seen.model(x.reshape(1, *seen.image_shape))
+    loss = training_loss(logits, label[None])
+    gradient = torch.autograd.grad(loss, list(seen.model.parameters()))
+    softmax = logits.detach()[0].softmax(0).double()[:, None]
+    return pack(seen.model, layers, gradient), softmax
+
+
+def _of_convolution(layer: Layer, error: torch.Tensor, u: torch.Tensor) -> LayerArithmetic:
+    """Without the part along the sum of all patches, which they share."""
+    patches = layer.gradient(torch.ones_like(u[:1]), u)  # their sum [1, I]
+    error = error - error @ patches.T @ patches / patches.square().sum()
+    return LayerArithmetic(error.square().mean(1, keepdim=True), 1)
+
+
+def _of_products(error: torch.Tensor, exactly: torch.Tensor) -> LayerArithmetic:
+    """Each product δ_o x_i has an error in proportion to it; the bias has none left."""
+    variance = error.square().mean(1, keepdim=True)
+    without_bias = torch.cat([exactly[:, :-1], torch.zeros_like(exactly[:, -1:])], dim=1)
+    products = without_bias.square()
+    mean = products.mean(1, keepdim=True).clamp(min=TINY)
+    return LayerArithmetic(variance * products / mean, 1)
+
+
+def _mean_square_of_nonzero(errors: torch.Tensor) -> float:
+    nonzero = int((errors != 0).sum())
+    return float(errors.square().sum() / max(1, nonzero))
+
+
+def pack(model: nn.Module, layers: Sequence[Layer], tensors: Sequence[torch.Tensor]) -> Tensors:
+    """One tensor per parameter, in the model's order -> one matrix per layer."""
     named = dict(zip((name for name, _ in model.named_parameters()), tensors))
     matrices = []
     for layer in layers:
@@ -87,3 +233,11 @@ def pack(model, layers, tensors):
             parts.append(named[f"{layer.name}.bias".lstrip(".")][:, None])
         matrices.append(torch.cat(parts, dim=1))
     return matrices
+
+
+def check_counts(seen: Observation, **given: Sequence | None) -> None:
+    """Raise ValueError unless each argument that is given has one entry per parameter."""
+    count = len(seen.parameter_names)
+    for name, entries in given.items():
+        if entries is not None and len(entries) != count:
+            raise ValueError(f"{name} has {len(entries)} entries; the model has {count} parameters")

@@ -1,34 +1,45 @@
-"""Several local steps: DLM+ with the client's training simulated inside the objective, and η and E found on the way.
+"""Several local steps: DLM+ with the client's training simulated inside the objective.
 
     min over x, log η:  Σ_layers ‖Δ(x, y, η, E) - Δ‖²/n(Δ)²,    E by the lowest loss
 
-Where DLM+ takes the update for one gradient, this takes it for E steps of a named optimizer. DLM+ divides the simulated side
-by its own norm, since it has no η; here its length is the best evidence of η there is, and keeps it from running away. A
-wrong E still finds most of the image, so each E tried starts where the best one so far ended.
+Where DLM+ takes the update for one gradient, this takes it for E steps of a named optimizer, and η
+and E are found on the way. DLM+ divides the simulated side by its own norm, since it has no η; here
+its length is the best evidence of η there is, and keeps it from running away. A wrong E still finds
+most of the image, so each E tried starts where the best one so far ended.
 """
 
 import copy
-import inspect
 import math
 import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
+from torch import nn
 
 from dlm_core import check, label_inference, objectives, records
 from dlm_core.beyond import clients
 from dlm_core.federated import loss as training_loss
-from dlm_core.results import ClientEstimate
+from dlm_core.observation import Observation
+from dlm_core.results import ClientEstimate, Reconstruction, Status
 from dlm_core.search import known_labels, reconstruct
+from dlm_core.threads import for_network
 
 FIRST = 2  # E of the first search
+FINEST = 8  # the first climb leaves out neighbours closer than E/8
 SHORT = 40  # evaluations that tell two values of E apart
 HURRY = 20  # patience of these searches
-MOST = 60  # searches, about; cut short, each may end a little lower at another E, and so on for ever
-HEAD_STEPS = 16  # that a last layer takes in ``label_inference.infer``; where there were several it does not matter how many
+MOST = 60  # searches, about; cut short, each may end a little lower at another E, and so for ever
+LOWER = 0.999  # of its loss that a longer search must reach, or the search for E ends
+# E for which ``label_inference.infer`` assumes several steps; it does not matter how many.
+HEAD_STEPS = 16
 TOLERANCE = 2e-7  # η takes a closer fit than the image does
+RATE_TOLERANCE = 0.02  # of log η, to start from
+
+Tensors = Sequence[torch.Tensor]
+Search = Callable[..., Reconstruction]
 
 
 @records.attack(
@@ -36,143 +47,323 @@ TOLERANCE = 2e-7  # η takes a closer fit than the image does
     title="unrolled DLM+",
     colour=5,
     marker="X",
-    assumes=("the kind of optimizer and its options",),
+    assumes=("the kind of optimizer and its options", "the batch size, where it is not all images"),
     client="several local steps; takes a minute or more",
     audited=5,
 )
 @check.renamed(steps="local_steps")
 @records.passes_on_to(reconstruct)
 def unrolled_dlm(
-    seen, *, local_steps=None, max_steps=64, client="sgd", client_options=None, batch_size=None, max_evaluations=400, **options
-):
-    """DLM+ on a simulated client. Told: the kind of optimizer and its options, but not the learning rate; E only if given.
+    seen: Observation,
+    *,
+    client: str = "sgd",
+    client_options: Mapping[str, Any] | None = None,
+    local_steps: int | None = None,
+    max_steps: int = 64,
+    batch_size: int | None = None,
+    max_evaluations: int = 400,
+    **options: Any,
+) -> Reconstruction:
+    """DLM+ on a simulated client: the image, the learning rate and the number of local steps.
 
-    local_steps      E; None searches it from 1 to ``max_steps``.
-    client           of ``clients.OPTIMIZERS``, with ``client_options``, e.g. {"momentum": 0.9}.
-    batch_size       images per local step, taken in order; None takes all in each.
-    max_evaluations  of each search at the E that fits best; the searches for E take forty each.
-    options          of ``search.reconstruct``.
+    Parameters
+    ----------
+    seen
+        What the observer sees. Told: the kind of optimizer and its options, but not the learning
+        rate; E only if given.
+    client
+        Key of ``records.CLIENT_OPTIMIZERS``, one with a ``step``.
+    client_options
+        Its further arguments, e.g. {"momentum": 0.9}.
+    local_steps
+        E >= 1; None searches it.
+    max_steps
+        Largest E that is tried, at least 1.
+    batch_size
+        Images per local step, at least 1, taken in order; None takes all in each.
+    max_evaluations
+        Of each search at the E that fits best, at least 1; the searches for E take forty each.
+    **options
+        Of ``search.reconstruct``.
 
-    Where the steps hardly change the gradient only η·E is determined, and E is the first that fits. The result's ``client``
-    has η and E. Raises ValueError for arguments out of range.
+    Returns
+    -------
+    Reconstruction
+        Its ``client`` has η and E; ``tried`` has (E, lowest loss) of every search.
+
+    Raises
+    ------
+    ValueError
+        For arguments out of range.
+
+    Notes
+    -----
+    Where the steps hardly change the gradient only η·E is determined, and E is the first that fits.
     """
-    check.one_of("client", client, clients.OPTIMIZERS)
-    numbers = {"local_steps": 1 if local_steps is None else local_steps, "max_steps": max_steps, "max_evaluations": max_evaluations}
-    labels, num_images = options.get("labels", "inferred"), options.get("num_images", 1)
-    takes = list(inspect.signature(clients.OPTIMIZERS[client]).parameters)[4:]
-    for name in client_options or {}:
-        if name not in takes:
-            raise ValueError(f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}")
-    for name, value in {**numbers, "batch_size": 1 if batch_size is None else batch_size, "num_images": num_images}.items():
-        check.at_least(name, value, 1)
-    known = known_labels(seen, labels, num_images, local_steps=1 if local_steps == 1 else HEAD_STEPS)
-    options["labels"] = labels if known is None else known
-    told = {
-        "batch_size": batch_size,
-        "client_optimizer": clients.OPTIMIZERS[client],
-        "optimizer_options": client_options,
+    step = clients.step_of("client", client)
+    _check_options(client, step, client_options)
+    num_images = options.get("num_images", 1)
+    counts = {
+        "local_steps": 1 if local_steps is None else local_steps,
+        "max_steps": max_steps,
+        "max_evaluations": max_evaluations,
+        "batch_size": 1 if batch_size is None else batch_size,
+        "num_images": num_images,
     }
-    searches = []
+    for name, value in counts.items():
+        check.at_least(name, value, 1)
+    labels = options.get("labels", "inferred")
+    head_steps = 1 if local_steps == 1 else HEAD_STEPS
+    known = known_labels(seen, labels, num_images, local_steps=head_steps)
+    labels = labels if known is None else known
+    settings = {"tolerance": TOLERANCE, **options, "labels": labels}
+    simulated = _Client(step, client_options, batch_size)
 
-    def search(steps, best=None, **limits):
-        limits = {"tolerance": TOLERANCE, **options, "max_evaluations": max_evaluations, **limits}
-        searches.append(_search(seen, told, steps, best, limits))
-        return searches[-1]
+    def search(
+        steps: int,
+        best: Reconstruction | None = None,
+        *,
+        evaluations: int = max_evaluations,
+        **patience: int,
+    ) -> Reconstruction:
+        budget = {"max_evaluations": min(evaluations, max_evaluations), **patience}
+        return _search(seen, simulated, steps, best, {**settings, **budget})
 
-    brief = partial(search, max_evaluations=min(SHORT, max_evaluations), patience=HURRY)
-    if local_steps is not None:
-        best = search(local_steps)
-    else:
-        best = search(min(FIRST, max_steps), patience=HURRY)
-        best = _climb(brief, best, {best.local_steps}, max_steps, finest=8)
-    while local_steps is None and best.stop_reason != "converged" and len(searches) < MOST:
-        before, loss = best.local_steps, best.loss
-        best = min(best, search(before, best), key=lambda each: each.loss)
-        best = _climb(brief, best, {max(before - 2, 0), before, before + 2}, max_steps)
-        if best.local_steps == before or best.loss > 0.999 * loss:
-            break
+    with for_network(seen.model):
+        if local_steps is not None:
+            searches = [search(local_steps)]
+        else:
+            searches = find_steps(search, max_steps)
+    return _joined(searches, client)
+
+
+def _check_options(client: str, step: clients.Step, given: Mapping[str, Any] | None) -> None:
+    takes = records.keyword_names(step)
+    for name in given or {}:
+        if name not in takes:
+            raise ValueError(
+                f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}"
+            )
+
+
+def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
+    """The best of several searches, with the trace of all of them."""
+    best = _best(searches)
     evidence = replace(
         best.evidence,
         losses=[loss for each in searches for loss in each.losses],
         tried=[(each.local_steps, each.loss) for each in searches],
     )
-    found = replace(best.client, optimizer=client)
-    return replace(best, evidence=evidence, client=found, seconds=sum(each.seconds for each in searches))
+    return replace(
+        best,
+        evidence=evidence,
+        client=replace(best.client, optimizer=client),
+        seconds=sum(each.seconds for each in searches),
+    )
 
 
-def _climb(search, best, tried, max_steps, finest=math.inf):
-    """The best search over E: twice the best E until that is worse, then halfway to the nearest E tried on either side.
+def next_steps(losses: Mapping[int, float], max_steps: int, finest: float = math.inf) -> int | None:
+    """The number of local steps to try next, given the losses of those tried so far.
 
-    Neighbours closer than E/``finest`` are left out.
+    It is twice the best E until that is worse, then halfway to the nearest E tried on either side,
+    above first.
+
+    Parameters
+    ----------
+    losses
+        {E: lowest loss}, at least one; the first of equals counts as the best. An infinite loss
+        marks an E that need not be tried.
+    max_steps
+        Largest E that may be tried.
+    finest
+        Neighbours closer than E/``finest`` are left out.
+
+    Returns
+    -------
+    int or None
+        None where no E is left.
     """
-    while best.stop_reason != "converged":
-        here = best.local_steps
-        above, below = min((e for e in tried if e > here), default=3 * here), max((e for e in tried if e < here), default=0)
-        halfway = [min((here + above) // 2, max_steps), (here + below + 1) // 2]
-        left = [e for e in halfway if e not in tried and abs(e - here) * finest >= here]
-        if not left:
+    best = min(losses, key=lambda steps: losses[steps])
+    above = min((steps for steps in losses if steps > best), default=3 * best)
+    below = max((steps for steps in losses if steps < best), default=0)
+    halfway_up = min((best + above) // 2, max_steps)
+    halfway_down = (best + below + 1) // 2
+    for steps in (halfway_up, halfway_down):
+        if steps not in losses and abs(steps - best) * finest >= best:
+            return steps
+    return None
+
+
+def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
+    """Search for E: all searches made, in their order.
+
+    Parameters
+    ----------
+    search
+        Makes one: (E, the search to go on from or None, evaluations=…, patience=…), of which the
+        last two bound it.
+    max_steps
+        Largest E that is tried.
+
+    Notes
+    -----
+    A first climb over E goes by short searches. Then the best E is searched at full length, and its
+    neighbours but one shortly from where that ended, until E stays or the loss hardly falls.
+    """
+    first = min(FIRST, max_steps)
+    searches = [search(first, patience=HURRY)]
+    best = _climb(search, searches, {first: searches[0].loss}, max_steps, FINEST)
+    while best.status is not Status.CONVERGED and len(searches) < MOST:
+        here, loss = best.local_steps, best.loss
+        searches.append(search(here, best))
+        losses = {here: _best(searches).loss, max(here - 2, 0): math.inf, here + 2: math.inf}
+        best = _climb(search, searches, losses, max_steps)
+        if best.local_steps == here or best.loss > LOWER * loss:
             break
-        tried.add(left[0])
-        best = min(best, search(left[0], best), key=lambda each: each.loss)
+    return searches
+
+
+def _climb(
+    search: Search,
+    searches: list[Reconstruction],
+    losses: dict[int, float],
+    max_steps: int,
+    finest: float = math.inf,
+) -> Reconstruction:
+    """Search shortly at every E that ``next_steps`` names, add to ``searches``, return the best."""
+    while (best := _best(searches)).status is not Status.CONVERGED:
+        steps = next_steps(losses, max_steps, finest)
+        if steps is None:
+            break
+        searches.append(search(steps, best, evaluations=SHORT, patience=HURRY))
+        losses = {**losses, steps: searches[-1].loss}
     return best
 
 
-def _search(seen, told, steps, best, options):
+def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
+    """The first of lowest loss."""
+    return min(searches, key=lambda each: each.loss)
+
+
+@dataclass(frozen=True)
+class _Client:
+    """The client that is simulated, but for its learning rate and its number of steps."""
+
+    step: clients.Step
+    options: Mapping[str, Any] | None
+    batch_size: int | None
+
+    def update(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: clients.Rate,
+        local_steps: int,
+    ) -> list[torch.Tensor]:
+        """Its Δ."""
+        return clients.update(
+            model,
+            training_loss,
+            images,
+            labels,
+            learning_rate=learning_rate,
+            local_steps=local_steps,
+            batch_size=self.batch_size,
+            client_optimizer=self.step,
+            optimizer_options=self.options,
+        )
+
+
+def _search(
+    seen: Observation,
+    client: _Client,
+    steps: int,
+    best: Reconstruction | None,
+    options: dict[str, Any],
+) -> Reconstruction:
     """One search at a fixed E, from the search ``best`` on if there is one."""
     began = time.perf_counter()
 
     def update_of(model, loss, images, labels, log_rate):
-        return clients.update(
-            model, loss, images, labels, learning_rate=log_rate.exp(), local_steps=steps, **told
-        )
+        return client.update(model, images, labels, log_rate.exp(), steps)
 
     if best is None:
-        rate, resume = _first_rate(seen, steps, told, options), {}
+        rate = _first_rate(seen, client, steps, options)
+        resume: dict[str, torch.Tensor] = {}
     else:
-        rate, options = _rate_at(seen, steps, told, best), {**options, "restarts": 1}
+        rate = _rate_at(seen, client, steps, best)
+        options = {**options, "restarts": 1}
         resume = {name: value for name, value in best.point.items() if name != "log_rate"}
-    unknowns = {"log_rate": math.log(rate)}
-    found = reconstruct(seen, _relative_distance, update_of=update_of, unknowns=unknowns, resume=resume, **options)
+    found = reconstruct(
+        seen,
+        _relative_distance,
+        update_of=update_of,
+        unknowns={"log_rate": math.log(rate)},
+        resume=resume,
+        **options,
+    )
     rate = float(found.point["log_rate"].exp())
-    client = ClientEstimate(learning_rate=rate, local_steps=steps)
-    return replace(found, client=client, seconds=time.perf_counter() - began)
+    estimate = ClientEstimate(learning_rate=rate, local_steps=steps)
+    return replace(found, client=estimate, seconds=time.perf_counter() - began)
 
 
-def _relative_distance(simulated, update):
+def _relative_distance(simulated: Tensors, update: Tensors) -> torch.Tensor:
     return objectives.squared_distance(simulated, update) / objectives.mean_norm(update) ** 2
 
 
-def _first_rate(seen, steps, told, options):
-    """η from the last layer alone, whose input is the ratio of its weight's update to its bias's and stays the same.
+def _first_rate(
+    seen: Observation, client: _Client, steps: int, options: Mapping[str, Any]
+) -> float:
+    """η from the last layer alone.
 
-    Adam and its kin leave no such ratio, but move no weight by much more than η in a step, and some by as much.
+    Its input is the ratio of its weight's update to its bias's, and is taken to stay the same. Adam
+    and its kin leave no such ratio, but move no weight by much more than η in a step, and some by
+    as much.
     """
-    if told["client_optimizer"] is not clients.sgd:
+    if client.step is not clients.sgd:
         return max(float(layer.abs().max()) for layer in seen.delta) / steps
-    layer, d_weight, d_bias = seen.head.layer, seen.head.delta_weight, seen.head.delta_bias
-    head, features = copy.deepcopy(layer).double(), label_inference.features(d_weight, d_bias)[None]
+    d_weight, d_bias = seen.head.delta_weight, seen.head.delta_bias
+    layer = copy.deepcopy(seen.head.layer).double()
+    features = label_inference.features(d_weight, d_bias)[None]
     labels = options["labels"]
     if not isinstance(labels, torch.Tensor):  # to be optimised along with the images
-        labels = label_inference.infer(seen, options.get("num_images", 1), local_steps=steps)
-    shares = torch.bincount(labels, minlength=seen.num_classes).double()[None] / len(labels)
-    slope = (head(features).detach().softmax(1) - shares)[0]
+        num_images = options.get("num_images", 1)
+        labels = label_inference.infer(seen, num_images, local_steps=steps)
+    counts = torch.bincount(labels, minlength=seen.num_classes).double()
+    shares = counts[None] / len(labels)
+    slope = (layer(features).detach().softmax(1) - shares)[0]
     one_step = max(float(d_bias @ slope / slope.square().sum()), 1e-30)
-    told = {**told, "batch_size": None}
-    return _nearest_rate(head, features, shares, steps, told, [d_weight, d_bias], one_step / steps / 10, 2 * one_step)
+    return _nearest_rate(
+        lambda rate: replace(client, batch_size=None).update(layer, features, shares, rate, steps),
+        [d_weight, d_bias],
+        low=one_step / steps / 10,
+        high=2 * one_step,
+    )
 
 
-def _rate_at(seen, steps, told, best):
+def _rate_at(seen: Observation, client: _Client, steps: int, best: Reconstruction) -> float:
     """η that fits the update best for E = ``steps`` and the images of the search ``best``."""
-    model, low, high = copy.deepcopy(seen.model).double(), best.learning_rate / 4, best.learning_rate * 4
-    return _nearest_rate(model, best.images.double(), best.labels, steps, told, seen.delta, low, high)
+    model = copy.deepcopy(seen.model).double()
+    images, rate = best.images.double(), best.learning_rate
+    return _nearest_rate(
+        lambda tried: client.update(model, images, best.labels, tried, steps),
+        seen.delta,
+        low=rate / 4,
+        high=rate * 4,
+    )
 
 
-def _nearest_rate(model, images, labels, steps, told, update, low, high):
-    def misfit(log_rate):
-        simulated = clients.update(
-            model, training_loss, images, labels, learning_rate=math.exp(log_rate), local_steps=steps, **told
-        )
+def _nearest_rate(
+    simulate: Callable[[float], Tensors], update: Tensors, low: float, high: float
+) -> float:
+    """η in [low, high] whose simulated update is nearest to ``update``."""
+
+    def misfit(log_rate: float) -> float:
+        simulated = simulate(math.exp(log_rate))
         return float(objectives.squared_distance(simulated, update).detach())
 
-    found = minimize_scalar(misfit, bounds=(math.log(low), math.log(high)), method="bounded", options={"xatol": 0.02})
+    bounds = (math.log(low), math.log(high))
+    options = {"xatol": RATE_TOLERANCE}
+    found = minimize_scalar(misfit, bounds=bounds, method="bounded", options=options)
     return math.exp(found.x)

@@ -22,19 +22,13 @@ from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
 from dlm_core.weights import StateDict, check_weights, load_weights, rounded
 
-EXPLAINED, PARTLY = (
-    1e-3,
-    0.1,
-)  # an attack's loss up to which its images explain the update, all of it or some
-# dB between the images of two searches that found the same: right ones 40 and more, wrong ones
-# below 20
+# An attack's loss up to which its images explain the update: all of it, some of it.
+EXPLAINED, PARTLY = 1e-3, 0.1
+# dB between the images of two searches that found the same: right ones 40 and more, wrong below 20.
 AGREED = 25.0
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
-CLOSER = {
-    "tolerance": 0.0,
-    "patience": 200,
-    "max_evaluations": 1000,
-}  # of unrolled searches once their steps are known
+# Of unrolled searches once their steps are known.
+CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}
 SIDE = 256  # pixels of the picture's width, about
 
 

@@ -72,5 +72,7 @@ def is_foreign(function: Callable[..., Any]) -> bool:
     name = function.__module__
     if name.split(".")[0] == "dlm_core":
         return False
+    if name == "__main__":  # a notebook or a script, whatever file a kernel was started from
+        return True
     file = getattr(sys.modules.get(name), "__file__", None)
     return file is None or not {"site-packages", "dist-packages"} & set(Path(file).parts)

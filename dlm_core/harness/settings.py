@@ -38,6 +38,14 @@ def _listed(values: Iterable[Any], last: str = " or ") -> str:
     return last.join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
 
+def _numbers(values: Iterable[float]) -> str:
+    """Distinct numbers in ascending order, many of them by their ends."""
+    distinct = sorted(set(values))
+    if len(distinct) > 5:
+        return f"{distinct[0]:g} to {distinct[-1]:g}"
+    return _listed(f"{value:g}" for value in distinct)
+
+
 def _networks(trials: list[Trial]) -> str:
     names = _listed(records.NETWORKS[t.model].title for t in trials)
     inits = _listed(INITS[t.model_options.get("init", "paper")] for t in trials)
@@ -53,16 +61,16 @@ def _data(trials: list[Trial]) -> str:
 
 
 def _images(trials: list[Trial]) -> str:
-    counts = sorted({t.num_images for t in trials})
-    return "one image" if counts == [1] else f"{_listed(counts)} images"
+    counts = {t.num_images for t in trials}
+    return "one image" if counts == {1} else f"{_numbers(counts)} images"
 
 
 def _client(trials: list[Trial]) -> str:
     clients = [t.client for t in trials]
-    steps = sorted({c.local_steps for c in clients})
+    steps = {c.local_steps for c in clients}
     kinds = _listed(records.CLIENT_OPTIMIZERS[c.client_optimizer].title for c in clients)
-    rates = _listed(f"{rate:g}" for rate in sorted({c.learning_rate for c in clients}))
-    number = "one step" if steps == [1] else f"{_listed(steps)} steps"
+    rates = _numbers(c.learning_rate for c in clients)
+    number = "one step" if steps == {1} else f"{_numbers(steps)} steps"
     precision = _listed(c.transmitted or c.dtype for c in clients)
     return f"{number} of {kinds} at {rates}, {precision}"
 

@@ -38,7 +38,9 @@ def success(frame: Any, threshold: float = 20.0) -> float:
 
 
 def said(frame: Any, threshold: float = 20.0) -> str:
-    """A table's trials in words: "40% of 10 at 20 dB, median 17.9 dB"."""
+    """A table's trials in words: "40% of 10 at 20 dB, median 17.9 dB", or "not run" for none."""
+    if not len(frame):
+        return "not run"
     psnr = frame["psnr"].fillna(-math.inf)
     share = f"{success(frame, threshold):.0%} of {len(frame)} at {threshold:g} dB"
     return f"{share}, median {psnr.median():.1f} dB"

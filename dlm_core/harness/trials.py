@@ -99,6 +99,15 @@ class Protocol:
         object.__setattr__(self, "options", Options(self.options))
         records.PROTOCOLS[self.name].check_options("option", self.options)
 
+    @property
+    def named(self) -> list[records.Record]:
+        """What it names by key: its own record, and that of an attack that runs within it."""
+        own = records.PROTOCOLS[self.name]
+        within = own.parameters.get("attack")
+        if within is None:
+            return [own]
+        return [own, records.ATTACKS[self.options.get("attack", within.default)]]
+
     @classmethod
     def of(cls, given: "Protocol | Mapping[str, Any]") -> "Protocol":
         """The same, from {"name": …, "others": …} with the options beside them."""
@@ -171,7 +180,7 @@ class Trial:
             object.__setattr__(self, name, part.of(given) if given else None)
         check.one_of("attack", self.attack, records.ATTACKS)
         check.one_of("model", self.model, records.NETWORKS)
-        check.one_of("data set", self.dataset, records.DATA_SETS or data.NAMES)
+        check.one_of("data set", self.dataset, records.DATA_SETS)
         check.at_least("num_images", self.num_images, 1)
         for name in ("index", "seed", "trained"):
             check.at_least(name, getattr(self, name), 0)
@@ -205,7 +214,7 @@ class Trial:
         if self.defence is not None:
             named.append(self.defence.record)
         if self.protocol is not None:
-            named.append(records.PROTOCOLS[self.protocol.name])
+            named += self.protocol.named
         return [record.function for record in named]
 
     @cached_property

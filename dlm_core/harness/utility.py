@@ -109,7 +109,7 @@ class Federation:
             check.at_least(name, getattr(self, name), 1)
         check.at_least("seed", self.seed, 0)
         check.one_of("model", self.model, records.NETWORKS)
-        check.one_of("data set", self.dataset, records.DATA_SETS or data.NAMES)
+        check.one_of("data set", self.dataset, records.DATA_SETS)
         object.__setattr__(self, "model_options", Options(self.model_options))
         defence = self.defence
         if defence and not isinstance(defence, Setting):

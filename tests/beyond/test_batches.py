@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlm_core import metrics, models
+from dlm_core import metrics, models, records
 from dlm_core.beyond import batches
 from dlm_core.federated import train_locally
 from dlm_core.harness.trials import Trial, run_trial
@@ -14,13 +14,31 @@ from dlm_core.harness.trials import Trial, run_trial
 SHAPE, CLASSES = (1, 8, 8), 10
 
 
-def client(size, *, hidden=100, init="default", dtype=torch.float32, lr=0.01, labels=None, images=None, **training):
+def client(
+    size,
+    *,
+    hidden=100,
+    init="default",
+    dtype=torch.float32,
+    learning_rate=0.01,
+    labels=None,
+    images=None,
+    **training,
+):
     """(Observation, images, labels) of ``size`` random 8-bit images of random classes."""
     draws = torch.Generator().manual_seed(size)
-    images = torch.randint(0, 256, (size, *SHAPE), generator=draws) / 255.0 if images is None else images
-    labels = torch.randint(CLASSES, (size,), generator=draws) if labels is None else torch.tensor(labels)
+    images = (
+        torch.randint(0, 256, (size, *SHAPE), generator=draws) / 255.0 if images is None else images
+    )
+    labels = (
+        torch.randint(CLASSES, (size,), generator=draws) if labels is None else torch.tensor(labels)
+    )
     model = models.build("mlp", SHAPE, CLASSES, hidden=hidden, init=init, seed=size).to(dtype)
-    return train_locally(model, images.to(dtype), labels, lr=lr, **training), images, labels
+    return (
+        train_locally(model, images.to(dtype), labels, learning_rate=learning_rate, **training),
+        images,
+        labels,
+    )
 
 
 def errors(found, images):
@@ -43,16 +61,18 @@ def test_float64_snapshots_give_everything(size, init):
     assert found.verdict.startswith(f"{size} of {size} images recovered: one SGD step")
 
 
-@pytest.mark.parametrize("init, lr", [("default", 1e-3), ("default", 0.01), ("paper", 0.01), ("paper", 1.0)])
-def test_float32_snapshots_give_them_to_the_error_it_states(init, lr):
-    seen, images, labels = client(4, init=init, lr=lr)
+@pytest.mark.parametrize(
+    "init, learning_rate", [("default", 1e-3), ("default", 0.01), ("paper", 0.01), ("paper", 1.0)]
+)
+def test_float32_snapshots_give_them_to_the_error_it_states(init, learning_rate):
+    seen, images, labels = client(4, init=init, learning_rate=learning_rate)
     found = batches.recover_batch(seen, num_images=4)
     order, error = errors(found, images)
     assert (error < 3 * found.image_error[order]).all()
     assert (error > found.image_error[order] / 3).all()
     assert error.max() < 1e-3
     assert torch.equal(found.labels[order], labels)
-    assert found.learning_rate == pytest.approx(lr, rel=1e-4)
+    assert found.learning_rate == pytest.approx(learning_rate, rel=1e-4)
     assert 0.3 < found.chi2 < 4
     assert found.recovered.all() and (found.agreement > 0.95).all()
 
@@ -61,7 +81,7 @@ def test_deeper_networks():
     draws = torch.Generator().manual_seed(0)
     images, labels = torch.rand(3, *SHAPE, generator=draws), torch.tensor([1, 2, 3])
     model = models.build("mlp", SHAPE, CLASSES, hidden=100, depth=2, init="default")
-    found = batches.recover_batch(train_locally(model, images, labels, lr=0.1))
+    found = batches.recover_batch(train_locally(model, images, labels, learning_rate=0.1))
     order, error = errors(found, images)
     assert error.max() < 1e-4
     assert torch.equal(found.labels[order], labels)
@@ -69,13 +89,19 @@ def test_deeper_networks():
 
 
 @pytest.mark.parametrize(
-    "training", [{"steps": 3}, {"steps": 3, "options": {"momentum": 0.9}}, {"steps": 4, "batch_size": 1}], ids=str
+    "training",
+    [
+        {"local_steps": 3},
+        {"local_steps": 3, "optimizer_options": {"momentum": 0.9}},
+        {"local_steps": 4, "batch_size": 1},
+    ],
+    ids=str,
 )
 def test_images_survive_several_local_steps_and_the_learning_rate_is_not_claimed(training):
     seen, images, _ = client(4, **training)
     found = batches.recover_batch(seen)
     assert errors(found, images)[1].max() < 1e-4
-    assert found.learning_rate != found.learning_rate
+    assert found.learning_rate is None
     assert found.k is None
     assert found.chi2 > 100
     assert "not one SGD step" in found.verdict
@@ -98,7 +124,12 @@ def test_an_image_without_a_trace_stays_grey():
     certain = seen.model(images).argmax(1)
     with torch.no_grad():  # certain of its class: the loss of the first image has no gradient
         seen.model[-1].weight.mul_(100), seen.model[-1].bias.mul_(100)
-    seen = train_locally(seen.model, images, torch.cat([certain[:1], (certain[1:] + 1) % CLASSES]), lr=1e-4)
+    seen = train_locally(
+        seen.model,
+        images,
+        torch.cat([certain[:1], (certain[1:] + 1) % CLASSES]),
+        learning_rate=1e-4,
+    )
     found = batches.recover_batch(seen, num_images=3)
     assert found.recovered.tolist() == [True, True, False]
     assert found.verdict.endswith("the others left no trace")
@@ -109,16 +140,23 @@ def test_an_image_without_a_trace_stays_grey():
 
 def test_a_first_layer_that_stayed_gives_no_images_and_no_error():
     seen, *_ = client(4)
-    first = {name: parameter.detach() for name, parameter in list(seen.model.named_parameters())[:2]}
-    found = batches.recover_batch(dataclasses.replace(seen, weights_after={**seen.weights_after, **first}), num_images=4)
+    first = {
+        name: parameter.detach() for name, parameter in list(seen.model.named_parameters())[:2]
+    }
+    found = batches.recover_batch(
+        dataclasses.replace(seen, weights_after={**seen.weights_after, **first}), num_images=4
+    )
     assert found.num_recovered == 0 and found.rank == 0 and (found.images == 0.5).all()
     assert "no unit" in found.verdict and found.stop_reason == "stalled"
 
 
 def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
-    # the first round finds every axis; then nothing is left of a start that is made orthogonal to all of them
+    # The first round finds every axis. Then nothing is left of a start that is made orthogonal to
+    # all of them.
     basis = torch.eye(4, dtype=torch.float64).repeat(3, 1)
-    rounds = batches._sparse_directions(basis, torch.full((12, 4), 1e-12, dtype=torch.float64), max_rounds=3, seed=0)
+    noise = torch.full((12, 4), 1e-12, dtype=torch.float64)
+    mixture = batches._Mixture(basis, noise)
+    rounds = batches._sparse_directions(mixture, max_rounds=3, seed=0)
     for directions in rounds:
         assert directions.isfinite().all()
 
@@ -130,18 +168,25 @@ def test_what_cannot_be_told_apart_is_grey(size, hidden):
     assert found.num_recovered == int(found.recovered.sum()) < size
     assert (found.images[~found.recovered] == 0.5).all()
     assert found.stop_reason == "stalled"
-    assert found.verdict.startswith(f"{found.num_recovered} of {size} images recovered: Δ has rank {size}")
+    assert found.verdict.startswith(
+        f"{found.num_recovered} of {size} images recovered: Δ has rank {size}"
+    )
 
 
 def test_the_same_signal_from_two_images_is_not_taken_for_a_recovery():
-    """Trace d_i = D_i v with one v for both: their difference vanishes in more units than either of them."""
+    """Trace d_i = D_i v with one v for both.
+
+    Their difference vanishes in more units than either of them.
+    """
     seen, images, _ = client(2)
     model, after = seen.model.double(), {}
     signal = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = images.flatten(1).double()
     traces = signal * (model[1](x) > 0).T
     for name, tensor in model.state_dict().items():
-        after[name] = tensor - 1e-3 * {"1.weight": traces @ x, "1.bias": traces.sum(1)}.get(name, 0 * tensor)
+        after[name] = tensor - 1e-3 * {"1.weight": traces @ x, "1.bias": traces.sum(1)}.get(
+            name, 0 * tensor
+        )
     found = batches.recover_batch(dataclasses.replace(seen, model=model, weights_after=after))
     order, error = errors(found, images)
     assert not (found.recovered[order] & (error > 0.01)).any()
@@ -150,9 +195,14 @@ def test_the_same_signal_from_two_images_is_not_taken_for_a_recovery():
 def test_noise_added_by_a_defence_is_not_taken_for_images():
     seen, images, _ = client(4)
     draws = torch.Generator().manual_seed(0)
-    noisy = {name: w + 1e-2 * torch.randn(w.shape, generator=draws) for name, w in seen.weights_after.items()}
+    noisy = {
+        name: w + 1e-2 * torch.randn(w.shape, generator=draws)
+        for name, w in seen.weights_after.items()
+    }
     for told in (None, 4):
-        found = batches.recover_batch(dataclasses.replace(seen, weights_after=noisy), num_images=told, max_rounds=2)
+        found = batches.recover_batch(
+            dataclasses.replace(seen, weights_after=noisy), num_images=told, max_rounds=2
+        )
         assert found.num_recovered == 0
 
 
@@ -163,12 +213,19 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_observation_and_the_ge
     first, second = (batches.recover_batch(seen, seed=3) for _ in range(2))
     assert torch.equal(first.images, second.images) and first.learning_rate == second.learning_rate
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(p, q) and q.grad is None for p, q in zip(before, seen.model.parameters()))
+    assert all(
+        torch.equal(p, q) and q.grad is None for p, q in zip(before, seen.model.parameters())
+    )
     assert errors(batches.recover_batch(seen, seed=4), first.images.clamp(0, 1))[1].max() < 1e-5
 
 
 def test_as_a_trial():
-    options = {"model": "mlp", "model_options": {"hidden": 100, "init": "default"}, "dataset": "digits", "batch": 2}
+    options = {
+        "model": "mlp",
+        "model_options": {"hidden": 100, "init": "default"},
+        "dataset": "digits",
+        "batch": 2,
+    }
     record = run_trial(Trial("exact_batch", **options))
     assert record["psnr"] > 80
     assert record["labels_right"]
@@ -191,7 +248,9 @@ class Wrapper(nn.Module):
         (models.build("mlp", SHAPE, CLASSES, activation="sigmoid"), ["'2'", "Sigmoid", "ReLU"]),
         (models.build("resnet18", SHAPE, CLASSES), ["'0'", "Conv2d"]),
         (
-            nn.Sequential(nn.Flatten(), nn.Linear(64, 50, bias=False), nn.ReLU(), nn.Linear(50, CLASSES)),
+            nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 50, bias=False), nn.ReLU(), nn.Linear(50, CLASSES)
+            ),
             ["'1'", "no bias"],
         ),
         (Wrapper(), ["is a Wrapper", "can be written as one"]),
@@ -199,7 +258,12 @@ class Wrapper(nn.Module):
     ids=["lenet", "sigmoid", "resnet", "no bias", "wrapper"],
 )
 def test_unsupported_layers_are_named(model, words):
-    seen = train_locally(model, torch.rand(2, *SHAPE, generator=torch.Generator()), torch.tensor([1, 2]), lr=0.01)
+    seen = train_locally(
+        model,
+        torch.rand(2, *SHAPE, generator=torch.Generator()),
+        torch.tensor([1, 2]),
+        learning_rate=0.01,
+    )
     with pytest.raises(ValueError) as error:
         batches.recover_batch(seen)
     for word in words:
@@ -210,3 +274,21 @@ def test_unsupported_layers_are_named(model, words):
 def test_counts_are_checked(argument):
     with pytest.raises(ValueError, match=f"{argument} is 0"):
         batches.recover_batch(client(2)[0], **{argument: 0})
+
+
+def test_the_threads_of_the_caller_are_restored_and_change_no_bit():
+    seen, _, _ = client(4)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(batches.recover_batch(seen))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].images, found[1].images)
+
+
+def test_what_it_is_told_is_declared():
+    assert "the number of images, if some left no trace" in records.ATTACKS["exact_batch"].told

@@ -1,14 +1,14 @@
-"""The simulated client against torch.optim, its derivatives, and the attack that finds images, η and E through it."""
+"""The simulated client against torch.optim, its derivatives, and the attack through it."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from dlm_core import attacks, data, federated, metrics, models, objectives
+from dlm_core import attacks, data, federated, metrics, models, objectives, records
 from dlm_core.beyond import clients, unrolled
-from dlm_core.harness import trials
+from dlm_core.harness.trials import Trial, run_trial
+from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 
 FAMILIES = [
     ("sgd", {}),
@@ -30,16 +30,13 @@ def digits(device):
 
 
 @pytest.fixture
-def small_client():
-    images, labels, *_ = data.load("digits", n=1)
-    return federated.train_locally(models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, lr=0.01)
-
-
-@pytest.fixture
 def tiny(device):
     """A network of 26 weights, for finite differences."""
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 2, 3, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Linear(2, 2)
+        torch.nn.Conv2d(1, 2, 3, stride=2),
+        torch.nn.Sigmoid(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(2, 2),
     )
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -51,28 +48,57 @@ def tiny(device):
 @pytest.mark.parametrize("steps, batch_size", [(1, None), (4, None), (4, 2)])
 def test_the_simulated_client_is_the_client(small, digits, name, options, steps, batch_size):
     images, labels = digits
-    model, size = small.double(), {"steps": steps, "batch_size": batch_size, "options": options}
-    seen = federated.train_locally(model, images, labels, lr=0.02, optimizer=trials.OPTIMIZERS[name], **size)
-    ours = clients.update(model, federated.loss, images, labels, rate=0.02, optimizer=clients.OPTIMIZERS[name], **size)
-    for simulated, real in zip(ours, federated.weight_delta(seen)):
+    model, size = (
+        small.double(),
+        {"local_steps": steps, "batch_size": batch_size, "optimizer_options": options},
+    )
+    seen = federated.train_locally(
+        model, images, labels, learning_rate=0.02, client_optimizer=name, **size
+    )
+    ours = clients.update(
+        model,
+        federated.loss,
+        images,
+        labels,
+        learning_rate=0.02,
+        client_optimizer=clients.OPTIMIZERS[name],
+        **size,
+    )
+    for simulated, real in zip(ours, seen.delta):
         torch.testing.assert_close(simulated.detach(), real, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
-    "name, options", [("sgd", {"momentum": 0.9, "nesterov": True}), ("adam", {"eps": 0.1}), ("rmsprop", {"eps": 0.1})]
+    "name, options",
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True}),
+        ("adam", {"eps": 0.1}),
+        ("rmsprop", {"eps": 0.1}),
+    ],
 )
 def test_derivatives_by_finite_differences(tiny, device, name, options, checkpointed):
     generator = torch.Generator().manual_seed(1)
     images, observed = (
-        torch.rand(shape, generator=generator, dtype=torch.float64).to(device) for shape in ((2, 1, 3, 3), (26,))
+        torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((2, 1, 3, 3), (26,))
     )
     observed = observed.split([p.numel() for p in tiny.parameters()])
-    settings = {"steps": 3, "optimizer": clients.OPTIMIZERS[name], "options": options, "checkpointed": checkpointed}
+    settings = {
+        "local_steps": 3,
+        "client_optimizer": clients.OPTIMIZERS[name],
+        "optimizer_options": options,
+        "checkpointed": checkpointed,
+    }
 
     def objective(images, log_rate):
         update = clients.update(
-            tiny, federated.loss, images, torch.tensor([0, 1], device=device), rate=log_rate.exp(), **settings
+            tiny,
+            federated.loss,
+            images,
+            torch.tensor([0, 1], device=device),
+            learning_rate=log_rate.exp(),
+            **settings,
         )
         return objectives.normalised_distance([layer.flatten() for layer in update], observed)
 
@@ -86,7 +112,13 @@ def test_adam_s_derivatives_are_finite_where_a_gradient_vanishes(tiny, device):
     )  # the convolution's gradient is 0
     for optimizer in (clients.adam, clients.rmsprop):
         update = clients.update(
-            tiny, federated.loss, images, torch.tensor([0], device=device), rate=0.1, steps=2, optimizer=optimizer
+            tiny,
+            federated.loss,
+            images,
+            torch.tensor([0], device=device),
+            learning_rate=0.1,
+            local_steps=2,
+            client_optimizer=optimizer,
         )
         assert (update[0] == 0).all()
         (slope,) = torch.autograd.grad(sum(layer.sum() for layer in update), images)
@@ -98,70 +130,133 @@ def test_checkpoints_change_nothing_but_memory(small, digits):
     results = []
     for checkpointed in (False, True):
         update = clients.update(
-            small.double(), federated.loss, images, labels, rate=0.05, steps=6, checkpointed=checkpointed
+            small.double(),
+            federated.loss,
+            images,
+            labels,
+            learning_rate=0.05,
+            local_steps=6,
+            checkpointed=checkpointed,
         )
         results.append(
-            [*update, *torch.autograd.grad(objectives.squared_distance(update, update[:0]) + update[0].sum(), images)]
+            [
+                *update,
+                *torch.autograd.grad(
+                    objectives.squared_distance(update, update[:0]) + update[0].sum(), images
+                ),
+            ]
         )
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
-    seen = federated.train_locally(small, *digit, lr=0.2, steps=3, options={"momentum": momentum})
+    seen = federated.train_locally(
+        small, *digit, learning_rate=0.2, local_steps=3, optimizer_options={"momentum": momentum}
+    )
     found = attacks.unrolled_dlm(seen, client_options={"momentum": momentum})
-    assert metrics.psnr(found.images, digit[0], data_range=1.0) > 30
-    assert (
-        found.local_steps == 3 and found.learning_rate == pytest.approx(0.2, rel=0.01) and found.k == 1 / found.learning_rate
-    )
+    psnr = metrics.psnr(found.images, digit[0], data_range=1.0)
+    assert psnr > 30
+    assert found.local_steps == 3
+    assert found.learning_rate == pytest.approx(0.2, rel=0.01)
+    assert found.k == 1 / found.learning_rate
     as_published = attacks.dlm_plus(seen, max_evaluations=200)
-    assert (
-        metrics.psnr(as_published.images, digit[0], data_range=1.0)
-        < metrics.psnr(found.images, digit[0], data_range=1.0) - 5
-    )
-    assert found.loss == min(found.losses) == min(loss for _, loss in found.tried) and found.evaluations == len(found.losses)
+    assert metrics.psnr(as_published.images, digit[0], data_range=1.0) < psnr - 5
+    assert found.loss == min(found.losses) == min(loss for _, loss in found.tried)
+    assert found.evaluations == len(found.losses)
     assert {2, 3} <= {steps for steps, _ in found.tried}
 
 
 def test_the_length_of_the_update_keeps_the_learning_rate_from_running_away(seen):
-    """A simulated update twice as long is no fit, unlike in DLM+: without that, η once ended at thirty times the truth."""
-    update = [layer.double() for layer in federated.weight_delta(seen)]
+    """A simulated update twice as long is no fit, unlike in DLM+.
+
+    Without that, η once ended at thirty times the truth.
+    """
+    update = [layer.double() for layer in seen.delta]
     twice = [2 * layer for layer in update]
     assert float(objectives.normalised_distance(twice, update)) < 1e-20
     assert float(unrolled._relative_distance(twice, update)) > 0.5
     assert float(unrolled._relative_distance(update, update)) == 0
 
 
-def test_searches_that_are_cut_short_come_to_an_end(seen, monkeypatch):
+def ended(steps, loss, status=Status.STALLED):
+    """What a search at E = ``steps`` returns."""
+    return Reconstruction(
+        images=torch.zeros(1),
+        labels=torch.zeros(1),
+        status=status,
+        vouched=torch.zeros(1, dtype=torch.bool),
+        evidence=SearchEvidence(losses=[loss], loss=loss),
+        client=ClientEstimate(local_steps=steps),
+    )
+
+
+@pytest.mark.parametrize(
+    "losses, tried",
+    [
+        ({2: 1.0}, 4),  # twice the best
+        ({2: 1.0, 4: 0.5}, 8),
+        ({2: 1.0, 4: 0.5, 8: 0.7}, 6),  # until that is worse: then halfway, above first
+        ({2: 1.0, 4: 0.5, 8: 0.7, 6: 0.6}, 5),
+        ({2: 1.0, 4: 0.5, 8: 0.7, 6: 0.6, 5: 0.6}, 3),
+        ({2: 1.0, 4: 0.5, 8: 0.7, 6: 0.6, 5: 0.6, 3: 0.6}, None),
+        ({2: 1.0, 4: 1.0}, 3),  # the first of equals is the best
+        ({1: 1.0, 2: 2.0}, None),  # no client of zero steps
+        ({4: 1.0, 2: math.inf, 6: math.inf}, 5),
+    ],
+)
+def test_the_next_steps_to_try_follow_from_the_losses(losses, tried):
+    assert unrolled.next_steps(losses, max_steps=64) == tried
+
+
+def test_the_next_steps_keep_to_the_largest_allowed_and_to_the_grain():
+    assert unrolled.next_steps({2: 1.0}, max_steps=3) == 3
+    assert unrolled.next_steps({2: 1.0, 3: 0.5}, max_steps=3) is None
+    losses = {16: 0.5, 14: 1.0, 18: 1.0}
+    assert unrolled.next_steps(losses, max_steps=64) == 17
+    assert unrolled.next_steps(losses, max_steps=64, finest=16) == 17
+    assert unrolled.next_steps(losses, max_steps=64, finest=8) is None
+
+
+def test_searches_that_are_cut_short_come_to_an_end():
     """Each ends a little lower than the one before, so that E wandered for an hour."""
-    searches = []
+    losses = []
 
-    def search(seen, told, steps, best, options):
-        searches.append(steps)
-        about = {"learning_rate": 0.1, "local_steps": steps, "tried": [], "point": {}, "losses": [], "seconds": 0.0}
-        about |= {"images": None, "labels": None, "stop_reason": "budget", "k": 10.0, "loss": 1 / len(searches)}
-        return unrolled.Unrolled(**about)
+    def search(steps, best=None, **limits):
+        losses.append(1 / (len(losses) + 1))
+        return ended(steps, losses[-1], Status.BUDGET)
 
-    monkeypatch.setattr(unrolled, "_search", search)
-    assert attacks.unrolled_dlm(seen).loss == 1 / len(searches)
-    assert len(searches) < 2 * unrolled.MOST
+    searches = unrolled.find_steps(search, max_steps=64)
+    assert len(searches) == len(losses) < 2 * unrolled.MOST
+
+
+def test_a_search_that_converged_is_the_last():
+    def search(steps, best=None, **limits):
+        return ended(steps, 1 / steps, Status.CONVERGED if steps == 4 else Status.STALLED)
+
+    assert [each.local_steps for each in unrolled.find_steps(search, max_steps=64)] == [2, 4]
 
 
 def test_steps_told_are_not_searched(seen):
-    found = attacks.unrolled_dlm(seen, steps=1, max_evaluations=200)
-    assert [steps for steps, _ in found.tried] == [1] and found.learning_rate == pytest.approx(0.05, rel=0.05)
+    found = attacks.unrolled_dlm(seen, local_steps=1, max_evaluations=200)
+    assert [steps for steps, _ in found.tried] == [1] and found.learning_rate == pytest.approx(
+        0.05, rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"client": "sdg"}, "client 'sdg' is unknown.*did you mean sgd"),
-        ({"steps": 0}, "steps is 0; it takes a whole number of at least 1"),
+        ({"local_steps": 0}, "local_steps is 0; it takes a whole number of at least 1"),
         ({"max_steps": 2.5}, "max_steps is 2.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_evaluations": 0}, "max_evaluations is 0"),
         ({"num_images": 0}, "num_images is 0"),
-        ({"num_images": 2, "labels": torch.tensor([0.5, 1.0])}, "labels has shape .* it takes 2 class indices"),
+        (
+            {"num_images": 2, "labels": torch.tensor([0.5, 1.0])},
+            "labels has shape .* it takes 2 class indices",
+        ),
         (
             {"client_options": {"momentun": 0.9}},
             "client_options has 'momentun'; client 'sgd' takes momentum, dampening, nesterov",
@@ -174,43 +269,77 @@ def test_bad_options_are_named(seen, options, message):
 
 
 def test_as_a_trial():
-    client = {"lr": 0.2, "steps": 2}
-    trial = trials.Trial(
-        attack="unrolled_dlm", attack_options={"steps": 2, "max_evaluations": 5}, dataset="digits", client=client
+    client = {"learning_rate": 0.2, "local_steps": 2}
+    trial = Trial(
+        attack="unrolled_dlm",
+        attack_options={"local_steps": 2, "max_evaluations": 5},
+        dataset="digits",
+        client=client,
     )
-    record = trials.run_trial(trial)
-    assert record["local_steps"] == 2 and math.isfinite(record["learning_rate"]) and record["evaluations"] == 5
+    record = run_trial(trial)
+    assert record["local_steps"] == 2
+    assert math.isfinite(record["learning_rate"])
+    assert record["evaluations"] == 5
 
 
 def test_the_labels_of_a_batch_are_inferred_for_several_steps():
     images, truth, *_ = data.load("cifar100", n=8, source="bundled")
-    seen = federated.train_locally(models.build("lenet", seed=0), images, truth, lr=0.01, steps=2)
+    seen = federated.train_locally(
+        models.build("lenet", seed=0), images, truth, learning_rate=0.01, local_steps=2
+    )
     for labels in ({}, {"labels": "inferred"}, {"labels": truth.sort().values}):
-        found = attacks.unrolled_dlm(seen, steps=2, num_images=8, max_evaluations=1, **labels)
+        found = attacks.unrolled_dlm(seen, local_steps=2, num_images=8, max_evaluations=1, **labels)
         assert found.labels.tolist() == sorted(truth.tolist())
 
 
 @pytest.mark.parametrize("true", [1, 2, 3, 7])
-def test_the_search_for_the_steps_tries_no_client_of_zero_steps(monkeypatch, small_client, true):
-    found = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1)
-    monkeypatch.setattr(
-        unrolled,
-        "_search",
-        lambda seen, told, steps, best, limits: replace(
-            found, local_steps=steps, loss=1.0 + abs(steps - true), stop_reason="stalled"
-        ),
-    )
-    found = attacks.unrolled_dlm(small_client, max_steps=16)
-    assert found.local_steps == true and min(steps for steps, _ in found.tried) >= 1
+def test_the_search_for_the_steps_tries_no_client_of_zero_steps(true):
+    def search(steps, best=None, **limits):
+        return ended(steps, 1.0 + abs(steps - true))
+
+    searches = unrolled.find_steps(search, max_steps=16)
+    best = min(searches, key=lambda each: each.loss)
+    assert best.local_steps == true
+    assert min(each.local_steps for each in searches) >= 1
 
 
-def test_a_loss_that_hardly_falls_ends_the_search_for_the_steps(monkeypatch, small_client):
-    found, calls = attacks.unrolled_dlm(small_client, steps=1, max_evaluations=1), []
+def test_a_loss_that_hardly_falls_ends_the_search_for_the_steps():
+    calls = []
 
-    def creeping(seen, told, steps, best, limits):
+    def creeping(steps, best=None, **limits):
         calls.append(steps)
-        return replace(found, local_steps=steps, loss=1 - 1e-6 * len(calls), stop_reason="stalled")
+        return ended(steps, 1 - 1e-6 * len(calls))
 
-    monkeypatch.setattr(unrolled, "_search", creeping)
-    attacks.unrolled_dlm(small_client)
+    unrolled.find_steps(creeping, max_steps=64)
     assert len(calls) < 20
+
+
+def test_short_searches_start_where_the_best_ended():
+    calls = []
+
+    def search(steps, best=None, **limits):
+        calls.append((steps, best and best.local_steps, limits))
+        return ended(steps, 1.0 + abs(steps - 3))
+
+    unrolled.find_steps(search, max_steps=64)
+    short = {"evaluations": unrolled.SHORT, "patience": unrolled.HURRY}
+    assert calls[:3] == [(2, None, {"patience": unrolled.HURRY}), (4, 2, short), (3, 2, short)]
+    assert calls[3:] == [(3, 3, {}), (4, 3, short), (2, 3, short)]
+
+
+def test_a_client_optimizer_of_ones_own_is_simulated(small, digit, monkeypatch):
+    def halved(weight, gradient, state, rate, *, factor=0.5):
+        return weight - factor * rate * gradient, state
+
+    own = records.ClientOptimizer(
+        key="halved", function=torch.optim.SGD, title="halved", step=halved
+    )
+    monkeypatch.setitem(records.CLIENT_OPTIMIZERS, "halved", own)
+    seen = federated.train_locally(small, *digit, learning_rate=0.2)
+    told = {"client": "halved", "client_options": {"factor": 1.0}}
+    found = attacks.unrolled_dlm(seen, **told, local_steps=1, max_evaluations=1)
+    assert found.client.optimizer == "halved"
+    unsimulated = records.ClientOptimizer(key="plain", function=torch.optim.SGD, title="plain")
+    monkeypatch.setitem(records.CLIENT_OPTIMIZERS, "plain", unsimulated)
+    with pytest.raises(ValueError, match="client 'plain' is unknown: choose from sgd"):
+        attacks.unrolled_dlm(seen, client="plain")

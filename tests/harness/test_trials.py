@@ -14,11 +14,16 @@ import pytest
 import torch
 
 from dlm_core.harness import sweeps, trials
+from dlm_core.harness.keys import code_version as keys_of
 from dlm_core.harness.trials import Trial
 
-FAST = Trial(dataset="digits", attack_options={"max_evaluations": 25, "keep_every": 10}, client={"lr": 0.05})
-SWEEP = [replace(FAST, index=i, attack=attack) for i in range(3) for attack in ("dlm_plus", "idlg")]
-SWEEP = [replace(t, attack_options={**t.attack_options, "learning_rate": 0.05}) if t.attack == "idlg" else t for t in SWEEP]
+FAST = Trial(
+    dataset="digits",
+    attack_options={"max_evaluations": 25, "keep_every": 10},
+    client={"learning_rate": 0.05},
+)
+IDLG = replace(FAST, attack="idlg", attack_options={**FAST.attack_options, "learning_rate": 0.05})
+SWEEP = [replace(trial, index=i) for i in range(3) for trial in (FAST, IDLG)]
 
 
 def comparable(record):
@@ -48,10 +53,14 @@ def test_bit_identical_through_dask(expected, tmp_path):
     distributed = pytest.importorskip("distributed")
     with (
         warnings.catch_warnings(),
-        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
     ):
         warnings.simplefilter("ignore")
-        assert_same(sweeps.sweep(SWEEP, store=tmp_path, scheduler=cluster.scheduler_address), expected)
+        assert_same(
+            sweeps.sweep(SWEEP, store=tmp_path, scheduler=cluster.scheduler_address), expected
+        )
 
 
 def test_thread_count_does_not_matter_and_is_restored(expected):
@@ -77,19 +86,24 @@ def test_a_damaged_entry_is_said_and_computed_again(expected, tmp_path):
     path = sweeps.Store(tmp_path).path(SWEEP[0])
     for content in (b"", b"not a record", path.read_bytes()[:200]):
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match=f"store entry {path.name} is damaged .* computed again"):
+        with pytest.warns(
+            UserWarning, match=f"store entry {path.name} is damaged .* computed again"
+        ):
             assert_same(sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path), expected[:1])
 
 
 def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expected, tmp_path):
     script = (
-        "from tests.harness.test_trials import SWEEP; from dlm_core import sweeps, trials; import time\n"
+        "from tests.harness.test_trials import SWEEP\n"
+        "from dlm_core import sweeps, trials; import time\n"
         "run = trials.run_trial\n"
         "def slow(trial):\n    record = run(trial)\n    time.sleep(0.3)\n    return record\n"
         "trials.run_trial = slow\n"
         f"sweeps.sweep(SWEEP, jobs=1, store={str(tmp_path)!r})"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while len(list(tmp_path.rglob("*.safetensors"))) < 2 and time.time() < deadline:
         time.sleep(0.02)
@@ -104,10 +118,13 @@ def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expe
 def test_the_workers_of_a_killed_sweep_end_too(tmp_path):
     script = (
         "from dlm_core import sweeps, trials\n"
-        "plan = [trials.Trial('dlm_plus', dataset='digits', index=i, client={'lr': 0.05}) for i in range(500)]\n"
+        "base = trials.Trial(dataset='digits', client={'learning_rate': 0.05})\n"
+        "plan = trials.repeated(base, 500)\n"
         f"sweeps.sweep(plan, jobs=2, store={str(tmp_path)!r})"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not list(tmp_path.rglob("*.safetensors")) and time.time() < deadline:
         time.sleep(0.1)
@@ -119,9 +136,14 @@ def test_the_workers_of_a_killed_sweep_end_too(tmp_path):
 
 def test_the_table_is_the_same_text_each_time(expected):
     again = [trials.run_trial(trial) for trial in SWEEP]
-    first, second = (sweeps.table(SWEEP, records).drop(columns="seconds").to_csv() for records in (expected, again))
+    first, second = (
+        sweeps.table(SWEEP, records).drop(columns="seconds").to_csv()
+        for records in (expected, again)
+    )
     assert first == second
-    assert {"attack", "index", "client.lr", "psnr", "stop_reason"} <= set(sweeps.table(SWEEP, expected).columns)
+    assert {"attack", "index", "client.learning_rate", "psnr", "stop_reason"} <= set(
+        sweeps.table(SWEEP, expected).columns
+    )
 
 
 def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
@@ -140,28 +162,46 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
 
 def test_keys_tell_trials_apart_and_ignore_comments():
     keys = {
-        trial.key for trial in (*SWEEP, replace(FAST, seed=1), replace(FAST, defence={"name": "sparsify", "percent": 10}))
+        trial.key
+        for trial in (
+            *SWEEP,
+            replace(FAST, seed=1),
+            replace(FAST, defence={"name": "sparsify", "percent": 10}),
+        )
     }
     assert len(keys) == len(SWEEP) + 2
-    assert trials.code_version("trials") != trials.code_version("models")
+    assert keys_of("dlm_core.models") != keys_of("dlm_core.metrics")
 
 
 def test_a_client_that_diverges_is_a_record(tmp_path):
-    (record,) = sweeps.sweep([replace(FAST, client={"lr": 1e38, "steps": 3})], jobs=1, store=tmp_path)
+    (record,) = sweeps.sweep(
+        [replace(FAST, client={"learning_rate": 1e38, "local_steps": 3})], jobs=1, store=tmp_path
+    )
     assert record["stop_reason"] == "client diverged"
     assert (
-        sweeps.sweep([replace(FAST, client={"lr": 1e38, "steps": 3})], jobs=1, store=tmp_path)[0]["stop_reason"]
+        sweeps.sweep(
+            [replace(FAST, client={"learning_rate": 1e38, "local_steps": 3})],
+            jobs=1,
+            store=tmp_path,
+        )[0]["stop_reason"]
         == "client diverged"
     )
 
 
 def test_a_client_whose_weights_do_not_change_is_a_record(tmp_path):
-    (record,) = sweeps.sweep([replace(FAST, client={"lr": 1e-30})], jobs=1, store=tmp_path)
+    (record,) = sweeps.sweep(
+        [replace(FAST, client={"learning_rate": 1e-30})], jobs=1, store=tmp_path
+    )
     assert record["stop_reason"] == "client unchanged"
 
 
 def test_record_of_a_defended_batch():
-    trial = replace(FAST, batch=2, client={"lr": 0.05, "optimizer": "adam"}, defence={"name": "noise", "scale": 1e-6})
+    trial = replace(
+        FAST,
+        num_images=2,
+        client={"learning_rate": 0.05, "client_optimizer": "adam"},
+        defence={"name": "noise", "scale": 1e-6},
+    )
     record = trials.run_trial(trial)
     assert len(record["psnrs"]) == 2 and record["history_evaluations"] == [0, 10, 20]
     assert record["arrays"]["images"].shape == (2, 1, 8, 8) and record["lpips"] is None
@@ -174,12 +214,21 @@ def test_record_of_a_defended_batch():
         ({"model": "lenett"}, "model 'lenett' is unknown.*did you mean lenet"),
         ({"dataset": "cifar10"}, "data set 'cifar10' is unknown.*did you mean cifar100"),
         ({"index": -1}, "index is -1"),
-        ({"batch": 0}, "batch is 0"),
-        ({"client": {"lr": -1}}, "lr is -1"),
-        ({"client": {"lr": 1, "optimizer": "sdg"}}, "client optimizer 'sdg' is unknown.*did you mean sgd"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"client": {"learning_rate": -1}}, "learning_rate is -1"),
+        (
+            {"client": {"learning_rate": 1, "client_optimizer": "sdg"}},
+            "client_optimizer 'sdg' is unknown.*did you mean sgd",
+        ),
         ({"defence": {"name": "noize"}}, "defence 'noize' is unknown.*did you mean noise"),
-        ({"attack_options": {"optimizer": "lbgs"}}, "optimizer 'lbgs' is unknown.*did you mean lbfgs"),
-        ({"attack_options": {"dtype": "float46"}}, "dtype 'float46' is unknown.*did you mean float64"),
+        (
+            {"attack_options": {"optimizer": "lbgs"}},
+            "optimizer 'lbgs' is unknown.*did you mean lbfgs",
+        ),
+        (
+            {"attack_options": {"dtype": "float46"}},
+            "dtype 'float46' is unknown.*did you mean float64",
+        ),
     ],
 )
 def test_a_bad_trial_is_refused_when_it_is_made(change, message):
@@ -212,29 +261,42 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_client_may_compute_and_transmit_in_another_precision():
-    seen, *_ = trials.observe(Trial(client={"lr": 0.01, "dtype": "float64"}))
+    seen, *_ = trials.observe(Trial(client={"learning_rate": 0.01, "dtype": "float64"}))
     assert all(w.dtype == torch.float64 for w in seen.weights_after.values())
-    seen, *_ = trials.observe(Trial(client={"lr": 0.1, "transmitted": "float16"}))
+    seen, *_ = trials.observe(Trial(client={"learning_rate": 0.1, "transmitted": "float16"}))
     assert all(torch.equal(w, w.half().float()) for w in seen.weights_after.values())
     with pytest.raises(ValueError, match="transmitted.*int8"):
-        Trial(client={"lr": 0.1, "transmitted": "int8"})
+        Trial(client={"learning_rate": 0.1, "transmitted": "int8"})
 
 
 def test_a_client_may_leave_running_statistics_alone():
     options = {"width": 4, "blocks": 1}
     for mode, moved in (("train", True), ("eval", False)):
-        seen, *_ = trials.observe(Trial(model="resnet18_bn", model_options=options, client={"lr": 0.1, "mode": mode}))
+        seen, *_ = trials.observe(
+            Trial(
+                model="resnet18_bn",
+                model_options=options,
+                client={"learning_rate": 0.1, "mode": mode},
+            )
+        )
         assert seen.model.training == moved == bool(seen.weights_after["1.num_batches_tracked"])
     with pytest.raises(ValueError, match="mode 'evil' is unknown"):
-        Trial(client={"lr": 0.1, "mode": "evil"})
+        Trial(client={"learning_rate": 0.1, "mode": "evil"})
 
 
 def test_trials_that_share_a_trained_model_do_not_share_its_changes():
     trained = replace(FAST, trained=1)
-    first, again = (trials.observe(replace(trained, client=client))[0] for client in ({"lr": 0.1}, {"lr": 0.2}))
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters()))
+    first, again = (
+        trials.observe(replace(trained, client=client))[0]
+        for client in ({"learning_rate": 0.1}, {"learning_rate": 0.2})
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters())
+    )
     assert first.model is not again.model
-    double, *_ = trials.observe(replace(trained, client={"lr": 0.1, "dtype": "float64", "mode": "eval"}))
+    double, *_ = trials.observe(
+        replace(trained, client={"learning_rate": 0.1, "dtype": "float64", "mode": "eval"})
+    )
     third, *_ = trials.observe(trained)
     assert next(double.model.parameters()).dtype == torch.float64 and not double.model.training
     assert next(third.model.parameters()).dtype == torch.float32 and third.model.training

@@ -1,0 +1,37 @@
+"""A user's module: an attack, a defence, a network and a data set of one's own, registered."""
+
+import torch
+from torch import nn
+
+from dlm_core import attacks, records
+
+BRIGHTNESS = 0.25  # a global that the attack reads: part of its key
+
+
+@records.attack("toy_attack", title="Toy", colour=6, marker="h", client="any client", audited=9)
+def toy_attack(seen, *, num_images=1, seed=0):
+    """Guess a grey of one's own."""
+    found = attacks.grey(seen, num_images=num_images)
+    found.images.fill_(BRIGHTNESS)
+    return found
+
+
+@records.defence("toy_defence", title="Toy defence", colour=5, marker="x", random=False)
+def toy_defence(weights, *, factor, parameters=None):
+    """Shrink what is sent."""
+    return {name: w * factor if w.is_floating_point() else w for name, w in weights.items()}
+
+
+@records.network("toy_network", title="Toy network")
+def toy_network(image_shape, num_classes, *, hidden=16):
+    """One hidden layer."""
+    channels, height, width = image_shape
+    size = channels * height * width
+    layers = [nn.Flatten(), nn.Linear(size, hidden), nn.Sigmoid(), nn.Linear(hidden, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def toy_images():
+    """Two images of noise, one of each class."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 1, 6, 6, generator=generator), torch.tensor([0, 1])
