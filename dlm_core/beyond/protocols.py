@@ -313,7 +313,7 @@ def gossip(
     common start, and where there are no more than three peers; a guess otherwise.
     """
     size = len(clients)
-    starts = [_shuffled(model, peer) if private else model for peer in range(size)]
+    starts = [shuffled(model, peer) if private else model for peer in range(size)]
     messages = exchange(starts, clients, learning_rate=learning_rate, num_rounds=turn + 1)
     heard = {*ring(size - 1, size), *([1] if accomplice else [])}
     before, after = messages[turn][0], messages[turn + 1][0]
@@ -455,7 +455,7 @@ def _mean(snapshots: Sequence[StateDict], members: Sequence[int]) -> StateDict:
     }
 
 
-def _shuffled(model: nn.Module, seed: int) -> nn.Module:
+def shuffled(model: nn.Module, seed: int) -> nn.Module:
     """A copy with the entries of each parameter in another order."""
     model, draws = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():

@@ -67,3 +67,21 @@ def per_image(frame: Any) -> Any:
     """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean."""
     images = frame.drop(columns="psnr").rename(columns={"psnrs": "psnr"})
     return images.explode("psnr").astype({"psnr": float})
+
+
+def brief(values: Sequence[float], digits: int = 6) -> list[str]:
+    """Numbers as short as ``digits`` significant ones can be told, "0.03"; a gap as nothing."""
+    return [f"{value:.{digits}g}" if value == value else "" for value in values]
+
+
+def listed(texts: Sequence[str], separator: str = "; ") -> str:
+    """Texts in a row; "none" where there are none."""
+    return separator.join(texts) or "none"
+
+
+def spread(values: Any, unit: str = "dB") -> str:
+    """A column in words: "41.3 ± 2.1 dB (n 10)", mean and standard deviation; or "not run"."""
+    if not len(values):
+        return "not run"
+    deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{deviation} {unit} (n {len(values)})"

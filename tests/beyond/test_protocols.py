@@ -103,7 +103,7 @@ def test_data_parallel_refuses_bad_input_before_it_starts_processes(model, clien
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_mixing_conserves_the_mean_and_gradients_move_it(model, clients, size):
-    starts = [protocols._shuffled(model, i) for i in range(size)]
+    starts = [protocols.shuffled(model, i) for i in range(size)]
     messages = protocols.exchange(starts, clients[:size], learning_rate=0.5, num_rounds=1)
     before, after = (
         torch.stack([flat(each.values()) for each in turn]).mean(0) for turn in messages

@@ -1,0 +1,279 @@
+"""The options that a client has against leakage: what each costs, guarantees and hides.
+
+Notebooks 18 and 20 ask the same trainings and the same attacks of these.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dlm_core import defenses
+from dlm_core.defenses import Setting
+from dlm_core.harness import sweeps, tables
+from dlm_core.harness.trials import Trial
+from dlm_core.harness.utility import Federation, Training
+from dlm_core.records import Options
+
+MLP = {"model": "mlp", "model_options": {"init": "default"}}
+CLIP = 1.0  # norm to which a client's update, or in DP-SGD an image's gradient, is scaled down
+DELTA = 1e-5
+
+Strategy = tuple[str, Mapping[str, Any]]  # key of ``records.ATTACKS``, and its options
+ON_ONE_IMAGE: dict[str, Sequence[Strategy]] = {
+    "undefended": (("dlm_plus", {}), ("exact", {})),
+    "defended": (
+        ("dlm_plus", {}),
+        ("aware_dlm_plus", {}),
+        ("aware_exact", {}),
+        ("aware_exact", {"max_steps": 0}),  # without the fit, which zeros can lead astray
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A defence of one strength, or none.
+
+    Attributes
+    ----------
+    family
+        The name of the defence, whatever its strength.
+    strength
+        As the family counts it; NaN for none.
+    training
+        The federated training in which every client takes this option.
+    shown
+        The defence of what the server sees of a client who takes one step on one image.
+    epsilon
+        Of the whole training; infinite where nothing random bounds a client's influence.
+    """
+
+    family: str
+    strength: float
+    training: Federation
+    shown: Setting | None = None
+    epsilon: float = math.inf
+
+    def trainings(self, seeds: int) -> list[Federation]:
+        """The training from ``seeds`` seeds."""
+        return [replace(self.training, seed=seed) for seed in range(seeds)]
+
+    def shown_to(self, observer: str) -> Setting | None:
+        """``shown``, to the "server" or on the "channel"; W_t is public where Δ is defended."""
+        if self.shown is None or self.shown.record.acts_on != "snapshot":
+            return self.shown
+        return replace(self.shown, observer=observer)
+
+
+def federation(dataset: str, num_rounds: int) -> Federation:
+    """The training that options are priced in: five clients, each with three steps on 96 images."""
+    client = Training(learning_rate=1.0, local_steps=3, batch_size=96)
+    return Federation(dataset=dataset, num_clients=5, num_rounds=num_rounds, client=client, **MLP)
+
+
+def undefended(training: Federation) -> Option:
+    """No defence, which costs nothing."""
+    return Option(family="none", strength=math.nan, training=training)
+
+
+def menu(
+    training: Federation,
+    *,
+    scales: Sequence[float] = (),
+    percents: Sequence[float] = (),
+    multipliers: Sequence[float] = (),
+    dp_sgd: Sequence[float] = (),
+    kept_out: Sequence[float] = (),
+    bits: Sequence[int] = (),
+) -> list[Option]:
+    """Return the options, family by family.
+
+    Parameters
+    ----------
+    training
+        Without defence, as of ``federation``.
+    scales
+        Nominal, of the released noise.
+    percents
+        Of each tensor of weights, zeroed.
+    multipliers
+        Noise std over ``CLIP`` of each client's clipped update. Done by the server (central
+        privacy), the noise is that of the same mean: √clients times the multiplier, once.
+    dp_sgd
+        Noise multipliers of DP-SGD.
+    kept_out
+        Percent of the update that top-k zeroes.
+    bits
+        Of a quantised update.
+    """
+    return [
+        *_plain(training, "released noise", "noise", "scale", scales),
+        *_plain(training, "weight sparsification", "sparsify", "percent", percents),
+        *(_local(training, multiplier) for multiplier in multipliers),
+        *(_central(training, multiplier) for multiplier in multipliers),
+        *(_dp_sgd(training, multiplier) for multiplier in dp_sgd),
+        *_plain(training, "top-k update", "top_k", "percent", kept_out),
+        *_plain(training, "quantised update", "quantise", "bits", bits),
+    ]
+
+
+def _plain(
+    training: Federation, family: str, defence: str, argument: str, strengths: Sequence[float]
+) -> list[Option]:
+    """One registered defence, which the server sees as the clients apply it; no ε."""
+    found = []
+    for strength in strengths:
+        setting = Setting(defence, Options({argument: strength}), observer="server")
+        defended = replace(training, defence=setting)
+        found.append(Option(family=family, strength=strength, training=defended, shown=setting))
+    return found
+
+
+def _clipped(clip: float, **noise: float) -> Setting:
+    return Setting("clip_and_noise", Options(clip=clip, **noise), observer="server")
+
+
+def _local(training: Federation, multiplier: float) -> Option:
+    setting = _clipped(CLIP, noise_multiplier=multiplier)
+    return Option(
+        family="clipping and noise, local",
+        strength=multiplier,
+        training=replace(training, defence=setting),
+        shown=setting,
+        epsilon=_epsilon(multiplier, training.num_rounds),
+    )
+
+
+def _central(training: Federation, multiplier: float) -> Option:
+    """The server adds the noise: it sees updates that are clipped, and nothing else."""
+    of_the_sum = multiplier * math.sqrt(training.num_clients)
+    setting = _clipped(CLIP, noise_multiplier=multiplier)
+    return Option(
+        family="clipping and noise, central",
+        strength=of_the_sum,
+        training=replace(training, defence=setting),
+        shown=_clipped(CLIP),
+        epsilon=_epsilon(of_the_sum, training.num_rounds),
+    )
+
+
+def _dp_sgd(training: Federation, multiplier: float) -> Option:
+    """On one image and in one step it is clipping and noise of the update."""
+    how = training.client
+    client = replace(how, batch_size=None, clip=CLIP, noise_multiplier=multiplier)
+    return Option(
+        family="DP-SGD",
+        strength=multiplier,
+        training=replace(training, client=client),
+        shown=_clipped(how.learning_rate * CLIP, noise_multiplier=multiplier),
+        epsilon=_epsilon(multiplier, training.num_rounds * how.local_steps),
+    )
+
+
+def _epsilon(multiplier: float, times: int) -> float:
+    return defenses.epsilon(noise_multiplier=multiplier, num_rounds=times, delta=DELTA)
+
+
+def accuracies(choices: Iterable[Option], seeds: int) -> dict[Option, list[float]]:
+    """Train under each option, and return the accuracies, one a seed."""
+    choices = list(choices)
+    plan = [training for option in choices for training in option.trainings(seeds)]
+    records = sweeps.sweep(plan)
+    reached = {each: record["accuracy"] for each, record in zip(plan, records)}
+    return {option: [reached[each] for each in option.trainings(seeds)] for option in choices}
+
+
+def price(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Points of accuracy lost between trainings of the same seeds: (mean, low, high) as of
+    ``tables.interval``.
+    """
+    return tables.interval([100 * (b - a) for b, a in zip(before, after)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A kind of client that is attacked, and the attacks on it.
+
+    Attributes
+    ----------
+    trial
+        Its client, images, network and data set.
+    number
+        How many are attacked. Number i has the images from i on, so that batches overlap, and a
+        network and noise of its own.
+    undefended, defended
+        The attacks in either case; the first of each knows of no defence.
+    """
+
+    trial: Trial
+    number: int
+    undefended: Sequence[Strategy] = ON_ONE_IMAGE["undefended"]
+    defended: Sequence[Strategy] = ON_ONE_IMAGE["defended"]
+
+    def trials(
+        self,
+        attack: str,
+        attack_options: Mapping[str, Any] | None = None,
+        defence: Setting | None = None,
+    ) -> list[Trial]:
+        """One attack on each of them."""
+        how = {"attack_options": Options(attack_options), "defence": defence}
+        one = replace(self.trial, attack=attack, **how)
+        return [replace(one, index=i, seed=i) for i in range(self.number)]
+
+    def attacks(self, defence: Setting | None) -> dict[tuple[str, Options], list[Trial]]:
+        """{(attack, its options): trials} of all attacks that apply."""
+        strategies = self.undefended if defence is None else self.defended
+        return {
+            (attack, Options(how)): self.trials(attack, how, defence) for attack, how in strategies
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """What the strongest of several attacks sees.
+
+    Attributes
+    ----------
+    attack, attack_options
+        The one of the highest median.
+    psnr, psnr_max
+        Its median and its highest, in dB.
+    psnr_unaware
+        Median of the first attack, which knows of no defence.
+    """
+
+    attack: str
+    attack_options: Options
+    psnr: float
+    psnr_max: float
+    psnr_unaware: float
+
+
+def psnrs(trials: Iterable[Trial]) -> dict[Trial, float]:
+    """Run the trials: PSNR in dB of each; an attack that returns no picture has failed, at 0 dB."""
+    plan = list(dict.fromkeys(trials))
+    return {each: record.get("psnr", 0.0) for each, record in zip(plan, sweeps.sweep(plan))}
+
+
+def median(trials: Iterable[Trial], psnr: Mapping[Trial, float]) -> float:
+    """Median PSNR of the trials, in dB."""
+    import pandas
+
+    return float(pandas.Series([psnr[trial] for trial in trials]).median())
+
+
+def strongest(
+    attacks: Mapping[tuple[str, Options], Sequence[Trial]], psnr: Mapping[Trial, float]
+) -> Leak:
+    """The attack of the highest median among those of ``Victim.attacks``, as ``psnrs`` has them."""
+    medians = {name: median(trials, psnr) for name, trials in attacks.items()}
+    best = max(medians, key=lambda name: medians[name])
+    return Leak(
+        attack=best[0],
+        attack_options=best[1],
+        psnr=medians[best],
+        psnr_max=max(psnr[trial] for trial in attacks[best]),
+        psnr_unaware=next(iter(medians.values())),
+    )
