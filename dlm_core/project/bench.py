@@ -202,7 +202,7 @@ def released_dlm_plus(seen: Observation, seed: int, iterations: int = 200) -> Re
         return loss.detach()
 
     for _ in range(iterations):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
         closure()
     return Reconstruction(
         images=dummy.detach(),

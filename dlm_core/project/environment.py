@@ -27,14 +27,14 @@ def refused(version: tuple[int, ...] | None = None) -> str | None:
     version
         Of Python, as ``sys.version_info``; None means the one that runs.
     """
-    version = tuple(version or sys.version_info)[:3]
+    this = version or sys.version_info[:3]
     lowest, beyond = PYTHONS
-    if lowest <= version < beyond:
+    if lowest <= this < beyond:
         return None
     newest = f"{beyond[0]}.{beyond[1] - 1}"
     return (
         f"the pinned packages are for Python {_dotted(lowest)} to {newest}, "
-        f"and this is Python {_dotted(version)}; "
+        f"and this is Python {_dotted(this)}; "
         f"name another, as make PYTHON=python{newest} or python{newest} -m dlm_core"
     )
 
@@ -93,7 +93,8 @@ def _install(repository: Path, folder: Path, python: Path) -> Path:
     """Make the environment afresh, and return the folder of its packages."""
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     quietly = ["-q", "--disable-pip-version-check", "--progress-bar", "off"]
-    chosen = ["-r", repository / PINS[0], "-c", repository / PINS[1], "--only-binary", ":all:"]
+    wanted, pinned = (str(repository / name) for name in PINS)
+    chosen = ["-r", wanted, "-c", pinned, "--only-binary", ":all:"]
     subprocess.run(
         [python, "-m", "pip", "install", *quietly, *chosen], check=True, stdout=sys.stderr
     )

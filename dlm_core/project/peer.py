@@ -61,7 +61,7 @@ def measure(python: Path, attack: str, index: int, threads: int) -> dict[str, fl
         That torch computes on.
     """
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
-    command = [python, "-W", "ignore", "-m", "dlm_core.project.peer", attack, str(index)]
+    command = [str(python), "-W", "ignore", "-m", "dlm_core.project.peer", attack, str(index)]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=settings, check=True, capture_output=True, text=True
     )
