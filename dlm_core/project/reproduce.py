@@ -340,7 +340,27 @@ def _tidy(path: Path) -> None:
     for cell in notebook["cells"]:
         for name in ("papermill", "execution"):
             cell["metadata"].pop(name, None)
+    place_setting(notebook)
     report.write_atomically(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def place_setting(notebook: dict[str, Any]) -> None:
+    """Put the sentence "Setting: …", which a cell has shown, under the notebook's title."""
+    shown = [text for cell in notebook["cells"] for text in _markdown(cell)]
+    sentence = next((text for text in shown if text.startswith("Setting: ")), None)
+    if sentence is None:
+        return
+    title, *rest = "".join(notebook["cells"][0]["source"]).split("\n")
+    if rest[1:2] and rest[1].startswith("*Setting: "):
+        rest = rest[2:]
+    lines = [title, "", f"*{sentence}*", *rest]
+    notebook["cells"][0]["source"] = "\n".join(lines).splitlines(keepends=True)
+
+
+def _markdown(cell: dict[str, Any]) -> list[str]:
+    """The outputs of a cell that are Markdown."""
+    data = [output.get("data", {}) for output in cell.get("outputs", [])]
+    return ["".join(each["text/markdown"]) for each in data if "text/markdown" in each]
 
 
 def _note_seconds(figures: Path, name: str, seconds: float) -> None:

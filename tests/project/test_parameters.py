@@ -126,3 +126,14 @@ def test_every_profile_fits_its_notebook(name):
         written = parameters.write(source, values)
         assert parameters.read(written) == {**parameters.read(source), **values}
         assert all(isinstance(node, ast.Assign) for node in ast.parse(written).body)
+
+
+def test_the_setting_that_a_cell_shows_stands_under_the_title():
+    shown = {"data": {"text/markdown": ["Setting: LeNet; n = 3."]}}
+    title = {"cell_type": "markdown", "source": ["# A title\n", "\n", "Text."]}
+    notebook = {"cells": [title, {"cell_type": "code", "source": "", "outputs": [shown]}]}
+    for sentence in ("Setting: LeNet; n = 3.", "Setting: MLP; n = 5."):
+        shown["data"]["text/markdown"] = [sentence]
+        reproduce.place_setting(notebook)
+        source = "".join(notebook["cells"][0]["source"])
+        assert source == f"# A title\n\n*{sentence}*\n\nText.", "replaced, not repeated"
