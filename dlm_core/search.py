@@ -188,13 +188,13 @@ class _Target:
         opposite = [-layer * self.k0 for layer in self.update]
         self.unit = float(self.distance_from(opposite, torch.ones_like(self.update[0].sum()))) / 4
 
-    def distance_from(self, g: Tensors, growth: torch.Tensor | None) -> torch.Tensor:
+    def distance_from(self, g: Tensors, growth: Any) -> torch.Tensor:
         """The distance of ``g``; a trained scale has grown from its start by ``growth``."""
         if self.trained:
             return self.distance(g, self.update, self.k0 * growth)
         return self.distance(g, self.update)
 
-    def misfit(self, g: Tensors, growth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def misfit(self, g: Tensors, growth: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(distance, distance relative to the target's length)."""
         distance = self.distance_from(g, growth)
         unit = self.unit * growth.detach() ** 2 if self.trained else self.unit
@@ -326,7 +326,7 @@ class _Search:
         """The reason to stop now, or None."""
         if not finite:
             return Status.DIVERGED
-        if misfit <= self.enough:
+        if self.enough is not None and misfit <= self.enough:
             return Status.CONVERGED
         patience = self.rule.patience
         if len(self.losses) > patience and self.lowest[-1] > 0.95 * self.lowest[-1 - patience]:

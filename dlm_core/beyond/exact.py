@@ -237,6 +237,8 @@ def bound(
         curvature = information.curvature(
             layers, labels[0], known.weights, x, learning_rate, known.error_variance
         )
+        if curvature.variance is None:
+            raise ValueError(f"image_shape is {seen.image_shape}; the bound's matrix would not fit")
         return _psnr(curvature.variance)
 
 

@@ -118,7 +118,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from dlm_core.beyond.recursion import (
     PRIOR_VARIANCE,
@@ -128,7 +128,7 @@ from dlm_core.beyond.recursion import (
     signals,
     signals_after_first,
 )
-from dlm_core.beyond.stacks import Layer, times
+from dlm_core.beyond.stacks import Layer, pullback, times
 
 LARGEST = 5000  # entries of a layer: a square matrix of more (0.2 GB) is applied, never formed
 CHUNK = 64  # unit vectors sent through a network at once; more costs memory and gains no time
@@ -307,10 +307,10 @@ def _slopes(act: Callable, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """(act', act'') of an elementwise activation."""
 
     def slope(z: torch.Tensor) -> torch.Tensor:
-        _, pull = vjp(act, z)
+        _, pull = pullback(act, z)
         return pull(torch.ones_like(z))[0]
 
-    first, pull = vjp(slope, z)
+    first, pull = pullback(slope, z)
     return first, pull(torch.ones_like(z))[0]
 
 
@@ -409,8 +409,8 @@ def _linearise(function: Callable, x: torch.Tensor) -> tuple:
     ``push`` is the Jacobian times a vector, ``pull`` its transpose. ``push`` is the transpose of
     the transpose; torch's forward mode would do, but its import warns of deprecation.
     """
-    value, pull = vjp(function, x)
-    _, push = vjp(lambda cotangent: vjp(function, x)[1](cotangent)[0], value)
+    value, pull = pullback(function, x)
+    _, push = pullback(lambda cotangent: pullback(function, x)[1](cotangent)[0], value)
     return value, lambda v: push(v)[0], lambda cotangent: pull(cotangent)[0]
 
 

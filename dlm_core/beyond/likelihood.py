@@ -11,15 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.func import vjp
 
 from dlm_core.beyond import information
 from dlm_core.beyond.recursion import PRIOR_MEAN, PRIOR_VARIANCE, Tensors, signals
 from dlm_core.beyond.rounding import Weighting
-from dlm_core.beyond.stacks import Layer
+from dlm_core.beyond.stacks import Layer, pullback
 from dlm_core.results import Status
 
 CONVERGED = 0.01  # standard errors per unknown: the length of a step too short to matter
@@ -123,7 +122,7 @@ class Problem:
 
     def at(self, x: torch.Tensor, eta: float, decay: float) -> Point:
         """Evaluate χ² and its derivatives."""
-        (deltas, inputs), pull = vjp(partial(signals, self.layers, self.label), x)
+        (deltas, inputs), pull = pullback(partial(signals, self.layers, self.label), x)
 
         def transpose(matrices: Tensors) -> torch.Tensor:
             """Jᵀ W times an update, J the update's Jacobian in x."""
@@ -188,7 +187,8 @@ class Problem:
 
     def _dot(self, a: Tensors, b: Tensors) -> torch.Tensor:
         """Weighted inner product of two updates."""
-        return sum((w * p * q).sum() for w, p, q in zip(self.weights, a, b))
+        products = ((w * p * q).sum() for w, p, q in zip(self.weights, a, b))
+        return cast(torch.Tensor, sum(products))
 
     def _project(self, columns: list[Tensors], update: Tensors) -> torch.Tensor:
         return torch.stack([self._dot(column, update) for column in columns])
@@ -241,7 +241,7 @@ class GaussNewton:
         self.problem = problem
         self.weigh = weigh
         self.point = problem.at(*start)
-        self.curvature: information.Curvature | None = None
+        self.curvature: Any = None  # an information.Curvature, once run
         self.fresh = False
         self.squared_length = math.inf
         self.losses: list[float] = []

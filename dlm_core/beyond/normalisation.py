@@ -43,10 +43,15 @@ def local_batches(seen: Observation) -> dict[str, int]:
     for name, layer in seen.model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats:
             after = int(seen.weights_after[_key(name, "num_batches_tracked")])
-            steps = after - int(layer.num_batches_tracked)
+            steps = after - _batches(layer)
             if steps > 0:
                 found[name] = steps
     return found
+
+
+def _batches(layer: Any) -> int:
+    """How many batches a batch-norm layer has seen."""
+    return int(layer.num_batches_tracked)
 
 
 def batch_statistics(seen: Observation) -> Statistics:
@@ -67,8 +72,8 @@ def batch_statistics(seen: Observation) -> Statistics:
 
 
 def _of_layer(seen: Observation, name: str, steps: int) -> list[torch.Tensor]:
-    layer = seen.model.get_submodule(name)
-    before = int(layer.num_batches_tracked)
+    layer: Any = seen.model.get_submodule(name)
+    before = _batches(layer)
     mean_of_all = layer.momentum is None  # that is what r is then
     left = before / (before + steps) if mean_of_all else (1 - layer.momentum) ** steps
     found = []

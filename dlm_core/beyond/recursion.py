@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.func import vjp
 from torch.nn import functional as F
 
-from dlm_core.beyond.stacks import Layer, first_linear, times
+from dlm_core.beyond.stacks import Layer, first_linear, pullback, times
 
 # of a pixel: uniform on [0, 1], which is negligible beside the data, but for what no data determine
 PRIOR_MEAN, PRIOR_VARIANCE = 0.5, 1 / 12
@@ -84,7 +83,7 @@ def signals_after_first(
     deltas = [probabilities - target]
     for below, layer, output in zip(layers[-2::-1], layers[:0:-1], outputs[-2::-1]):
         back = layer.spread(times(layer.kernel.T, deltas[0])).reshape(output.shape)
-        _, through_activation = vjp(below.activation.function, output)
+        _, through_activation = pullback(below.activation.function, output)
         deltas.insert(0, through_activation(back)[0])
     return deltas, inputs
 
@@ -158,7 +157,7 @@ def _through_inverse(
     # an estimate at the edge of the range, or beyond it, is known no better than to its sd
     margin = sd.clamp(max=(high - low) / 2)
     z = activation.inverse(output.clamp(low + margin, high - margin))
-    _, pull = vjp(activation.function, z)
+    _, pull = pullback(activation.function, z)
     slope = pull(torch.ones_like(z))[0]
     return z, slope, (slope / sd).square()
 

@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.func import vjp
 from torch.nn import functional as F
+from torch.nn import grad
 
 REWRITE_HINT = (
     "layers called one after the other can be written as one: "
@@ -150,7 +152,7 @@ class Layer:
         rows = rows.reshape(len(rows), -1, *self._output_sides(self.window))
         options: Any = {name: value for name, value in self.window.items() if name != "kernel_size"}
         shape = (len(rows), *self.shape)
-        return torch.nn.grad.conv2d_input(shape, kernel, rows, **options).flatten(1)
+        return grad.conv2d_input(shape, kernel, rows, **options).flatten(1)
 
     def _output_sides(self, window: dict[str, tuple[int, int]]) -> list[int]:
         """[height, width] of a convolution's output."""
@@ -243,6 +245,11 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
 def first_linear(layers: Sequence[Layer]) -> int:
     """Index of the first linear layer."""
     return next(i for i, layer in enumerate(layers) if not layer.convolves)
+
+
+def pullback(function: Callable[..., Any], x: Any) -> tuple[Any, Callable[..., Any]]:
+    """(value, pull): what ``function`` gives at ``x``, and the transpose of its Jacobian there."""
+    return cast(tuple[Any, Callable[..., Any]], vjp(function, x))
 
 
 def times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

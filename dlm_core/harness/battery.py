@@ -147,7 +147,7 @@ def check_attack(
     """
     record = ATTACKS[attack] if isinstance(attack, str) else attack
     scene = scene or SCENES.get(record.key, PLAIN)
-    usual = {name: n for name, n in BUDGETS.items() if name in record.options}
+    usual: dict[str, Any] = {name: n for name, n in BUDGETS.items() if name in record.options}
     usual |= {name: TOLD[name] for name in record.demands if name in TOLD}
     options = {**usual, **options}
     _check_told(record, options)
@@ -210,9 +210,10 @@ def check_defence(
     if record.acts_on == "training":
         _check_refused(record, partial(defenses.defend, seen, record.key, **options), record.key)
         return
-    misspelt = partial(defenses.defend, seen, record.key, **options, **{MISSPELT: 1})
-    _check_refused(record, misspelt, MISSPELT)
-    _check_refused(record, partial(defenses.Setting, record.key, {**options, "seed": 1}), "seed")
+    wrong: dict[str, Any] = {**options, MISSPELT: 1}
+    _check_refused(record, partial(defenses.defend, seen, record.key, **wrong), MISSPELT)
+    seeded = Options({**options, "seed": 1})
+    _check_refused(record, partial(defenses.Setting, record.key, seeded), "seed")
     _check_setting(record, seen, options)
 
 
@@ -310,7 +311,8 @@ def _contents(seen: Observation) -> dict[str, Any]:
 
 def _generators() -> list[Any]:
     """States of the global random generators."""
-    name, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    name, keys, *rest = of_numpy
     return [torch.get_rng_state(), random.getstate(), torch.from_numpy(keys.copy()), name, rest]
 
 

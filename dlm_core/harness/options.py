@@ -15,7 +15,7 @@ from dlm_core.harness.trials import Trial
 from dlm_core.harness.utility import Federation, Training
 from dlm_core.records import Options
 
-MLP = {"model": "mlp", "model_options": {"init": "default"}}
+MLP: dict[str, Any] = {"model": "mlp", "model_options": {"init": "default"}}
 CLIP = 1.0  # norm to which a client's update, or in DP-SGD an image's gradient, is scaled down
 DELTA = 1e-5
 
@@ -218,8 +218,8 @@ class Victim:
         defence: Setting | None = None,
     ) -> list[Trial]:
         """One attack on each of them."""
-        how = {"attack_options": Options(attack_options), "defence": defence}
-        one = replace(self.trial, attack=attack, **how)
+        options = Options(attack_options)
+        one = replace(self.trial, attack=attack, attack_options=options, defence=defence)
         return [replace(one, index=i, seed=i) for i in range(self.number)]
 
     def attacks(self, defence: Setting | None) -> dict[tuple[str, Options], list[Trial]]:

@@ -83,11 +83,8 @@ def parameters(path: Path) -> dict[str, Any]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in body
-        if isinstance(node, ast.Assign)
-    }
+    assigned = [node for node in body if isinstance(node, ast.Assign)]
+    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in assigned}
 
 
 class Report:
@@ -242,7 +239,7 @@ def revision():
     """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a
     checkout.
     """
-    run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
+    run: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(

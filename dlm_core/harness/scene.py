@@ -88,7 +88,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
     if setting is None:
         return seen
     seed = trial.seed + 101 * turn + 1009 * client
-    about = {"observer": setting.observer, "repeats": setting.repeats}
+    about: dict[str, Any] = {"observer": setting.observer, "repeats": setting.repeats}
     return defenses.defend(seen, setting.name, seed=seed, **about, **setting.options)
 
 
@@ -107,7 +107,13 @@ def take_part(trial: Any, model: nn.Module) -> Any:
 
 def _start(trial: Any) -> Any:
     """The trial's part that decides which model the client receives."""
-    same = {"attack": "grey", "attack_options": {}, "client": {}, "defence": None, "protocol": None}
+    same: dict[str, Any] = {
+        "attack": "grey",
+        "attack_options": {},
+        "client": {},
+        "defence": None,
+        "protocol": None,
+    }
     return dataclasses.replace(trial, **same)
 
 

@@ -152,7 +152,7 @@ def sweep(
                 shelf.put(missing[i], record)
             records[missing[i]] = record
             bar.update()
-    return [records[trial] for trial in trials]
+    return [record for trial in trials if (record := records[trial]) is not None]
 
 
 def table(trials, records):

@@ -1,7 +1,6 @@
 """A trial is a value, and running it is a pure function of it."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -109,7 +108,7 @@ class Protocol:
         return [own, records.ATTACKS[self.options.get("attack", within.default)]]
 
     @classmethod
-    def of(cls, given: "Protocol | Mapping[str, Any]") -> "Protocol":
+    def of(cls, given: Any) -> "Protocol":
         """The same, from {"name": …, "others": …} with the options beside them."""
         if isinstance(given, cls):
             return given
