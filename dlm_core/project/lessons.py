@@ -94,7 +94,7 @@ def _relinked(text, origin, folder):
 
 def _without_answers(code):
     """Code without nbval's marks, and with figures described by what they show, not by what it turns out to be: up to the colon."""
-    return re.sub(r'(figures\.show\(figure, "[^":]*): [^"]*"', r'\1."', code.removeprefix("# NBVAL_CHECK_OUTPUT\n"))
+    return re.sub(r'(figures\.show\(\s*figure,\s*"[^:)]*):[^)]*"', r'\1."', code.removeprefix("# NBVAL_CHECK_OUTPUT\n"))
 
 
 def check():
