@@ -2,14 +2,16 @@
 PYTHON ?= python3
 PROFILE ?= quick
 SET ?= paper
-RUN = $$($(PYTHON) -m dlm_core env | tail -n 1) -m dlm_core
+# What a user may set reaches the commands through the shell's environment, whatever quotes and spaces are in it.
+export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER
+RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 
 .PHONY: help figures test site assignment assignment-check lab bench env clean
 
 help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
-	@echo '                                                       PARAMETER=seeds=100 (instead of the profile’s)'
+	@echo '                                                       PARAMETER="seeds=100 images=50" (instead of the profile’s)'
 	@echo 'make test      pytest, then every notebook under the smoke profile through nbval, and the lessons'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
 	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
@@ -20,14 +22,15 @@ help:
 	@echo 'The same without make: python -m dlm_core --help'
 
 figures: env
-	@$(RUN) figures --profile '$(PROFILE)' --set '$(SET)' $(if $(ONLY),--only '$(ONLY)') $(if $(PARAMETER),--parameter '$(PARAMETER)') $(if $(JOBS),--jobs '$(JOBS)') \
-	  $(if $(OUT),--out '$(OUT)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)')
+	@$(RUN) figures --profile "$$PROFILE" --set "$$SET" $(if $(ONLY),--only "$$ONLY") \
+	  $(if $(PARAMETER),--parameter "$$PARAMETER") $(if $(JOBS),--jobs "$$JOBS") \
+	  $(if $(OUT),--out "$$OUT") $(if $(SCHEDULER),--scheduler "$$SCHEDULER")
 
 test site assignment assignment-check lab bench: env
 	@$(RUN) $@
 
 env:
-	@$(PYTHON) -m dlm_core env > /dev/null
+	@"$$PYTHON" -m dlm_core env > /dev/null
 
 clean:
-	@$(PYTHON) -m dlm_core clean
+	@"$$PYTHON" -m dlm_core clean

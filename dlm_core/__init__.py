@@ -1,37 +1,43 @@
-"""Deep Leakage from Model in Federated Learning: attacks and defences, stronger ones, experiments, the repository's commands.
+"""Deep Leakage from Model in Federated Learning: attacks and defences, stronger ones, experiments,
+the repository's commands.
 
-The modules beside this file are the paper. Whatever the folder, each is a public name here: ``from dlm_core import exact``.
-They are imported on first use: ``import dlm_core`` costs nothing, and the environment can be made without torch.
+The modules beside this file are the paper. Whatever the folder, each is a public name here:
+``from dlm_core import exact``. They are imported on first use: ``import dlm_core`` costs nothing,
+and the environment can be made without torch.
 """
+
+from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 FOLDERS = ("beyond", "harness", "project")
 
 
-def _modules():
-    """{public name: the module's full name}, packages (folders with an ``__init__``) included."""
+def _modules() -> dict[str, str]:
+    """{public name: the module's full name}; a module may be a folder with an ``__init__``."""
     here = Path(__file__).parent
     found = {}
-    for folder, prefix in ((here, "dlm_core"), *((here / name, f"dlm_core.{name}") for name in FOLDERS)):
+    for folder in (here, *(here / name for name in FOLDERS)):
+        package = ".".join(("dlm_core", *folder.relative_to(here).parts))
         for path in folder.glob("[a-z]*"):
-            is_package = (path / "__init__.py").exists() and path.name not in FOLDERS
-            if path.suffix == ".py" or is_package:
-                found[path.stem] = f"{prefix}.{path.stem}"
+            is_folder = (path / "__init__.py").exists() and path.name not in FOLDERS
+            if path.suffix == ".py" or is_folder:
+                found[path.stem] = f"{package}.{path.stem}"
     return found
 
 
 _MODULES = _modules()
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'dlm_core' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted((*globals(), *_MODULES))

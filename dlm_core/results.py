@@ -186,6 +186,16 @@ class Reconstruction:
         return self.client.local_steps
 
     @property
+    def weight_decay(self) -> float | None:
+        """λ of the client, None where the attack does not tell."""
+        return self.client.weight_decay
+
+    @property
+    def learning_rate_error(self) -> float | None:
+        """Standard error of η, None where the attack does not tell."""
+        return self.client.learning_rate_error
+
+    @property
     def k(self) -> float | None:
         """DLM's factor, or 1/η where η was found."""
         if isinstance(self.evidence, SearchEvidence) and self.evidence.k is not None:

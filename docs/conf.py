@@ -1,4 +1,6 @@
-"""Settings of the site, which `make site` builds into build/site. extension.py fills pages from code and results."""
+"""Settings of the site, which `make site` builds into build/site. extension.py fills pages from
+code and results.
+"""
 
 import sys
 from pathlib import Path
@@ -6,7 +8,10 @@ from pathlib import Path
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]  # dlm_core, and this folder's extension
+sys.path[:0] = [
+    str(REPOSITORY),
+    str(Path(__file__).parent),
+]  # dlm_core, and this folder's extension
 
 CITATION = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
 
@@ -15,23 +20,46 @@ author = CITATION["authors"][0]["name"]
 release = CITATION["version"]
 language = "en"
 
-# The source folder is the repository's root, so that links between files are the same here and in the repository.
+# The source folder is the repository's root, so that links between files are the same here and in
+# the repository.
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "notebooks/**.ipynb", "data/README.md", "CHANGELOG.md"]
-exclude_patterns = [".git", ".venv", ".store", "build", "dlm_core", "tests", "**/.ipynb_checkpoints"]
+exclude_patterns = [
+    ".git",
+    ".venv",
+    ".store",
+    "build",
+    "dlm_core",
+    "tests",
+    "**/.ipynb_checkpoints",
+]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "extension"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "extension",
+]
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-nb_ipywidgets_js = {}  # widgets need a kernel; their pages show a figure instead, and load nothing from the network
+# Widgets need a kernel; their pages show a figure instead, and load nothing from the network.
+nb_ipywidgets_js = {}
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
-autodoc_typehints = "none"  # the docstrings say shapes and ranges, which types do not
+autodoc_typehints = "description"  # beside what the docstrings say of shapes and ranges
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # a field stands once, among its class's
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|enum|typing)\b.*")]  # bases outside this project
-mathjax_path = "mathjax/tex-chtml-full.js"  # extension.py copies it from a package: equations need no network
+# Types of other packages, and names that exist for the type checker alone, have no page here.
+nitpick_ignore_regex = [("py:.*", r"(?!dlm_core).*")]
+mathjax_path = (
+    "mathjax/tex-chtml-full.js"  # extension.py copies it from a package: equations need no network
+)
 
 html_theme = "sphinx_book_theme"
 html_title = project
@@ -45,13 +73,19 @@ html_theme_options = {
     "navbar_persistent": [],  # the sidebar has the search
     "show_toc_level": 2,
     "show_navbar_depth": 1,
-    "extra_footer": "Code under the MIT licence; bundled images under their own terms. Use it on data you may use.",
+    "extra_footer": "Code under the MIT licence; bundled images under their own terms. "
+    "Use it on data you may use.",
 }
-if repository := CITATION.get("repository-code"):  # launch links need to know where the notebooks can be fetched
+if repository := CITATION.get(
+    "repository-code"
+):  # launch links need to know where the notebooks can be fetched
     html_theme_options |= {
         "repository_url": repository,
         "repository_branch": "main",
         "path_to_docs": "",
         "use_repository_button": True,
-        "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+        },
     }

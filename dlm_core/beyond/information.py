@@ -200,8 +200,8 @@ def curvature(
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
     factor, ridge = cholesky(matrix)
     inverse = torch.cholesky_inverse(factor)
-    squared = ridge**2 * inverse.square().sum(1)  # diagonal of (r' N⁻¹)²
-    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * squared  # (4)
+    squared = inverse.square().sum(1)  # the diagonal of (N⁻¹)²
+    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * ridge**2 * squared  # (4)
     return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 

@@ -7,7 +7,7 @@ from dlm_core import records
 from dlm_core.harness.trials import Trial
 
 INITS = {"paper": "the paper's weights", "default": "PyTorch's initial weights"}
-SEARCH = ("optimizer", "coordinates", "dtype", "max_evaluations", "patience", "tolerance")
+SEARCH = ("optimizer", "coordinates", "dtype")  # options that make a search another than ours
 BASELINES = ("grey", "noise")
 
 

@@ -63,6 +63,12 @@ def rms(tensors: Sequence[Any]) -> float:
     return math.sqrt(total / sum(t.numel() for t in tensors))
 
 
+def per_image(frame: Any) -> Any:
+    """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean."""
+    images = frame.drop(columns="psnr").rename(columns={"psnrs": "psnr"})
+    return images.explode("psnr").astype({"psnr": float})
+
+
 def brief(values: Sequence[float], digits: int = 6) -> list[str]:
     """Numbers as short as ``digits`` significant ones can be told, "0.03"; a gap as nothing."""
     return [f"{value:.{digits}g}" if value == value else "" for value in values]

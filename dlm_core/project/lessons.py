@@ -1,7 +1,9 @@
-"""The course and the how-tos: run them, make the students' versions, and prove that the exercises' tests can pass and fail.
+"""The course and the how-tos: run them, make the students' versions, and prove that the exercises'
+tests can pass and fail.
 
-Lessons carry nbgrader's markers and cell metadata, and nbgrader's own preprocessors strip them, so that a lesson can be
-put into an nbgrader course as it is. Their parameters are small; they know no profiles.
+Lessons carry nbgrader's markers and cell metadata, and nbgrader's own preprocessors strip them, so
+that a lesson can be put into an nbgrader course as it is. Their parameters are small; they know no
+profiles.
 """
 
 import copy
@@ -9,66 +11,116 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dlm_core.harness import report
 from dlm_core.harness.paths import REPOSITORY
+from dlm_core.project import kernel
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 FOLDERS = ("teaching", "howto")
-QUIET = ["--log-level=CRITICAL"]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def paths(*folders):
+def paths(*folders: str) -> list[Path]:
     """The notebooks in the given subfolders of notebooks/ (default: all), by name."""
-    return [path for folder in folders or FOLDERS for path in sorted((REPOSITORY / "notebooks" / folder).glob("*.ipynb"))]
+    found: list[Path] = []
+    for folder in folders or FOLDERS:
+        found += sorted((REPOSITORY / "notebooks" / folder).glob("*.ipynb"))
+    return found
 
 
-def refresh(only=None):
-    """Run the notebooks and replace them by their executed versions. ``only`` is a part of the names wanted."""
+def refresh(only: str | None = None) -> None:
+    """Run the notebooks and replace them by their executed versions.
+
+    Parameters
+    ----------
+    only
+        A part of the names of those wanted; None takes all.
+    """
     for path in paths():
         if only is None or only in path.stem:
             notebook = run(_read(path))
             print(f"{path.stem}: run", flush=True)
-            report.write_atomically(path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n")
+            report.write_atomically(
+                path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n"
+            )
 
 
-def run(notebook, *, allow_errors=False):
+def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNode":
     """Execute a notebook's cells in a fresh kernel, in the repository, and return the notebook.
 
-    Raises nbclient's CellExecutionError at the first cell that fails, unless ``allow_errors``.
+    Parameters
+    ----------
+    notebook
+        As nbformat reads it; it is changed.
+    allow_errors
+        Go on after a cell that fails.
+
+    Raises
+    ------
+    nbclient.exceptions.CellExecutionError
+        At the first cell that fails, unless ``allow_errors``.
     """
     from nbclient import NotebookClient
 
-    where = {"metadata": {"path": str(REPOSITORY)}}
-    options = {"timeout": 600, "allow_errors": allow_errors, "resources": where, "extra_arguments": QUIET}
-    return NotebookClient(notebook, **options).execute()
+    client = NotebookClient(
+        notebook,
+        kernel_name=kernel.NAME,
+        timeout=600,
+        allow_errors=allow_errors,
+        resources={"metadata": {"path": str(REPOSITORY)}},
+        extra_arguments=kernel.QUIET,
+    )
+    with kernel.own():
+        return client.execute()
 
 
-def students(notebook):
-    """A copy without solutions, hidden tests and outputs, and with its tests locked, as nbgrader releases it."""
+def students(notebook: "NotebookNode") -> "NotebookNode":
+    """A copy without solutions, hidden tests and outputs, and with its tests locked, as nbgrader
+    releases it.
+    """
     from nbgrader import preprocessors as steps
 
-    order = (steps.LockCells, steps.ClearSolutions, steps.ClearOutput, steps.ClearHiddenTests, steps.ComputeChecksums)
+    order = (
+        steps.LockCells,
+        steps.ClearSolutions,
+        steps.ClearOutput,
+        steps.ClearHiddenTests,
+        steps.ComputeChecksums,
+    )
     return _preprocess(notebook, *order, steps.CheckCellMetadata)
 
 
-def blank(notebook):
-    """A copy without solutions in which the hidden tests are still there: what grading an untouched hand-in runs."""
+def blank(notebook: "NotebookNode") -> "NotebookNode":
+    """A copy without solutions in which the hidden tests are still there: what grading an untouched
+    hand-in runs.
+    """
     from nbgrader import preprocessors as steps
 
     return _preprocess(notebook, steps.ClearSolutions)
 
 
-def marks(notebook):
-    """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts them."""
+def marks(notebook: "NotebookNode") -> dict[str, tuple[float, float]]:
+    """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts
+    them.
+    """
     from nbgrader import utils
 
     cells = [cell for cell in notebook.cells if utils.is_grade(cell)]
     return {cell.metadata.nbgrader.grade_id: utils.determine_grade(cell)[:2] for cell in cells}
 
 
-def release(folder=None):
-    """Write the students' versions of the lessons, and return their paths."""
+def release(folder: str | Path | None = None) -> list[Path]:
+    """Write the students' versions of the lessons, and return their paths.
+
+    Parameters
+    ----------
+    folder
+        Where; None means build/assignment in the repository.
+    """
     import nbformat
 
     folder = Path(folder or REPOSITORY / "build" / "assignment")
@@ -83,22 +135,31 @@ def release(folder=None):
     return written
 
 
-def _relinked(text, origin, folder):
-    """Markdown whose links to files of the repository lead there from ``folder`` too; lessons link to each other as they are."""
+def _relinked(text: str, origin: Path, folder: Path) -> str:
+    """Markdown whose links to files of the repository lead there from ``folder`` too.
 
-    def link(match):
-        return f"]({Path(os.path.relpath((origin / match[1]).resolve(), folder.resolve())).as_posix()})"
+    Lessons link to each other as they are.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        target = (origin / match[1]).resolve()
+        return f"]({Path(os.path.relpath(target, folder.resolve())).as_posix()})"
 
     return re.sub(r"\]\((\.\./[^)#]+)\)", link, text)
 
 
-def _without_answers(code):
-    """Code without nbval's marks, and with figures described by what they show, not by what it turns out to be: up to the colon."""
-    return re.sub(r'(figures\.show\(\s*figure,\s*"[^:)]*):[^)]*"', r'\1."', code.removeprefix("# NBVAL_CHECK_OUTPUT\n"))
+def _without_answers(code: str) -> str:
+    """Code without nbval's marks, and with figures described by what they show, not by what it
+    turns out to be: up to the colon.
+    """
+    unmarked = code.removeprefix("# NBVAL_CHECK_OUTPUT\n")
+    return re.sub(r'(figures\.show\(\s*figure,\s*"[^:)]*):[^)]*"', r'\1."', unmarked)
 
 
-def check():
-    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an untouched one that passes."""
+def check() -> list[str]:
+    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an
+    untouched one that passes.
+    """
     wrong = []
     for path in paths("teaching"):
         wrong += [f"{path.stem}: {problem}" for problem in problems(_read(path))]
@@ -106,32 +167,43 @@ def check():
     return wrong
 
 
-def problems(lesson):
+def problems(lesson: "NotebookNode") -> list[str]:
     """The same for one lesson, as a list of sentences."""
-    solved, untouched = (marks(run(version, allow_errors=True)) for version in (copy.deepcopy(lesson), blank(lesson)))
+    solved = marks(run(copy.deepcopy(lesson), allow_errors=True))
+    untouched = marks(run(blank(lesson), allow_errors=True))
     found = [] if solved else ["it has no test"]
-    found += [f"{name} fails although solved" for name, (points, most) in solved.items() if points < most]
-    return found + [f"{name} passes although nothing was done" for name, (points, _) in untouched.items() if points]
+    for name, (points, most) in solved.items():
+        if points < most:
+            found.append(f"{name} fails although solved")
+    for name, (points, _) in untouched.items():
+        if points:
+            found.append(f"{name} passes although nothing was done")
+    return found
 
 
-def _read(path):
+def _read(path: Path) -> "NotebookNode":
     import nbformat
 
     return nbformat.read(path, as_version=4)
 
 
-def _preprocess(notebook, *steps):
-    notebook, resources = copy.deepcopy(notebook), {}
+def _preprocess(notebook: "NotebookNode", *steps: Any) -> "NotebookNode":
+    """A copy after nbgrader's preprocessors, one after the other."""
+    notebook, resources = copy.deepcopy(notebook), dict[str, Any]()
     for step in steps:
         notebook, resources = step().preprocess(notebook, resources)
     return notebook
 
 
-def _tidy(notebook):
-    """Drop the time of execution, and the views of widgets, which nothing but their own kernel can show."""
+def _tidy(notebook: "NotebookNode") -> "NotebookNode":
+    """Drop the time of execution, and the views of widgets, which nothing but their own kernel can
+    show.
+    """
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [
+                output for output in cell.outputs if WIDGET not in output.get("data", {})
+            ]
     return notebook

@@ -1,4 +1,6 @@
-"""One command, every figure: run the notebooks through papermill, show progress, and say what came out."""
+"""One command, every figure: run the notebooks through papermill, show progress, and say what came
+out.
+"""
 
 import json
 import os
@@ -9,31 +11,55 @@ import tempfile
 import threading
 import time
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import joblib
-import papermill
-from papermill.exceptions import PapermillExecutionError
+from typing import Any, NamedTuple
 
 from dlm_core import check
 from dlm_core.harness import report
-from dlm_core.harness.paths import REPOSITORY
-from dlm_core.project.lessons import QUIET
+from dlm_core.harness.interrupts import kept_from_workers
+from dlm_core.harness.paths import REPOSITORY, checkout
+from dlm_core.project import kernel
+from dlm_core.project import parameters as cells
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PROFILES = ("smoke", "quick", "paper")
 SETS = ("paper", "beyond", "all")
+SETTINGS = ("SCHEDULER", "JUPYTER_PATH")  # of the environment, that workers need as they are now
 
 
-def catalogue():
-    """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each profile's parameters."""
+class Run(NamedTuple):
+    """One notebook to run: where it is, where its executed version goes, its parameters' values,
+    what the output calls it.
+    """
+
+    source: Path
+    target: Path
+    values: Mapping[str, Any]
+    heading: str
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each
+    profile's parameters.
+    """
     return tomllib.loads((NOTEBOOKS / "profiles.toml").read_text(encoding="utf-8"))
 
 
-def choose(only=None, chosen_set="paper"):
-    """Names of the notebooks to run. ``only`` is a name, its number ("01") or several, comma-separated.
+def choose(only: str | None = None, chosen_set: str = "paper") -> list[str]:
+    """Names of the notebooks to run.
 
-    Raises ValueError for names that are unknown, with the near ones.
+    Parameters
+    ----------
+    only
+        A name, its number ("01") or several, comma-separated; None takes those of the set.
+    chosen_set
+        One of SETS.
+
+    Raises
+    ------
+    ValueError
+        For names that are unknown, with the near ones.
     """
     check.one_of("SET", chosen_set, SETS)
     entries = catalogue()
@@ -50,52 +76,93 @@ def choose(only=None, chosen_set="paper"):
 
 
 def run(
-    profile="quick", *, only=None, chosen_set="paper", parameters=None, jobs=None, out=None, scheduler=None, in_place=False
-):
+    profile: str = "quick",
+    *,
+    only: str | None = None,
+    chosen_set: str = "paper",
+    parameters: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    out: str | Path | None = None,
+    scheduler: str | None = None,
+    in_place: bool = False,
+) -> list[str]:
     """Run the chosen notebooks under ``profile``; return the names of those that failed.
 
-    parameters  {name: value} that replace those of the profile, as {"seeds": 100}; each chosen notebook must have them.
-    out         folder for figures and tables (default figures/); executed notebooks go to its subfolder notebooks/.
-    in_place    replace the notebooks in notebooks/ by their executed versions, as they are committed.
+    Parameters
+    ----------
+    profile
+        One of PROFILES.
+    only, chosen_set
+        Which notebooks, as for ``choose``.
+    parameters
+        {name: value} that replace those of the profile, as {"seeds": 100}; each chosen notebook
+        must have them.
+    jobs
+        Worker processes; None means one per core.
+    out
+        Folder for figures and tables (default figures/); executed notebooks go to its subfolder
+        notebooks/.
+    scheduler
+        Address of a Dask scheduler to run the trials on.
+    in_place
+        Replace the notebooks in notebooks/ by their executed versions, as they are committed.
 
-    A notebook that fails does not stop the others. Finished trials are kept in the store and never computed twice.
+    Raises
+    ------
+    ValueError, ConnectionError, FileNotFoundError
+        For what cannot be run as asked, before anything runs.
+
+    Notes ----- A notebook that fails does not stop the others. Finished trials are kept in the
+    store and never computed twice.
     """
+    checkout("figures")
     check.one_of("PROFILE", profile, PROFILES)
     names = choose(only, chosen_set)
-    for name in names if parameters else ():
-        for parameter in parameters:
-            check.one_of(f"parameter of {name}", parameter, papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb"))
+    asked = dict(parameters or {})
+    for name in names if asked else ():
+        cells.check_values(name, asked, defaults(name))
     figures = _prepare(profile, jobs, out, scheduler)
-    began, runs = time.time(), []
+    began = time.time()
+    runs = []
     for position, name in enumerate(names, 1):
-        values = {"profile": profile, **catalogue()[name][profile], **(parameters or {})}
-        source, target = NOTEBOOKS / f"{name}.ipynb", figures / "notebooks" / f"{name}.ipynb"
-        runs.append((source, target, values, f"[{position}/{len(names)}] {name}"))
-    # Smoke notebooks are all start-up: run one per core. Others run in turn and share the cores by their trials.
-    workers = min(os.cpu_count(), len(runs)) if profile == "smoke" else 1
-    settings = {name: value for name, value in os.environ.items() if name.startswith("DLM_") or name == "SCHEDULER"}
-    execute = joblib.delayed(_execute)
-    outcomes = joblib.Parallel(n_jobs=workers, return_as="generator")(
-        execute(*each, settings, workers == 1) for each in runs
-    )
+        values = {**values_of(name, profile), **asked}
+        target = figures / "notebooks" / f"{name}.ipynb"
+        runs.append(
+            Run(NOTEBOOKS / f"{name}.ipynb", target, values, f"[{position}/{len(names)}] {name}")
+        )
     failed = []
-    for name, (source, target, _, heading), (problem, seconds) in zip(names, runs, outcomes):
+    for each, (problem, seconds) in zip(runs, _outcomes(runs, profile)):
         if problem:
-            failed.append(name)
-            print(f"{heading}: FAILED after {seconds:.0f} s: {problem}", flush=True)
+            failed.append(each.source.stem)
+            print(f"{each.heading}: FAILED after {seconds:.0f} s: {problem}", flush=True)
             continue
-        print(f"{heading}: done in {seconds:.0f} s", flush=True)
-        _note_seconds(figures, name, seconds)
+        print(f"{each.heading}: done in {seconds:.0f} s", flush=True)
+        _note_seconds(figures, each.source.stem, seconds)
         if in_place:
-            shutil.copy(target, source)
+            shutil.copy(each.target, each.source)
     if figures == REPOSITORY / "figures":
         fill_readme(figures)
     _summary(figures, names, failed, time.time() - began, profile)
     return failed
 
 
-def _prepare(profile, jobs, out, scheduler):
-    """Check the settings, hand them to the notebooks through the environment, and return the folder for figures."""
+def defaults(name: str) -> dict[str, Any]:
+    """{parameter: value} as they stand in a notebook's parameters cell."""
+    return report.parameters(NOTEBOOKS / f"{name}.ipynb")
+
+
+def values_of(name: str, profile: str) -> dict[str, Any]:
+    """The values that a profile gives a notebook's parameters: those of quick, which names all that
+    any profile changes, and its own instead.
+    """
+    entry = catalogue()[name]
+    return {"profile": profile, **entry["quick"], **entry[profile]}
+
+
+def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: str | None) -> Path:
+    """Check the settings, hand them to the notebooks through the environment, and return the folder
+    for figures.
+    """
     if jobs is not None:
         check.at_least("JOBS", jobs, 1)
     if profile == "smoke":
@@ -114,31 +181,61 @@ def _prepare(profile, jobs, out, scheduler):
     return figures
 
 
-def results_table(figures):
-    """The README's results in Markdown, from ``figures``/claims.json: one row per notebook, its title (what it finds) and how
-    many claims hold; then each claim of the paper that does not hold, with the numbers."""
-    rows = ["| what we find | command | the paper's claims that hold | ours that hold | profile |", "|---|---|---|---|---|"]
+def _outcomes(runs: list[Run], profile: str) -> Iterable[tuple[str | None, float]]:
+    """What ``_execute`` returns of each run, in their order, as they finish.
+
+    Smoke notebooks are all start-up: one per core runs. Others run in turn and share the cores by
+    their trials.
+    """
+    import joblib
+
+    workers = min(os.cpu_count() or 1, len(runs)) if profile == "smoke" else 1
+    with kernel.own():
+        settings = {n: v for n, v in os.environ.items() if n.startswith("DLM_") or n in SETTINGS}
+        work = (joblib.delayed(_execute)(each, settings, workers == 1) for each in runs)
+        if workers == 1:
+            yield from joblib.Parallel(n_jobs=1, return_as="generator")(work)
+            return
+        with kept_from_workers():
+            outcomes = joblib.Parallel(n_jobs=workers, return_as="generator")(work)
+        yield from outcomes
+
+
+def results_table(figures: Path | str) -> str:
+    """The README's results in Markdown, from ``figures``/claims.json.
+
+    One row per notebook, its title (what it finds) and how many claims hold; then each claim of the
+    paper that does not hold, with the numbers.
+    """
+    rows = [
+        "| what we find | command | the paper's claims that hold | ours that hold | profile |",
+        "|---|---|---|---|---|",
+    ]
     failed = ["| the paper's claim | on our data | likely cause |", "|---|---|---|"]
     for name, entry in sorted(report.read_json(Path(figures) / "claims.json").items()):
         link = f"{name[:2]}. [{title(NOTEBOOKS / f'{name}.ipynb')}](notebooks/{name}.ipynb)"
-        held = [[c["verdict"] == "holds" for c in entry["claims"] if c["source"] == whose] for whose in ("paper", "ours")]
-        counts = " | ".join(f"{sum(each)} of {len(each)}" if each else "–" for each in held)
+        counts = " | ".join(_held(entry["claims"], whose) for whose in ("paper", "ours"))
         rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
-        failed += [
-            f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |"
-            for claim in entry["claims"]
-            if claim["source"] == "paper" and claim["verdict"] != "holds"
-        ]
+        for claim in entry["claims"]:
+            if claim["source"] == "paper" and claim["verdict"] != "holds":
+                failed.append(
+                    f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |"
+                )
     return "\n".join([*rows, "", "Where the paper does not hold on our data:", "", *failed])
 
 
-def title(path):
+def _held(claims: list[dict[str, str]], whose: str) -> str:
+    """ "3 of 4" of the claims that are ``whose``."""
+    verdicts = [claim["verdict"] == "holds" for claim in claims if claim["source"] == whose]
+    return f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "–"
+
+
+def title(path: Path) -> str:
     """A notebook's title: the first line of its first cell."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "".join(cells[0]["source"]).splitlines()[0].lstrip("# ")
+    return _read(path)["cells"][0]["source"].splitlines()[0].lstrip("# ")
 
 
-def fill_readme(figures, readme=REPOSITORY / "README.md"):
+def fill_readme(figures: Path, readme: Path = REPOSITORY / "README.md") -> None:
     """Put the results table between the README's markers."""
     text = readme.read_text(encoding="utf-8")
     filled = re.sub(
@@ -151,23 +248,36 @@ def fill_readme(figures, readme=REPOSITORY / "README.md"):
         report.write_atomically(readme, filled)
 
 
-def _execute(source, target, parameters, heading, settings, show_progress):
+def _execute(
+    run: Run, settings: Mapping[str, str], show_progress: bool
+) -> tuple[str | None, float]:
     """Run one notebook; return (None or one line that says what went wrong, seconds)."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     started, problem = time.time(), None
     os.environ.update(settings)  # a worker process may be older than they are
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["DLM_PROGRESS"] = str(Path(scratch, "progress"))
+        progress = Path(scratch, "progress")
+        os.environ["DLM_PROGRESS"] = str(progress)
         finished = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(Path(os.environ["DLM_PROGRESS"]), heading, finished), daemon=True)
+        watcher = threading.Thread(
+            target=_watch, args=(progress, run.heading, finished), daemon=True
+        )
         if show_progress:
             watcher.start()
-        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": QUIET}
+        quiet = {"progress_bar": False, "log_output": False, "extra_arguments": kernel.QUIET}
+        where = {"kernel_name": kernel.NAME, "cwd": REPOSITORY}
         try:
-            papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=REPOSITORY, **quiet)
-            _tidy(target)
+            source = _with_values(run, Path(scratch))
+            papermill.execute_notebook(source, run.target, **where, **quiet)
+            _tidy(run.target)
         except PapermillExecutionError as error:
-            problem = f"cell {error.exec_count}: {error.ename}: {error.evalue} (see {target.name} in {target.parent.name}/)"
-        except Exception as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
+            seen = f"(see {run.target.name} in {run.target.parent.name}/)"
+            problem = f"cell {error.exec_count}: {error.ename}: {error.evalue} {seen}"
+        except (
+            Exception
+        ) as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
             problem = f"{type(error).__name__}: {error}"
         finally:
             finished.set()
@@ -177,7 +287,19 @@ def _execute(source, target, parameters, heading, settings, show_progress):
     return problem, time.time() - started
 
 
-def _watch(path, heading, finished):
+def _with_values(run: Run, folder: Path) -> Path:
+    """A copy of the notebook whose parameters cell has the run's values: no second cell overrides
+    the one that a reader edits.
+    """
+    notebook = _read(run.source)
+    cell = cells.cell_of(notebook)
+    cell["source"] = cells.write(cell["source"], run.values)
+    copy = folder / run.source.name
+    copy.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    return copy
+
+
+def _watch(path: Path, heading: str, finished: threading.Event) -> None:
     """Show the trials of the notebook under way, with the time left."""
     from tqdm import tqdm
 
@@ -188,42 +310,75 @@ def _watch(path, heading, finished):
             if bar is None or total != bar.total or done < bar.n:
                 if bar is not None:
                     bar.close()
-                bar = tqdm(
-                    total=total,
-                    initial=done,
-                    desc=heading,
-                    unit="trial",
-                    mininterval=1 if sys.stderr.isatty() else 20,
-                    leave=False,
-                    dynamic_ncols=True,
-                )
+                often = 1 if sys.stderr.isatty() else 20
+                look = {
+                    "unit": "trial",
+                    "mininterval": often,
+                    "leave": False,
+                    "dynamic_ncols": True,
+                }
+                bar = tqdm(total=total, initial=done, desc=heading, **look)
             bar.update(done - bar.n)
     if bar is not None:
         bar.close()
 
 
-def _tidy(path):
-    """Drop what papermill notes about this machine and moment, so that the same run leaves the same notebook."""
+def _read(path: Path) -> dict[str, Any]:
+    """A notebook, with the source of each cell as one text."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"])
+    return notebook
+
+
+def _tidy(path: Path) -> None:
+    """Drop what papermill notes about this machine and moment, so that the same run leaves the same
+    notebook.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"].pop("papermill", None)
     for cell in notebook["cells"]:
         for name in ("papermill", "execution"):
             cell["metadata"].pop(name, None)
+    place_setting(notebook)
     report.write_atomically(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
-def _note_seconds(figures, name, seconds):
+def place_setting(notebook: dict[str, Any]) -> None:
+    """Put the sentence "Setting: …", which a cell has shown, under the notebook's title."""
+    shown = [text for cell in notebook["cells"] for text in _markdown(cell)]
+    sentence = next((text for text in shown if text.startswith("Setting: ")), None)
+    if sentence is None:
+        return
+    title, *rest = "".join(notebook["cells"][0]["source"]).split("\n")
+    if rest[1:2] and rest[1].startswith("*Setting: "):
+        rest = rest[2:]
+    lines = [title, "", f"*{sentence}*", *rest]
+    notebook["cells"][0]["source"] = "\n".join(lines).splitlines(keepends=True)
+
+
+def _markdown(cell: dict[str, Any]) -> list[str]:
+    """The outputs of a cell that are Markdown."""
+    data = [output.get("data", {}) for output in cell.get("outputs", [])]
+    return ["".join(each["text/markdown"]) for each in data if "text/markdown" in each]
+
+
+def _note_seconds(figures: Path, name: str, seconds: float) -> None:
     with report.shared(figures / "manifest.json") as manifest:
         for entry in manifest.values():
             if entry["notebook"] == name:
                 entry["seconds"] = round(seconds, 1)
 
 
-def _summary(figures, names, failed, seconds, profile):
+def _summary(
+    figures: Path, names: list[str], failed: list[str], seconds: float, profile: str
+) -> None:
     claims = report.read_json(figures / "claims.json")
-    print(f"\n{len(names) - len(failed)} of {len(names)} notebooks in {seconds / 60:.1f} min. Figures and tables: {figures}")
-    few = "" if profile == "paper" else ", which has few trials to judge by (those committed are in figures/claims.md)"
-    print(f"Claims under the profile {profile}{few}:")
+    done = len(names) - len(failed)
+    took = f"{done} of {len(names)} notebooks in {seconds / 60:.1f} min"
+    print(f"\n{took}. Figures and tables: {figures}")
+    few = ", which has few trials to judge by (those committed are in figures/claims.md)"
+    print(f"Claims under the profile {profile}{'' if profile == 'paper' else few}:")
     for name in names:
         for claim in claims.get(name, {}).get("claims", []):
             print(f"  {name.split('_')[0]}  {claim['verdict']:>13}: {claim['statement']}")

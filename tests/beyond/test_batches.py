@@ -224,7 +224,7 @@ def test_as_a_trial():
         "model": "mlp",
         "model_options": {"hidden": 100, "init": "default"},
         "dataset": "digits",
-        "batch": 2,
+        "num_images": 2,
     }
     record = run_trial(Trial("exact_batch", **options))
     assert record["psnr"] > 80

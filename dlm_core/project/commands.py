@@ -1,0 +1,204 @@
+"""What each command does. Nothing here is imported before it is needed, so that `env` and the help
+texts need no package.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlm_core.harness.paths import checkout
+from dlm_core.project import environment
+
+
+def env() -> None:
+    """Make the environment where it is absent, and print its Python."""
+    print(environment.ensure())
+
+
+def figures(
+    profile: str,
+    only: str | None,
+    chosen_set: str,
+    parameters: Sequence[str],
+    jobs: int | None,
+    out: str | None,
+    scheduler: str | None,
+    in_place: bool,
+) -> int:
+    """Run notebooks; 1 where one failed."""
+    checkout("figures")
+    from dlm_core.project import reproduce
+    from dlm_core.project.parameters import given
+
+    failed = reproduce.run(
+        profile,
+        only=only,
+        chosen_set=chosen_set,
+        parameters=given(parameters),
+        jobs=jobs,
+        out=out,
+        scheduler=scheduler,
+        in_place=in_place,
+    )
+    return 1 if failed else 0
+
+
+def test(pytest: Sequence[str]) -> int:
+    """Run pytest with these arguments; without any, the whole of what CI runs."""
+    repository = checkout("test")
+    if pytest:
+        return _run("-m", "pytest", *pytest)
+    from dlm_core.project import kernel
+
+    build = repository / "build" / "smoke"
+    shutil.rmtree(build, ignore_errors=True)
+    os.environ.update(DLM_STORE=str(build / "store"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side
+    os.environ.setdefault("DLM_FIGURES", str(build))
+    side_by_side = (
+        "-n",
+        "logical",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "loadfile",
+    )  # one file, or notebook, a worker
+    parallel = ("-m", "pytest", *side_by_side)
+    nbval = (*parallel, "--nbval-lax", "--nbval-kernel-name", kernel.NAME, "-p", "no:cacheprovider")
+    steps = [
+        (*parallel, "tests"),
+        ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
+        (*nbval, str(build / "notebooks")),
+        (*nbval, "notebooks/teaching", "notebooks/howto"),
+    ]
+    with kernel.own():
+        codes = [_run(*step) for step in steps]
+    return max(codes)
+
+
+def lab() -> int:
+    """Start JupyterLab on the notebooks."""
+    checkout("lab")
+    from dlm_core.project import kernel
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels side by side
+    with kernel.own():
+        return _run("-m", "jupyter", "lab", "notebooks")
+
+
+def site(out: str) -> int:
+    """Build the site into the folder ``out``."""
+    checkout("site")
+    folder = Path(out)
+    settings = ("-q", "-W", "--keep-going", "-E", "-b", "html", "-c", "docs")
+    code = _run("-m", "sphinx", *settings, "-d", str(folder.with_name("doctrees")), ".", out)
+    if not code:
+        print(f"the site is in {out}: open {folder / 'index.html'}")
+    return code
+
+
+def assignment(out: str) -> None:
+    """Write the students' versions into the folder ``out``."""
+    checkout("assignment")
+    from dlm_core.project import lessons
+
+    for path in lessons.release(out):
+        print(path)
+
+
+def assignment_check() -> int:
+    """Prove that the lessons' tests can pass and fail; 1 where one cannot."""
+    checkout("assignment-check")
+    from dlm_core.project import lessons
+
+    wrong = lessons.check()
+    print("\n".join(wrong) or "every test passes on the solution and fails without it")
+    return 1 if wrong else 0
+
+
+def refresh_lessons(only: str | None) -> None:
+    """Run lessons and how-tos and replace them by their executed versions."""
+    checkout("lessons")
+    from dlm_core.project import lessons
+
+    lessons.refresh(only)
+
+
+def bench(num_images: int, peer_images: int) -> None:
+    """Measure the attacks."""
+    checkout("bench")
+    from dlm_core.project import bench
+
+    bench.run(num_images, peer_images)
+
+
+def clean(environment_too: bool) -> None:
+    """Remove what make made."""
+    repository = checkout("clean")
+    caches = (".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
+    for name in ("build", ".store", *caches, *([".venv"] if environment_too else [])):
+        shutil.rmtree(repository / name, ignore_errors=True)
+    for cache in repository.rglob("__pycache__"):
+        if ".venv" not in cache.parts:
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def attack(
+    before: str | None,
+    after: str | None,
+    show: bool,
+    model: str,
+    image_shape: str,
+    num_classes: int | None,
+    num_images: int,
+    attack: str,
+    client: str | None,
+    out: str,
+) -> None:
+    """Audit two snapshots, or list what can be named."""
+    if show:
+        print("\n".join(_names()))
+        return
+    if before is None or after is None:
+        raise ValueError("attack takes two files, the weights before and after a round; see --help")
+    if not re.fullmatch(
+        r"\d+(,\d+)*", image_shape
+    ):  # how many numbers, and how large, models.build checks
+        raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
+    from dlm_core.harness.audit import audit
+
+    shape = tuple(int(size) for size in image_shape.split(","))
+    audit(
+        before,
+        after,
+        model=model,
+        image_shape=shape,
+        num_classes=num_classes,
+        num_images=num_images,
+        attack=attack,
+        client=client,
+        out=out,
+    )
+
+
+def _names() -> list[str]:
+    """What --attack, --model and --client take, a line each, with what an attack's record says."""
+    from dlm_core import records
+    from dlm_core.harness import audit
+
+    lines = ["--attack, in the order in which all are tried:"]
+    lines += [f"  {key:14} {record.client}" for key, record in audit.tried().items()]
+    lines.append(f"--model: {', '.join(records.NETWORKS)}")
+    lines.append(f"--client: {', '.join(records.CLIENT_OPTIMIZERS)}")
+    return lines
+
+
+def _run(*arguments: str) -> int:
+    """Run a module with this Python, in the repository."""
+    return subprocess.run([sys.executable, *arguments], cwd=checkout(arguments[1])).returncode

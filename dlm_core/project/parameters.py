@@ -1,0 +1,185 @@
+"""A notebook's parameters: the assignments in its cell tagged "parameters", which a run writes its
+own values into.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dlm_core import check
+
+TAG = "parameters"
+WIDTH = 88  # columns of a notebook's code
+
+
+def cell_of(notebook: Mapping[str, Any]) -> Any:
+    """The one cell tagged "parameters" of a notebook, as nbformat reads it.
+
+    Raises
+    ------
+    ValueError
+        Where there is none, or more than one.
+    """
+    found = [cell for cell in notebook["cells"] if TAG in cell["metadata"].get("tags", [])]
+    if len(found) != 1:
+        raise ValueError(f"the notebook has {len(found)} cells tagged {TAG!r}; it takes one")
+    return found[0]
+
+
+def read(source: str) -> dict[str, Any]:
+    """{name: value} of the assignments in a cell's code."""
+    return {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
+
+
+def write(source: str, values: Mapping[str, Any]) -> str:
+    """A cell's code with ``values`` instead of its own; comments, order and what is equal stay as
+    they are.
+
+    Parameters
+    ----------
+    source
+        Of the cell, assignments of literals.
+    values
+        {name: value}; each name is assigned in it.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not.
+    """
+    lines = source.encode().split(b"\n")  # ast counts bytes
+    present = _assignments(source)
+    for name in values:
+        check.one_of("parameter", name, present)
+    for name in sorted(values, key=lambda name: present[name].lineno, reverse=True):
+        node = present[name]
+        if _same(ast.literal_eval(node), values[name]):
+            continue
+        assert node.end_lineno is not None
+        before = lines[node.lineno - 1][: node.col_offset]
+        after = lines[node.end_lineno - 1][node.end_col_offset :]
+        lines[node.lineno - 1 : node.end_lineno] = [before + repr(values[name]).encode() + after]
+    written = b"\n".join(lines).decode()
+    return source if written == source else _formatted(written)
+
+
+def given(texts: Iterable[str]) -> dict[str, Any]:
+    """{"seeds": 100, "images": 50} from ["seeds=100 images=50"]; what is no Python literal is a
+    string.
+
+    Parameters
+    ----------
+    texts
+        Each NAME=VALUE, or several with spaces between them.
+
+    Raises
+    ------
+    ValueError
+        For anything else, and for a name that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        for part in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()):
+            name, equals, value = (each.strip() for each in part.partition("="))
+            if not equals or not name.isidentifier() or not value:
+                raise ValueError(
+                    f"--parameter is {text!r}; it takes NAME=VALUE, as seeds=100, or several with "
+                    "spaces between them"
+                )
+            if name in found:
+                raise ValueError(f"--parameter {name} is given twice; give it once")
+            found[name] = _literal(value)
+    return found
+
+
+def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that ``notebook`` does not have, or a value of another type than
+    its default.
+
+    Parameters
+    ----------
+    notebook
+        Its name, for the message.
+    values
+        {name: value} to check.
+    defaults
+        {name: value} of its parameters cell.
+    """
+    for name, value in values.items():
+        check.one_of(
+            f"parameter of {notebook}", name, [each for each in defaults if each != "profile"]
+        )
+        if not _fits(value, defaults[name]):
+            raise ValueError(
+                f"parameter {name} of {notebook} is {value!r}; "
+                f"it takes {_kind(defaults[name])}, as {defaults[name]!r}"
+            )
+
+
+def _assignments(source: str) -> dict[str, ast.expr]:
+    """{name: the node of its value} of a parameters cell."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.value
+    return found
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two literals are equal and of one type: 1 is neither 1.0 nor True."""
+    return repr(one) == repr(other)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the default's type; each part of a list or dict is of the type of one
+    of the default's parts.
+    """
+    if default is None:
+        return True
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and _parts_fit(value, default)
+    if isinstance(default, dict):
+        return isinstance(value, dict) and _parts_fit(value.values(), default.values())
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def _parts_fit(parts: Iterable[Any], examples: Iterable[Any]) -> bool:
+    """The same for the parts; where one example is a whole number, any number will do: [90, 99] and
+    [90, 99.9].
+    """
+    wanted = [float(each) if type(each) is int else each for each in examples]
+    return not wanted or all(any(_fits(part, each) for each in wanted) for part in parts)
+
+
+def _kind(default: Any) -> str:
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    kinds |= {list: "a list", tuple: "a list", dict: "a dict"}
+    return kinds.get(type(default), "a value")
+
+
+def _formatted(code: str) -> str:
+    """The code as ruff would format it, or as it is where ruff is not installed."""
+    formatter = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--isolated",
+        "--line-length",
+        str(WIDTH),
+        "-",
+    ]
+    done = subprocess.run(formatter, input=code, capture_output=True, text=True, encoding="utf-8")
+    return code if done.returncode else done.stdout.rstrip("\n")
