@@ -153,7 +153,7 @@ def _without_answers(code: str) -> str:
     turns out to be: up to the colon.
     """
     unmarked = code.removeprefix("# NBVAL_CHECK_OUTPUT\n")
-    return re.sub(r'(figures\.show\(figure, "[^":]*): [^"]*"', r'\1."', unmarked)
+    return re.sub(r'(figures\.show\(\s*figure,\s*"[^:)]*):[^)]*"', r'\1."', unmarked)
 
 
 def check() -> list[str]:

@@ -108,3 +108,12 @@ def test_per_image_gives_each_image_of_a_batch_its_row():
     assert images["index"].tolist() == [0, 0, 2]
     assert images.psnr.tolist() == [10.0, 20.0, 30.0] and images.psnr.dtype == float
     assert "psnrs" not in images and "psnrs" in trials
+
+
+def test_numbers_texts_and_spreads_are_said_briefly():
+    assert tables.brief([0.03, math.nan, 0.123456]) == ["0.03", "", "0.123456"]
+    assert tables.brief([0.123456], 2) == ["0.12"]
+    assert tables.listed(["a", "b"]) == "a; b" and tables.listed([]) == "none"
+    assert tables.spread(pandas.Series([40.0, 42.0])) == "41.0 ± 1.4 dB (n 2)"
+    assert tables.spread(pandas.Series([40.0])) == "40.0 dB (n 1)"
+    assert tables.spread(pandas.Series([], dtype=float)) == "not run"

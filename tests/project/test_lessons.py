@@ -61,7 +61,7 @@ def test_students_links_lead_somewhere_and_descriptions_tell_no_answers(tmp_path
         text = "\n".join(cell.source for cell in cells(path))
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         assert links and all((path.parent / link).exists() for link in links)
-        described = re.findall(r'figures\.show\(figure, "([^"]*)"', text)
+        described = re.findall(r'figures\.show\(\s*figure,\s*((?:"[^"]*"\s*)+)', text)
         assert described and not any(":" in each for each in described)
 
 
