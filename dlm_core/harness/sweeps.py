@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Store:
     A file that cannot be read is reported with a warning and its trial computed again.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,10 +54,10 @@ class Store:
                 f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another"
             ) from None
 
-    def path(self, trial):
+    def path(self, trial: Any) -> Path:
         return self.folder / trial.key[:2] / f"{trial.key}.safetensors"
 
-    def get(self, trial):
+    def get(self, trial: Any) -> dict[str, Any] | None:
         """The record, or None where there is none that can be read."""
         from safetensors import SafetensorError, safe_open
 
@@ -75,7 +75,7 @@ class Store:
             )
             return None
 
-    def put(self, trial, record):
+    def put(self, trial: Any, record: Mapping[str, Any]) -> None:
         from safetensors.torch import save
 
         path = self.path(trial)
@@ -155,7 +155,7 @@ def sweep(
     return [record for trial in trials if (record := records[trial]) is not None]
 
 
-def table(trials, records):
+def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
     """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its
     record's numbers.
     """
@@ -185,7 +185,7 @@ def _flat(trial: Any) -> dict[str, Any]:
     return row
 
 
-def summarise(frame, by):
+def summarise(frame: Any, by: Sequence[str]) -> Any:
     """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns
     ``by``, in order of appearance.
 
@@ -197,7 +197,7 @@ def summarise(frame, by):
     from scipy.stats import binomtest
 
     rows = []
-    for names, group in frame.groupby(by, sort=False, dropna=False):
+    for names, group in frame.groupby(list(by), sort=False, dropna=False):
         psnr = group["psnr"].fillna(
             float("-inf")
         )  # a trial without a picture is a failure, not a gap
@@ -244,7 +244,7 @@ def leave_interrupts() -> None:
 
 
 @functools.cache
-def end_with(master):
+def end_with(master: int) -> None:
     """End this worker process when ``master``, which started it, is gone: joblib's outlive one that
     was killed.
     """
@@ -258,7 +258,7 @@ def end_with(master):
 
 
 @contextlib.contextmanager
-def engine(scheduler, jobs):
+def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
     """joblib's processes on this machine, or its Dask backend on the cluster of ``scheduler``."""
     import joblib
 

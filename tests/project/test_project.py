@@ -1,5 +1,4 @@
-"""What holds the project together: versions, directions of imports, the form of code and notebooks.
-"""
+"""What holds the project together: versions, directions of imports, the form of code and notebooks."""
 
 import ast
 import json

@@ -18,7 +18,7 @@ def test_mypy_finds_nothing(tmp_path):
 
 
 def public(tree):
-    """The public functions of a module, and the public methods and __init__ of its public classes."""
+    """The public functions of a module, and public methods and __init__ of its public classes."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node, []
