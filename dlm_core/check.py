@@ -25,7 +25,9 @@ def at_least(argument: str, value: object, lowest: int) -> None:
 
 def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise unless ``value`` is a number in [low, high], or in (low, high] with ``open_low``."""
-    inside = isinstance(value, numbers.Real) and math.isfinite(value) and low <= value <= high
+    inside = (
+        isinstance(value, numbers.Real) and math.isfinite(value) and low <= float(value) <= high
+    )
     if not inside or (open_low and value == low):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{argument} is {value!r}; it takes a finite number in {interval}")

@@ -15,7 +15,6 @@ import numbers
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +146,7 @@ def digest(name: str) -> str:
     """
     check.one_of("name", name, DATA_SETS)
     if name not in NAMES:
-        return _own_digest(_own(name))
+        return _own_digest(DATA_SETS[name])
     entry = _manifest()[name]
     described = json.dumps([entry["labels"], entry["files"]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -227,7 +226,7 @@ def _manifest() -> dict[str, Any]:
 def _whole(name: str, source: str, root: str | Path | None, download: bool) -> _Set:
     """The set that is wanted: a user's own, the full one, or the bundled one."""
     if name not in NAMES:
-        return _registered(_own(name))
+        return _registered(DATA_SETS[name])
     if source == "bundled" or name not in FULL:
         return _bundled(name)
     folder = Path(root or os.environ.get("DLM_DATA") or _bundle() / "downloads").expanduser()
@@ -257,12 +256,6 @@ def _bundled(name: str) -> _Set:
 
     title = f"bundled: {entry['title']}"
     return _Set(title, labels, entry["num_classes"], entry["white"], pixels)
-
-
-def _own(name: str) -> DataSet:
-    """The record of a user's own set, fit to be a key."""
-    record = DATA_SETS[name]
-    return replace(record, image_shape=tuple(record.image_shape))
 
 
 def _registered(record: DataSet) -> _Set:

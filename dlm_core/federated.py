@@ -95,11 +95,13 @@ def train_locally(
     check.in_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
     if isinstance(client_optimizer, str):
         check.one_of("client_optimizer", client_optimizer, CLIENT_OPTIMIZERS)
-        client_optimizer = CLIENT_OPTIMIZERS[client_optimizer].function
+        kind: Callable[..., Any] = CLIENT_OPTIMIZERS[client_optimizer].function
+    else:
+        kind = client_optimizer
     model = copy.deepcopy(model)
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
-    stepper = client_optimizer(client.parameters(), lr=learning_rate, **(optimizer_options or {}))
+    stepper = kind(client.parameters(), lr=learning_rate, **(optimizer_options or {}))
     seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 

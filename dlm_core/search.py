@@ -190,15 +190,18 @@ class _Target:
 
     def distance_from(self, g: Tensors, growth: torch.Tensor | None) -> torch.Tensor:
         """The distance of ``g``; a trained scale has grown from its start by ``growth``."""
-        if self.trained:
-            return self.distance(g, self.update, self.k0 * growth)
-        return self.distance(g, self.update)
+        if not self.trained:
+            return self.distance(g, self.update)
+        assert growth is not None  # one of the variables, where the scale is trained
+        return self.distance(g, self.update, self.k0 * growth)
 
     def misfit(self, g: Tensors, growth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(distance, distance relative to the target's length)."""
         distance = self.distance_from(g, growth)
-        unit = self.unit * growth.detach() ** 2 if self.trained else self.unit
-        return distance, distance.detach() / unit
+        if not self.trained:
+            return distance, distance.detach() / self.unit
+        assert growth is not None
+        return distance, distance.detach() / (self.unit * growth.detach() ** 2)
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,7 @@ class _Search:
         """The reason to stop now, or None."""
         if not finite:
             return Status.DIVERGED
+        assert self.enough is not None  # set before the first verdict
         if misfit <= self.enough:
             return Status.CONVERGED
         patience = self.rule.patience
