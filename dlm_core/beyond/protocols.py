@@ -222,7 +222,11 @@ def _run(number: int, folder: str, timeout: float) -> None:
     )
     log, end = Path(folder) / "errors", time.monotonic() + timeout
     with open(log, "w") as errors:
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+        quiet: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "stderr": errors,
+        }
         calls = [f"{script}({rank}, {number}, {folder!r})" for rank in range(number)]
         workers = [subprocess.Popen([sys.executable, "-c", call], **quiet) for call in calls]
         try:
@@ -381,6 +385,7 @@ def _unmixed(
     It is what the peer ``between`` mixed then, less its own message, the listener's, and its own
     step on the image that was found.
     """
+    assert found.learning_rate is not None  # ``two_hops`` refuses other attacks
     peer = copy.deepcopy(model).double()
     peer.load_state_dict(between[1])
     loss = federated.loss(peer(found.images), found.labels)

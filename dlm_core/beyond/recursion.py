@@ -4,8 +4,8 @@ Everything here concerns one image and is float64; layers and symbols are those 
 ``information`` has the curvature of an image's likelihood in the same terms.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import vjp
@@ -20,6 +20,13 @@ SAMPLES = 64  # random vectors that give a variance to about 20 %
 RIDGE = 1e-16  # of the trace: where rounding of float64 makes a normal matrix singular
 
 Tensors = list[torch.Tensor]
+
+
+def pull_back(
+    function: Callable[..., Any], x: torch.Tensor
+) -> tuple[Any, Callable[..., tuple[torch.Tensor]]]:
+    """``torch.func.vjp`` of one tensor: (function(x), its transposed Jacobian at ``x``)."""
+    return vjp(function, x)[:2]  # its annotation has a third part, which only has_aux=True adds
 
 
 def count_equations(layers: Sequence[Layer]) -> int:
@@ -84,7 +91,7 @@ def signals_after_first(
     deltas = [probabilities - target]
     for below, layer, output in zip(layers[-2::-1], layers[:0:-1], outputs[-2::-1]):
         back = layer.spread(times(layer.kernel.T, deltas[0])).reshape(output.shape)
-        _, through_activation = vjp(below.activation.function, output)
+        _, through_activation = pull_back(below.activation.function, output)
         deltas.insert(0, through_activation(back)[0])
     return deltas, inputs
 
@@ -158,7 +165,7 @@ def _through_inverse(
     # an estimate at the edge of the range, or beyond it, is known no better than to its sd
     margin = sd.clamp(max=(high - low) / 2)
     z = activation.inverse(output.clamp(low + margin, high - margin))
-    _, pull = vjp(activation.function, z)
+    _, pull = pull_back(activation.function, z)
     slope = pull(torch.ones_like(z))[0]
     return z, slope, (slope / sd).square()
 

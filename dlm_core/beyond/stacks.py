@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 REWRITE_HINT = (
     "layers called one after the other can be written as one: "
@@ -150,7 +151,7 @@ class Layer:
         rows = rows.reshape(len(rows), -1, *self._output_sides(self.window))
         options: Any = {name: value for name, value in self.window.items() if name != "kernel_size"}
         shape = (len(rows), *self.shape)
-        return torch.nn.grad.conv2d_input(shape, kernel, rows, **options).flatten(1)
+        return conv2d_input(shape, kernel, rows, **options).flatten(1)
 
     def _output_sides(self, window: dict[str, tuple[int, int]]) -> list[int]:
         """[height, width] of a convolution's output."""

@@ -23,7 +23,7 @@ from dlm_core import check, label_inference, objectives, records
 from dlm_core.beyond import clients
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
-from dlm_core.results import ClientEstimate, Reconstruction, Status
+from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 from dlm_core.search import known_labels, reconstruct
 from dlm_core.threads import for_network
 
@@ -149,10 +149,11 @@ def _check_options(client: str, step: clients.Step, given: Mapping[str, Any] | N
 def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
     """The best of several searches, with the trace of all of them."""
     best = _best(searches)
+    assert isinstance(best.evidence, SearchEvidence)
     evidence = replace(
         best.evidence,
         losses=[loss for each in searches for loss in each.losses],
-        tried=[(each.local_steps, each.loss) for each in searches],
+        tried=[(_steps_of(each), each.loss) for each in searches],
     )
     return replace(
         best,
@@ -214,7 +215,7 @@ def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
     searches = [search(first, patience=HURRY)]
     best = _climb(search, searches, {first: searches[0].loss}, max_steps, FINEST)
     while best.status is not Status.CONVERGED and len(searches) < MOST:
-        here, loss = best.local_steps, best.loss
+        here, loss = _steps_of(best), best.loss
         searches.append(search(here, best))
         losses = {here: _best(searches).loss, max(here - 2, 0): math.inf, here + 2: math.inf}
         best = _climb(search, searches, losses, max_steps)
@@ -243,6 +244,12 @@ def _climb(
 def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
     """The first of lowest loss."""
     return min(searches, key=lambda each: each.loss)
+
+
+def _steps_of(found: Reconstruction) -> int:
+    """E of a search, which assumed one."""
+    assert found.local_steps is not None
+    return found.local_steps
 
 
 @dataclass(frozen=True)
@@ -346,6 +353,7 @@ def _rate_at(seen: Observation, client: _Client, steps: int, best: Reconstructio
     """η that fits the update best for E = ``steps`` and the images of the search ``best``."""
     model = copy.deepcopy(seen.model).double()
     images, rate = best.images.double(), best.learning_rate
+    assert rate is not None  # ``_search`` finds one
     return _nearest_rate(
         lambda tried: client.update(model, images, best.labels, tried, steps),
         seen.delta,
