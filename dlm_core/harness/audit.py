@@ -10,6 +10,7 @@ weights, others explain the update nearly as well.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +35,9 @@ SIDE = 256  # pixels of the picture's width, about
 
 def tried() -> dict[str, records.Attack]:
     """The registered attacks that an audit tries, in their order: they need be told nothing."""
-    chosen = [record for record in records.ATTACKS.values() if record.audited is not None]
-    return {record.key: record for record in sorted(chosen, key=lambda record: record.audited)}
+    every = records.ATTACKS.values()
+    placed = [(each.audited, each) for each in every if each.audited is not None]
+    return {record.key: record for _, record in sorted(placed, key=lambda pair: pair[0])}
 
 
 def audit(
@@ -90,7 +92,7 @@ def audit(
     seen, coarse = _read(before, after, model, image_shape, num_classes)
     optimizer, kin, swapped = _first_look(seen, num_images, coarse)
     names = _chosen(num_images, kin, optimizer) if attack == "all" else [attack]
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "exact": {"transmitted": coarse},
         "dlm_plus": {"restarts": 2},
         "unrolled_dlm": {"client": client or kin},
@@ -141,19 +143,17 @@ def _read(
     """(Observation, dtype of half precision to which the weights that came back are rounded, or
     None).
     """
-    named = isinstance(model, str)
-    if named:
-        network = models.build(model, image_shape)
+    network = models.build(model, image_shape) if isinstance(model, str) else model
     snapshots = [
         load_weights(given) if isinstance(given, (str, Path)) else check_weights(argument, given)
         for argument, given in (("before", before), ("after", after))
     ]
-    if named:
+    if isinstance(model, str):
         last = snapshots[0].get(
             list(dict(network.named_parameters()))[-1]
         )  # ours end in the head's bias
         num_classes = num_classes or (100 if last is None else len(last))  # the file knows
-        model = models.build(model, image_shape, num_classes)
+        network = models.build(model, image_shape, num_classes)
     coarse = _half_precision(snapshots[1])
     if coarse:
         print(f"the weights that came back are rounded to {coarse}")
@@ -162,11 +162,11 @@ def _read(
             for each in snapshots
         ]
     try:
-        return observe(model, *snapshots, image_shape), coarse
+        return observe(network, snapshots[0], snapshots[1], image_shape), coarse
     except Unchanged:
         raise
     except ValueError as why:
-        if not named:
+        if not isinstance(model, str):
             raise
         raise ValueError(
             f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})"

@@ -94,7 +94,7 @@ SCENES = {
     "statistics": BATCH_NORM,
 }
 BUDGETS = {"local_steps": 2, "max_evaluations": 20, "max_rounds": 5, "max_steps": 4}
-TOLD = {
+TOLD: dict[str, Any] = {
     "defence": {"name": "noise", "scale": 1e-4, "observer": "server"},
     "k0": 20.0,
     "learning_rate": PLAIN.learning_rate,
@@ -147,7 +147,7 @@ def check_attack(
     """
     record = ATTACKS[attack] if isinstance(attack, str) else attack
     scene = scene or SCENES.get(record.key, PLAIN)
-    usual = {name: n for name, n in BUDGETS.items() if name in record.options}
+    usual: dict[str, Any] = {name: n for name, n in BUDGETS.items() if name in record.options}
     usual |= {name: TOLD[name] for name in record.demands if name in TOLD}
     options = {**usual, **options}
     _check_told(record, options)
@@ -204,15 +204,15 @@ def check_defence(
     _check_output(record, run, options)
     if neutral is not None:
         _check_neutral(record, run, neutral)
-    misspelt = partial(record.check_options, "option", {**options, MISSPELT: 1})
-    _check_refused(record, misspelt, MISSPELT)
+    misspelt = {**options, MISSPELT: 1}
+    _check_refused(record, partial(record.check_options, "option", misspelt), MISSPELT)
     seen = PLAIN.observe()
     if record.acts_on == "training":
         _check_refused(record, partial(defenses.defend, seen, record.key, **options), record.key)
         return
-    misspelt = partial(defenses.defend, seen, record.key, **options, **{MISSPELT: 1})
-    _check_refused(record, misspelt, MISSPELT)
-    _check_refused(record, partial(defenses.Setting, record.key, {**options, "seed": 1}), "seed")
+    _check_refused(record, partial(defenses.defend, seen, record.key, **misspelt), MISSPELT)
+    seeded = Options(options, seed=1)
+    _check_refused(record, partial(defenses.Setting, record.key, seeded), "seed")
     _check_setting(record, seen, options)
 
 
@@ -310,7 +310,8 @@ def _contents(seen: Observation) -> dict[str, Any]:
 
 def _generators() -> list[Any]:
     """States of the global random generators."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return [torch.get_rng_state(), random.getstate(), torch.from_numpy(keys.copy()), name, rest]
 
 

@@ -9,7 +9,7 @@ from dlm_core import check, records
 from dlm_core.harness import registry  # noqa: F401, it fills the tables
 
 COLUMN = 85 / 25.4  # width of a journal column in inches
-STYLE = {
+STYLE: dict[str, Any] = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),
     "figure.dpi": 200,
     "savefig.dpi": 300,
@@ -33,11 +33,11 @@ def style() -> None:
     """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe
     colours.
     """
-    import matplotlib
+    import matplotlib.style
     import seaborn
 
     seaborn.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.style.use(STYLE)
 
 
 def name(key: str) -> str:
@@ -89,8 +89,9 @@ def show_images(
         for j, axis in enumerate(axes[i]):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if j < len(row) and row[j] is not None:
-                pixels = row[j].detach().cpu().clamp(0, 1).permute(1, 2, 0)
+            image = row[j] if j < len(row) else None
+            if image is not None:
+                pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0)
                 axis.imshow(pixels.expand(-1, -1, 3) if pixels.shape[-1] == 1 else pixels)
             if i == 0 and j < len(column_names):
                 axis.set_title(column_names[j], pad=2, fontsize=6)

@@ -142,12 +142,13 @@ def _file(module: str) -> Path:
     return path
 
 
-def _tree(module: str) -> ast.AST:
+def _tree(module: str) -> ast.Module:
     """A module's syntax tree without docstrings."""
     tree = ast.parse(_file(module).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documented and ast.get_docstring(node, clean=False) is not None:
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return tree
 
@@ -192,8 +193,9 @@ def _described(value: Any) -> str:
         if name.split(".")[0] == "dlm_core":
             return code_version(name) if name != "dlm_core" else name
         file = getattr(value, "__file__", None)
-        own = file and not {"site-packages", "dist-packages", "lib"} & set(Path(file).parts)
-        return _digest([Path(file).read_text(encoding="utf-8")]) if own else name
+        if not file or {"site-packages", "dist-packages", "lib"} & set(Path(file).parts):
+            return name
+        return _digest([Path(file).read_text(encoding="utf-8")])
     if isinstance(value, torch.Tensor):
         return _digest(
             [

@@ -86,7 +86,7 @@ def parameters(path: Path) -> dict[str, Any]:
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in body
-        if isinstance(node, ast.Assign)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
 
 
@@ -242,7 +242,7 @@ def revision():
     """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a
     checkout.
     """
-    run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
+    run: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(

@@ -107,7 +107,8 @@ def take_part(trial: Any, model: nn.Module) -> Any:
 
 def _start(trial: Any) -> Any:
     """The trial's part that decides which model the client receives."""
-    same = {"attack": "grey", "attack_options": {}, "client": {}, "defence": None, "protocol": None}
+    same: dict[str, Any] = {"attack": "grey", "attack_options": {}, "client": {}}
+    same |= {"defence": None, "protocol": None}
     return dataclasses.replace(trial, **same)
 
 

@@ -131,7 +131,7 @@ def sweep(
     if store is Default.STORE:
         store = os.environ.get("DLM_STORE") or REPOSITORY / ".store"
     shelf = None if store is None else Store(store)
-    records = {trial: shelf.get(trial) if shelf else None for trial in trials}
+    records: dict[Any, Any] = {trial: shelf.get(trial) if shelf else None for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
     scheduler = scheduler or os.environ.get("SCHEDULER")
     master = None if scheduler else os.getpid()

@@ -111,7 +111,7 @@ class Protocol:
     @classmethod
     def of(cls, given: "Protocol | Mapping[str, Any]") -> "Protocol":
         """The same, from {"name": …, "others": …} with the options beside them."""
-        if isinstance(given, cls):
+        if isinstance(given, Protocol):
             return given
         if "name" not in given:
             raise ValueError(

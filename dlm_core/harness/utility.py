@@ -201,5 +201,5 @@ class Federation:
         if setting is None:
             return seen
         seed = (self.seed * self.num_rounds + turn) * self.num_clients + client
-        about = {"observer": setting.observer, "repeats": setting.repeats}
+        about: dict[str, Any] = {"observer": setting.observer, "repeats": setting.repeats}
         return defenses.defend(seen, setting.name, seed=seed, **about, **setting.options)
