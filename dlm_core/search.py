@@ -78,8 +78,8 @@ def reconstruct(
     dtype: torch.dtype = torch.float64,
     scale: float | Trained = 1.0,
     total_variation: float = 0.0,
-    coordinates: Callable = cosines,
-    optimizer: Callable = lbfgs,
+    coordinates: Callable[..., Any] = cosines,
+    optimizer: Callable[..., torch.optim.Optimizer] = lbfgs,
     restarts: int = 1,
     keep_every: int | None = None,
     update_of: Callable[..., Tensors] = objectives.gradient,
@@ -345,8 +345,23 @@ class _Search:
 def known_labels(
     seen: Observation, labels: str | torch.Tensor, num_images: int, local_steps: int = 1
 ) -> torch.Tensor | None:
-    """The labels where they are told or inferred (as after ``local_steps``), None where they are to
-    be optimised.
+    """The labels [B] where they are told or inferred, None where they are to be optimised.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    labels
+        As in ``reconstruct``.
+    num_images
+        B.
+    local_steps
+        As in ``label_inference.infer``.
+
+    Raises
+    ------
+    ValueError
+        For labels of another shape, or that are no classes of the model.
     """
     if not isinstance(labels, torch.Tensor):
         check.one_of("labels", labels, ("inferred", "optimised"))
