@@ -121,7 +121,17 @@ class Problem:
         )
 
     def at(self, x: torch.Tensor, eta: float, decay: float) -> Point:
-        """Evaluate χ² and its derivatives."""
+        """Evaluate χ² and its derivatives.
+
+        Parameters
+        ----------
+        x
+            [n] the image, or longer, as the module says.
+        eta
+            η > 0.
+        decay
+            λ.
+        """
         (deltas, inputs), pull = pull_back(partial(signals, self.layers, self.label), x)
 
         def transpose(matrices: Tensors) -> torch.Tensor:

@@ -80,7 +80,15 @@ def signals_after_first(
     z: torch.Tensor,
     softmax: torch.Tensor | None = None,
 ) -> tuple[Tensors, Tensors]:
-    """The same from the first layer's ``z`` [O, L] on, without the input of that layer."""
+    """The same from the first layer's output on, without the input of that layer.
+
+    Parameters
+    ----------
+    layers, label, softmax
+        As in ``signals``.
+    z
+        [O, L], the first layer's output before its activation.
+    """
     outputs, inputs = [z], []
     for below, layer in zip(layers, layers[1:]):
         activated = below.activation.function(outputs[-1])
