@@ -61,7 +61,15 @@ class Scene:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Any:
-        """What is seen of it: an Observation, or a list of them."""
+        """What is seen of it: an Observation, or a list of them.
+
+        Parameters
+        ----------
+        num_images
+            In the client's step.
+        device, dtype
+            Of the client's network and images.
+        """
         record = DATA_SETS[self.dataset]
         images, labels, *_ = data.load(self.dataset, n=num_images, source="bundled")
         images, labels = images.to(device, dtype), labels.to(device)

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,7 @@ PACKAGES = (
 )
 
 
-def folder():
+def folder() -> Path:
     """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it
     cannot be written.
     """
@@ -93,14 +93,23 @@ def parameters(path: Path) -> dict[str, Any]:
 class Report:
     """The results of one run of one notebook; ``parameters`` are those of its parameters cell."""
 
-    def __init__(self, notebook, **parameters):
-        self.notebook, self.parameters, self.claims = notebook, parameters, []
+    def __init__(self, notebook: str, **parameters: Any) -> None:
+        self.notebook, self.parameters = notebook, parameters
+        self.claims: list[dict[str, str]] = []
         self.folder = folder()
         self.sentence = ""
 
-    def figure(self, figure, alt, suffix=""):
-        """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with
-        ``alt`` as its description.
+    def figure(self, figure: Any, alt: str, suffix: str = "") -> None:
+        """Save a figure as PDF and PNG under the notebook's name, and show it.
+
+        Parameters
+        ----------
+        figure
+            Of matplotlib.
+        alt
+            Its description, for readers who do not see it.
+        suffix
+            Added to the notebook's name, where it has several figures.
         """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
@@ -118,9 +127,24 @@ class Report:
         figures.show(figure, alt)
         self._record([f"{stem}.png", f"{stem}.pdf"], alt)
 
-    def table(self, frame, caption, suffix="", digits=2):
-        """Save a DataFrame as CSV (six digits) and Markdown (``digits`` decimals) and return it,
-        rounded, for display.
+    def table(self, frame: Any, caption: str, suffix: str = "", digits: int = 2) -> Any:
+        """Save a table as CSV (six digits) and Markdown under the notebook's name.
+
+        Parameters
+        ----------
+        frame
+            A pandas DataFrame.
+        caption
+            What it shows.
+        suffix
+            Added to the notebook's name, where it has several tables.
+        digits
+            Decimals in Markdown and on display.
+
+        Returns
+        -------
+        pandas.io.formats.style.Styler
+            The table, rounded, for display.
         """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         frame.to_csv(
@@ -144,11 +168,23 @@ class Report:
             shown.style.hide(axis="index").set_caption(caption).set_uuid(stem)
         )  # the same id each time
 
-    def claim(self, statement, holds, evidence, *, source="paper", cause=""):
-        """Print and keep whether ``statement`` holds.
+    def claim(
+        self, statement: str, holds: bool, evidence: str, *, source: str = "paper", cause: str = ""
+    ) -> None:
+        """Print and keep whether a statement holds.
 
-        evidence  the numbers that decide it.       source  "paper" or "ours": whose statement it
-        is. cause     the likely reason where it does not hold.
+        Parameters
+        ----------
+        statement
+            In words.
+        holds
+            Whether it does.
+        evidence
+            The numbers that decide it.
+        source
+            "paper" or "ours": whose statement it is.
+        cause
+            The likely reason where it does not hold.
         """
         verdict = "holds" if holds else "does not hold"
         kept = {
@@ -173,16 +209,18 @@ class Report:
         self.sentence = settings.sentence(trials, n=n)
         return Markdown(self.sentence)
 
-    def finish(self):
+    def finish(self) -> None:
         """Write the verdicts into claims.json and claims.md, beside those of other notebooks."""
-        entry = {self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}}
+        entry: dict[str, Any] = {
+            self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}
+        }
         if self.sentence:
             entry[self.notebook]["setting"] = self.sentence
         with shared(self.folder / "claims.json") as everything:
             everything.update(entry)
             write_atomically(self.folder / "claims.md", _claims_page(everything))
 
-    def provenance(self):
+    def provenance(self) -> dict[str, Any]:
         """What the results depend on beside the code: parameters, revision, data digests, versions,
         machine.
         """
@@ -199,7 +237,7 @@ class Report:
             "machine": platform.machine(),
         }
 
-    def _record(self, files, caption):
+    def _record(self, files: Sequence[str], caption: str) -> None:
         with shared(self.folder / "manifest.json") as manifest:
             manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
 
@@ -238,7 +276,7 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
 
 
 @cache
-def revision():
+def revision() -> str:
     """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a
     checkout.
     """
@@ -253,12 +291,13 @@ def revision():
     return head + ("-dirty" if changed.strip() else "")
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @contextlib.contextmanager
-def shared(path):
+def shared(path: Path) -> Iterator[dict[str, Any]]:
     """The content of a JSON file that several notebooks add to: read, changed by the caller,
     written back, under a lock.
     """
@@ -272,18 +311,18 @@ def shared(path):
         )
 
 
-def write_atomically(path, text):
+def write_atomically(path: str | Path, text: str) -> None:
     """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _row(cells):
+def _row(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _claims_page(everything):
+def _claims_page(everything: dict[str, Any]) -> str:
     lines = ["# Claims, checked in code by the notebooks", ""]
     for notebook, entry in sorted(everything.items()):
         lines += [

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,19 @@ class Store:
     """Finished records, one safetensors file each, written atomically; survives kill -9.
 
     A file that cannot be read is reported with a warning and its trial computed again.
+
+    Parameters
+    ----------
+    folder
+        Where they lie; it is made where it does not exist.
+
+    Raises
+    ------
+    ValueError
+        Where it cannot be written.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,10 +64,11 @@ class Store:
                 f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another"
             ) from None
 
-    def path(self, trial):
+    def path(self, trial: Any) -> Path:
+        """The file of a trial's record, by its ``key``."""
         return self.folder / trial.key[:2] / f"{trial.key}.safetensors"
 
-    def get(self, trial):
+    def get(self, trial: Any) -> dict[str, Any] | None:
         """The record, or None where there is none that can be read."""
         from safetensors import SafetensorError, safe_open
 
@@ -75,7 +86,8 @@ class Store:
             )
             return None
 
-    def put(self, trial, record):
+    def put(self, trial: Any, record: Mapping[str, Any]) -> None:
+        """Keep a trial's record, whole or not at all."""
         from safetensors.torch import save
 
         path = self.path(trial)
@@ -155,9 +167,15 @@ def sweep(
     return [records[trial] for trial in trials]
 
 
-def table(trials, records):
-    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its
-    record's numbers.
+def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
+    """A pandas DataFrame with one row per trial.
+
+    Parameters
+    ----------
+    trials
+        Dataclasses; a row has their fields, options spread out.
+    records
+        One for each trial, in the same order; a row has their numbers, "arrays" aside.
     """
     import pandas
 
@@ -185,10 +203,18 @@ def _flat(trial: Any) -> dict[str, Any]:
     return row
 
 
-def summarise(frame, by):
-    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns
-    ``by``, in order of appearance.
+def summarise(frame: Any, by: Sequence[str]) -> Any:
+    """Success, PSNR, SSIM and LPIPS per group of a table, as a pandas DataFrame.
 
+    Parameters
+    ----------
+    frame
+        As ``table`` returns it.
+    by
+        Columns; each combination of their values has one row, in order of appearance.
+
+    Notes
+    -----
     success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and
     lpips are medians, with the quartiles of psnr; released_20 is the share that the released code's
     PSNR of at least 20 would call a success.
@@ -244,12 +270,12 @@ def leave_interrupts() -> None:
 
 
 @functools.cache
-def end_with(master):
+def end_with(master: int) -> None:
     """End this worker process when ``master``, which started it, is gone: joblib's outlive one that
     was killed.
     """
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == master:
             time.sleep(1)
         os._exit(1)
@@ -258,8 +284,21 @@ def end_with(master):
 
 
 @contextlib.contextmanager
-def engine(scheduler, jobs):
-    """joblib's processes on this machine, or its Dask backend on the cluster of ``scheduler``."""
+def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
+    """joblib's processes on this machine, or its Dask backend on a cluster.
+
+    Parameters
+    ----------
+    scheduler
+        Address of a Dask scheduler, tcp://…; None or "" for this machine.
+    jobs
+        Processes on this machine, at least 1; 1 starts none.
+
+    Raises
+    ------
+    ConnectionError
+        Where the scheduler does not answer.
+    """
     import joblib
 
     if not scheduler:
@@ -284,7 +323,7 @@ def engine(scheduler, jobs):
 
 
 @contextlib.contextmanager
-def _progress(total, done):
+def _progress(total: int, done: int) -> Iterator[Any]:
     """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in
     the file it watches.
     """
@@ -304,7 +343,9 @@ def _progress(total, done):
 
 
 class _Watched:
-    def __init__(self, path, total, done):
+    """A bar that is a file: "done total"."""
+
+    def __init__(self, path: Path, total: int, done: int) -> None:
         self.path, self.total, self.done = path, total, done
 
     def __enter__(self):
