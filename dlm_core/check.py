@@ -9,7 +9,17 @@ from typing import Any
 
 
 def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise ValueError unless ``value`` is among ``allowed``; the message offers the near ones."""
+    """Raise ValueError unless ``value`` is among ``allowed``; the message offers the near ones.
+
+    Parameters
+    ----------
+    argument
+        Its name, for the message, here and below.
+    value
+        What was given.
+    allowed
+        Names, or what prints as one.
+    """
     names = [str(name) for name in allowed]
     if value not in names:
         near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
@@ -18,15 +28,26 @@ def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def at_least(argument: str, value: object, lowest: int) -> None:
-    """Raise unless ``value`` is a whole number of at least ``lowest``."""
+    """Raise ValueError unless ``value`` is a whole number of at least ``lowest``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{argument} is {value!r}; it takes a whole number of at least {lowest}")
 
 
 def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise unless ``value`` is a number in [low, high], or in (low, high] with ``open_low``."""
-    number: Any = value if isinstance(value, numbers.Real) else math.nan
-    inside = math.isfinite(number) and low <= number <= high
+    """Raise ValueError unless ``value`` is a finite number in [low, high].
+
+    Parameters
+    ----------
+    argument, value
+        As in ``one_of``.
+    low, high
+        The interval; ``high`` may be infinite.
+    open_low
+        Whether ``low`` itself is refused.
+    """
+    inside = (
+        isinstance(value, numbers.Real) and math.isfinite(value) and low <= float(value) <= high
+    )
     if not inside or (open_low and value == low):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{argument} is {value!r}; it takes a finite number in {interval}")

@@ -95,9 +95,9 @@ def train_locally(
     check.in_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
     if isinstance(client_optimizer, str):
         check.one_of("client_optimizer", client_optimizer, CLIENT_OPTIMIZERS)
-    kind: Any = client_optimizer
-    if isinstance(client_optimizer, str):
-        kind = CLIENT_OPTIMIZERS[client_optimizer].function
+        kind: Callable[..., Any] = CLIENT_OPTIMIZERS[client_optimizer].function
+    else:
+        kind = client_optimizer
     model = copy.deepcopy(model)
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
@@ -116,8 +116,23 @@ def descend(
     batch_size: int | None = None,
     clear_gradients: bool = True,
 ) -> Observation:
-    """Move ``client``, a copy of ``model``, by ``stepper``, its optimizer; the rest as in
-    ``train_locally``.
+    """Train a client by an optimizer of its own, and return what an observer sees of it.
+
+    Parameters
+    ----------
+    model
+        With the weights that the client receives.
+    client
+        A copy of it, which is trained in place.
+    stepper
+        The optimizer of the copy's parameters.
+    images, labels, local_steps, batch_size, clear_gradients
+        As in ``train_locally``.
+
+    Raises
+    ------
+    ValueError, FloatingPointError
+        As ``train_locally`` does.
     """
     check.at_least("local_steps", local_steps, 1)
     num_classes = _check_data(model, images, labels)
@@ -138,8 +153,14 @@ def descend(
 
 
 def average(snapshots: Sequence[StateDict], sizes: Sequence[float]) -> StateDict:
-    """FedAvg's server step (McMahan et al. 2017, algorithm 1): the mean of state dicts weighted by
-    ``sizes``.
+    """FedAvg's server step (McMahan et al. 2017, algorithm 1): the weighted mean of state dicts.
+
+    Parameters
+    ----------
+    snapshots
+        What the clients sent, at least one.
+    sizes
+        Their weights, one each: how many images a client has.
     """
     total = float(sum(sizes))
     mean = {}

@@ -14,7 +14,10 @@ Tensors = Sequence[torch.Tensor]
 
 
 def gradient(
-    model: nn.Module, loss: Callable, images: torch.Tensor, labels: torch.Tensor
+    model: nn.Module,
+    loss: Callable[..., torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """g(x, y): the gradient of ``loss`` in the model's parameters.
 
@@ -44,7 +47,15 @@ def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:
 
 
 def scaled_distance(g: Tensors, d: Tensors, k: torch.Tensor | float) -> torch.Tensor:
-    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024), k ≈ 1/η is optimised too."""
+    """Σ_layers ‖g - kΔ‖²: DLM (Zhao et al. 2024).
+
+    Parameters
+    ----------
+    g, d
+        The dummy gradient and Δ.
+    k
+        A scalar, about 1/η; DLM optimises it too.
+    """
     return _total(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
 
 
@@ -108,7 +119,7 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
 
 
 def _total(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
-    return sum(numbers)  # type: ignore[return-value]
+    return sum(numbers)  # type: ignore[return-value]  # typeshed: of nothing it would be 0
 
 
 def _inner(a: Tensors, b: Tensors) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Observation:
 
     model: nn.Module = field(repr=False)
     weights_after: StateDict = field(repr=False)
-    image_shape: tuple
+    image_shape: tuple[int, ...]
     num_classes: int
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Observation:
                 "nothing can leak"
             )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
     @property

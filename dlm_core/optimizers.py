@@ -1,6 +1,7 @@
 """The attacker's optimizers: each takes (variables, max_evaluations) and steps on a closure."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -67,7 +68,8 @@ class SignedAdam(torch.optim.Adam):
         self.drops = {max_evaluations * eighths // 8 for eighths in (3, 5, 7)}
         self.steps = 0
 
-    def step(self, closure: Callable) -> torch.Tensor:  # type: ignore[override]
+    # torch takes a step without a closure as well
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """One step; the loss before it."""
         value = closure()
         self.steps += 1

@@ -78,8 +78,8 @@ def reconstruct(
     dtype: torch.dtype = torch.float64,
     scale: float | Trained = 1.0,
     total_variation: float = 0.0,
-    coordinates: Callable = cosines,
-    optimizer: Callable = lbfgs,
+    coordinates: Callable[..., Any] = cosines,
+    optimizer: Callable[..., torch.optim.Optimizer] = lbfgs,
     restarts: int = 1,
     keep_every: int | None = None,
     update_of: Callable[..., Tensors] = objectives.gradient,
@@ -190,15 +190,18 @@ class _Target:
 
     def distance_from(self, g: Tensors, growth: Any) -> torch.Tensor:
         """The distance of ``g``; a trained scale has grown from its start by ``growth``."""
-        if self.trained:
-            return self.distance(g, self.update, self.k0 * growth)
-        return self.distance(g, self.update)
+        if not self.trained:
+            return self.distance(g, self.update)
+        assert growth is not None  # one of the variables, where the scale is trained
+        return self.distance(g, self.update, self.k0 * growth)
 
     def misfit(self, g: Tensors, growth: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(distance, distance relative to the target's length)."""
         distance = self.distance_from(g, growth)
-        unit = self.unit * growth.detach() ** 2 if self.trained else self.unit
-        return distance, distance.detach() / unit
+        if not self.trained:
+            return distance, distance.detach() / self.unit
+        assert growth is not None
+        return distance, distance.detach() / (self.unit * growth.detach() ** 2)
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,8 @@ class _Search:
         """The reason to stop now, or None."""
         if not finite:
             return Status.DIVERGED
-        if self.enough is not None and misfit <= self.enough:
+        assert self.enough is not None  # set before the first verdict
+        if misfit <= self.enough:
             return Status.CONVERGED
         patience = self.rule.patience
         if len(self.losses) > patience and self.lowest[-1] > 0.95 * self.lowest[-1 - patience]:
@@ -341,8 +345,23 @@ class _Search:
 def known_labels(
     seen: Observation, labels: str | torch.Tensor, num_images: int, local_steps: int = 1
 ) -> torch.Tensor | None:
-    """The labels where they are told or inferred (as after ``local_steps``), None where they are to
-    be optimised.
+    """The labels [B] where they are told or inferred, None where they are to be optimised.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    labels
+        As in ``reconstruct``.
+    num_images
+        B.
+    local_steps
+        As in ``label_inference.infer``.
+
+    Raises
+    ------
+    ValueError
+        For labels of another shape, or that are no classes of the model.
     """
     if not isinstance(labels, torch.Tensor):
         check.one_of("labels", labels, ("inferred", "optimised"))

@@ -60,8 +60,16 @@ def check_weights(argument: str, weights: Any) -> StateDict:
 
 
 def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, naming the tensor, unless ``weights`` has the names, shapes and dtypes of
-    ``expected``.
+    """Raise ValueError, naming the tensor, unless state dicts have the same names, shapes, dtypes.
+
+    Parameters
+    ----------
+    argument
+        Name of the argument that ``weights`` came as.
+    weights
+        A state dict, or what was given for one.
+    expected
+        The model's own.
     """
     check_weights(argument, weights)
     lacks = [name for name in expected if name not in weights]
@@ -73,7 +81,7 @@ def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor])
         cure = "; rename its entries, or give audit or observe the network that they come from"
         told = cure if argument == "before" else ""
         raise ValueError(f"{argument} does not fit the model: it {' and '.join(parts)}{told}")
-    properties: tuple[tuple[str, Callable], ...] = (
+    properties: tuple[tuple[str, Callable[[torch.Tensor], Any]], ...] = (
         ("shape", lambda tensor: list(tensor.shape)),
         ("dtype", lambda tensor: tensor.dtype),
     )
@@ -104,7 +112,7 @@ def rounded(weights: StateDict, dtype: torch.dtype | None) -> StateDict:
     }
 
 
-def _some(names: list) -> str:
+def _some(names: list[Any]) -> str:
     return ", ".join(map(repr, names[:2])) + (
         f" and {len(names) - 2} more" if len(names) > 2 else ""
     )

@@ -165,15 +165,15 @@ def combined(
         return [g for model in models for g in objectives.gradient(model, loss, images, labels)]
 
     def distance(g, d):
-        total: Any = 0
+        total = g[0].new_zeros(())
         for turn, own in enumerate(weights):
             part = slice(turn * size, (turn + 1) * size)
             between = objectives.weighted(objectives.normalised_distance, own)
             total = total + between(g[part], d[part])
         return total
 
-    fallen: Any = sum(each.head.delta_bias for each in rounds)
-    label = fallen.argmin()[None]
+    none = torch.zeros_like(rounds[0].head.delta_bias)
+    label = sum((each.head.delta_bias for each in rounds), start=none).argmin()[None]
     settings = {"labels": label, "total_variation": prior, **options}
     return reconstruct(_joined(rounds), distance, update_of=update_of, **settings)
 

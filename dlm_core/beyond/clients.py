@@ -33,7 +33,24 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """SGD with heavy-ball or Nesterov momentum; the buffer starts as the first gradient."""
+    """SGD with heavy-ball or Nesterov momentum; the buffer starts as the first gradient.
+
+    Parameters
+    ----------
+    weight, gradient
+        Of one shape.
+    state
+        The momentum's buffer; None before the first step.
+    rate
+        η, a number or a scalar tensor.
+    momentum, dampening, nesterov, weight_decay
+        As in ``torch.optim.SGD``.
+
+    Returns
+    -------
+    weight, state
+        After the step.
+    """
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     if momentum:
         state = gradient if state is None else momentum * state + (1 - dampening) * gradient
@@ -54,6 +71,20 @@ def adam(
     """Adam (Kingma and Ba 2015), weight decay as part of the gradient.
 
     Its first step is η g/(|g| + ε).
+
+    Parameters
+    ----------
+    weight, gradient, rate
+        As in ``sgd``.
+    state
+        (first moment, second moment, number of steps); None before the first step.
+    betas, eps, weight_decay
+        As in ``torch.optim.Adam``.
+
+    Returns
+    -------
+    weight, state
+        After the step.
     """
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     first, second, t = state or (0.0, 0.0, 0)
@@ -74,7 +105,20 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
-    """AdamW (Loshchilov and Hutter 2019): Adam on weights that shrink by ηλ in each step."""
+    """AdamW (Loshchilov and Hutter 2019): Adam on weights that shrink by ηλ in each step.
+
+    Parameters
+    ----------
+    weight, gradient, state, rate
+        As in ``adam``.
+    betas, eps, weight_decay
+        As in ``torch.optim.AdamW``.
+
+    Returns
+    -------
+    weight, state
+        After the step.
+    """
     shrunk = weight * (1 - rate * weight_decay)
     return adam(shrunk, gradient, state, rate, betas=betas, eps=eps)
 
@@ -89,7 +133,22 @@ def rmsprop(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSprop (Hinton 2012). Its first step is η g/(√(1-α) |g| + ε)."""
+    """RMSprop (Hinton 2012). Its first step is η g/(√(1-α) |g| + ε).
+
+    Parameters
+    ----------
+    weight, gradient, rate
+        As in ``sgd``.
+    state
+        The mean square of the gradient; None before the first step.
+    alpha, eps, weight_decay
+        As in ``torch.optim.RMSprop``.
+
+    Returns
+    -------
+    weight, state
+        After the step.
+    """
     gradient = gradient + weight_decay * weight if weight_decay else gradient
     state = alpha * (0.0 if state is None else state) + (1 - alpha) * gradient**2
     return weight - rate * gradient / (_root(state) + eps), state

@@ -238,7 +238,10 @@ def bound(
             layers, labels[0], known.weights, x, learning_rate, known.error_variance
         )
         if curvature.variance is None:
-            raise ValueError(f"image_shape is {seen.image_shape}; the bound's matrix would not fit")
+            raise ValueError(
+                f"images has {x.numel()} entries; before a convolution the bound takes up to "
+                f"{information.LARGEST}"
+            )
         return _psnr(curvature.variance)
 
 
@@ -285,7 +288,9 @@ def _walk_down(problem: Problem, features: GaussNewton) -> torch.Tensor:
     layer = problem.layers[first]
     deltas, _ = recursion.signals(problem.layers[first:], problem.label, point.x)
     back = layer.spread(layer.kernel.T @ deltas[0])
-    found = recursion.Recovered(point.x, features.curvature.variance, back)
+    variance = features.final_curvature.variance
+    assert variance is not None  # the curvature of a linear layer's input is always formed
+    found = recursion.Recovered(point.x, variance, back)
     for depth in reversed(range(first)):
         layer = problem.layers[depth]
         gradient = problem.update[depth] / point.eta - point.decay * layer.weight
@@ -305,21 +310,20 @@ def _judge(
     shape: Sequence[int], fit: GaussNewton, equations: int, plausible: bool
 ) -> tuple[Fit, float]:
     """(the evidence, the standard error of η)."""
-    point, curvature = fit.point, fit.curvature
+    point, curvature = fit.point, fit.final_curvature
     n = math.prod(shape)
     equations = min(equations, n)
     coupled = curvature.solve(point.cross)
     scale_covariance = torch.linalg.inv(point.scale - point.cross.T @ coupled)
-    counted = curvature.variance is not None
-    if counted:
+    if curvature.variance is None:
+        variance = torch.full_like(point.x[:n], math.nan)
+        identifiable = equations
+    else:
         # what not knowing η and λ adds
         of_scales = ((coupled[:n] @ scale_covariance) * coupled[:n]).sum(1)
         variance = curvature.variance + of_scales
         undetermined = curvature.ridge * float(curvature.variance.sum())
         identifiable = min(equations, round(n - undetermined))
-    else:
-        variance = torch.full_like(point.x[:n], math.nan)
-        identifiable = equations
     chi2 = point.chi2 / _degrees_of_freedom(point, identifiable)
     explained = plausible and CHI2_RANGE[0] < chi2 < CHI2_RANGE[1]
     evidence = Fit(
@@ -331,7 +335,7 @@ def _judge(
         identifiable=identifiable,
         directions=n,
         grade=_grade(chi2, plausible, identifiable < n, equations < n),
-        counted=counted,
+        counted=curvature.variance is not None,
     )
     return evidence, point.eta * math.sqrt(abs(float(scale_covariance[0, 0])))
 

@@ -125,6 +125,7 @@ from dlm_core.beyond.recursion import (
     Tensors,
     add_by_channel,
     cholesky,
+    pull_back,
     signals,
     signals_after_first,
 )
@@ -307,10 +308,10 @@ def _slopes(act: Callable, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """(act', act'') of an elementwise activation."""
 
     def slope(z: torch.Tensor) -> torch.Tensor:
-        _, pull = pullback(act, z)
+        _, pull = pull_back(act, z)
         return pull(torch.ones_like(z))[0]
 
-    first, pull = pullback(slope, z)
+    first, pull = pull_back(slope, z)
     return first, pull(torch.ones_like(z))[0]
 
 
@@ -409,8 +410,8 @@ def _linearise(function: Callable, x: torch.Tensor) -> tuple:
     ``push`` is the Jacobian times a vector, ``pull`` its transpose. ``push`` is the transpose of
     the transpose; torch's forward mode would do, but its import warns of deprecation.
     """
-    value, pull = pullback(function, x)
-    _, push = pullback(lambda cotangent: pullback(function, x)[1](cotangent)[0], value)
+    value, pull = pull_back(function, x)
+    _, push = pull_back(lambda cotangent: pull_back(function, x)[1](cotangent)[0], value)
     return value, lambda v: push(v)[0], lambda cotangent: pull(cotangent)[0]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from dlm_core.beyond import information
-from dlm_core.beyond.recursion import PRIOR_MEAN, PRIOR_VARIANCE, Tensors, signals
+from dlm_core.beyond.recursion import PRIOR_MEAN, PRIOR_VARIANCE, Tensors, pull_back, signals
 from dlm_core.beyond.rounding import Weighting
 from dlm_core.beyond.stacks import Layer, pullback
 from dlm_core.results import Status
@@ -121,8 +121,18 @@ class Problem:
         )
 
     def at(self, x: torch.Tensor, eta: float, decay: float) -> Point:
-        """Evaluate χ² and its derivatives."""
-        (deltas, inputs), pull = pullback(partial(signals, self.layers, self.label), x)
+        """Evaluate χ² and its derivatives.
+
+        Parameters
+        ----------
+        x
+            [n] the image, or longer, as the module says.
+        eta
+            η > 0.
+        decay
+            λ.
+        """
+        (deltas, inputs), pull = pull_back(partial(signals, self.layers, self.label), x)
 
         def transpose(matrices: Tensors) -> torch.Tensor:
             """Jᵀ W times an update, J the update's Jacobian in x."""
@@ -188,7 +198,7 @@ class Problem:
     def _dot(self, a: Tensors, b: Tensors) -> torch.Tensor:
         """Weighted inner product of two updates."""
         products = ((w * p * q).sum() for w, p, q in zip(self.weights, a, b))
-        return cast(torch.Tensor, sum(products))
+        return sum(products, start=self.update[0].new_zeros(()))
 
     def _project(self, columns: list[Tensors], update: Tensors) -> torch.Tensor:
         return torch.stack([self._dot(column, update) for column in columns])
@@ -261,6 +271,12 @@ class GaussNewton:
         if not self.losses:
             self.losses.append(self.point.loss)
         return self
+
+    @property
+    def final_curvature(self) -> information.Curvature:
+        """``curvature``, which is there once ``run`` has ended."""
+        assert self.curvature is not None
+        return self.curvature
 
     def refresh(self) -> None:
         """Weigh the update's entries anew at the present point, and compute the curvature there."""

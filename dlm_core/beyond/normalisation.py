@@ -43,7 +43,7 @@ def local_batches(seen: Observation) -> dict[str, int]:
     for name, layer in seen.model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats:
             after = int(seen.weights_after[_key(name, "num_batches_tracked")])
-            steps = after - _batches(layer)
+            steps = after - _tracked_before(layer)
             if steps > 0:
                 found[name] = steps
     return found
@@ -71,11 +71,18 @@ def batch_statistics(seen: Observation) -> Statistics:
     return {name: _of_layer(seen, name, steps) for name, steps in local_batches(seen).items()}
 
 
+def _tracked_before(layer: _BatchNorm) -> int:
+    """The number of batches in a layer's running statistics at W_t."""
+    assert layer.num_batches_tracked is not None  # ``track_running_stats`` is asked first
+    return int(layer.num_batches_tracked)
+
+
 def _of_layer(seen: Observation, name: str, steps: int) -> list[torch.Tensor]:
-    layer: Any = seen.model.get_submodule(name)
-    before = _batches(layer)
-    mean_of_all = layer.momentum is None  # that is what r is then
-    left = before / (before + steps) if mean_of_all else (1 - layer.momentum) ** steps
+    layer = seen.model.get_submodule(name)
+    assert isinstance(layer, _BatchNorm)
+    before = _tracked_before(layer)
+    # without a momentum r is the mean of all batches
+    left = before / (before + steps) if layer.momentum is None else (1 - layer.momentum) ** steps
     found = []
     for part in ("running_mean", "running_var"):
         r = getattr(layer, part).double()

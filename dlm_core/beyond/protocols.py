@@ -385,10 +385,7 @@ def _unmixed(
     It is what the peer ``between`` mixed then, less its own message, the listener's, and its own
     step on the image that was found.
     """
-    if found.learning_rate is None:
-        raise ValueError(
-            "attack found no learning rate; the listener needs one to unmix what it hears"
-        )
+    assert found.learning_rate is not None  # ``two_hops`` refuses other attacks
     peer = copy.deepcopy(model).double()
     peer.load_state_dict(between[1])
     loss = federated.loss(peer(found.images), found.labels)

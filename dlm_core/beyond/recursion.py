@@ -4,8 +4,8 @@ Everything here concerns one image and is float64; layers and symbols are those 
 ``information`` has the curvature of an image's likelihood in the same terms.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +19,13 @@ SAMPLES = 64  # random vectors that give a variance to about 20 %
 RIDGE = 1e-16  # of the trace: where rounding of float64 makes a normal matrix singular
 
 Tensors = list[torch.Tensor]
+
+
+def pull_back(
+    function: Callable[..., Any], x: torch.Tensor
+) -> tuple[Any, Callable[..., tuple[torch.Tensor]]]:
+    """``torch.func.vjp`` of one tensor: (function(x), its transposed Jacobian at ``x``)."""
+    return vjp(function, x)[:2]  # its annotation has a third part, which only has_aux=True adds
 
 
 def count_equations(layers: Sequence[Layer]) -> int:
@@ -72,7 +79,15 @@ def signals_after_first(
     z: torch.Tensor,
     softmax: torch.Tensor | None = None,
 ) -> tuple[Tensors, Tensors]:
-    """The same from the first layer's ``z`` [O, L] on, without the input of that layer."""
+    """The same from the first layer's output on, without the input of that layer.
+
+    Parameters
+    ----------
+    layers, label, softmax
+        As in ``signals``.
+    z
+        [O, L], the first layer's output before its activation.
+    """
     outputs, inputs = [z], []
     for below, layer in zip(layers, layers[1:]):
         activated = below.activation.function(outputs[-1])
@@ -83,7 +98,7 @@ def signals_after_first(
     deltas = [probabilities - target]
     for below, layer, output in zip(layers[-2::-1], layers[:0:-1], outputs[-2::-1]):
         back = layer.spread(times(layer.kernel.T, deltas[0])).reshape(output.shape)
-        _, through_activation = pullback(below.activation.function, output)
+        _, through_activation = pull_back(below.activation.function, output)
         deltas.insert(0, through_activation(back)[0])
     return deltas, inputs
 
@@ -157,7 +172,7 @@ def _through_inverse(
     # an estimate at the edge of the range, or beyond it, is known no better than to its sd
     margin = sd.clamp(max=(high - low) / 2)
     z = activation.inverse(output.clamp(low + margin, high - margin))
-    _, pull = pullback(activation.function, z)
+    _, pull = pull_back(activation.function, z)
     slope = pull(torch.ones_like(z))[0]
     return z, slope, (slope / sd).square()
 

@@ -5,7 +5,7 @@ Per layer one matrix [O, I + 1], or [O, I] without a bias, as in ``stacks``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -155,7 +155,18 @@ class Arithmetic(NamedTuple):
 def arithmetic_variance(
     seen: Observation, layers: Sequence[Layer], label: torch.Tensor, x: torch.Tensor
 ) -> Arithmetic:
-    """Measure the error of the gradient that the client computes in its own precision at ``x`` [n].
+    """Measure the error of the gradient that the client computes in its own precision.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    layers
+        Its network.
+    label
+        Class index, a scalar.
+    x
+        [n] the image, where it is measured; what is longer is cut.
 
     Notes
     -----
@@ -224,7 +235,15 @@ def _mean_square_of_nonzero(errors: torch.Tensor) -> float:
 
 
 def pack(model: nn.Module, layers: Sequence[Layer], tensors: Sequence[torch.Tensor]) -> Tensors:
-    """One tensor per parameter, in the model's order -> one matrix per layer."""
+    """One matrix per layer, [O, I] or with its bias [O, I + 1], from one tensor per parameter.
+
+    Parameters
+    ----------
+    model, layers
+        The network, and its ``stacks.stack``.
+    tensors
+        In the order of the model's parameters.
+    """
     named = dict(zip((name for name, _ in model.named_parameters()), tensors))
     matrices = []
     for layer in layers:
@@ -235,7 +254,7 @@ def pack(model: nn.Module, layers: Sequence[Layer], tensors: Sequence[torch.Tens
     return matrices
 
 
-def check_counts(seen: Observation, **given: Sequence | None) -> None:
+def check_counts(seen: Observation, **given: Sequence[Any] | None) -> None:
     """Raise ValueError unless each argument that is given has one entry per parameter."""
     count = len(seen.parameter_names)
     for name, entries in given.items():

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.func import vjp
 from torch.nn import functional as F
-from torch.nn import grad
+from torch.nn.grad import conv2d_input
 
 REWRITE_HINT = (
     "layers called one after the other can be written as one: "
@@ -152,7 +152,7 @@ class Layer:
         rows = rows.reshape(len(rows), -1, *self._output_sides(self.window))
         options: Any = {name: value for name, value in self.window.items() if name != "kernel_size"}
         shape = (len(rows), *self.shape)
-        return grad.conv2d_input(shape, kernel, rows, **options).flatten(1)
+        return conv2d_input(shape, kernel, rows, **options).flatten(1)
 
     def _output_sides(self, window: dict[str, tuple[int, int]]) -> list[int]:
         """[height, width] of a convolution's output."""

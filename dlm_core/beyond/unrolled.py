@@ -159,7 +159,7 @@ def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
     evidence = replace(
         best.evidence,
         losses=[loss for each in searches for loss in each.losses],
-        tried=[(_steps(each), each.loss) for each in searches],
+        tried=[(_steps_of(each), each.loss) for each in searches],
     )
     return replace(
         best,
@@ -221,7 +221,7 @@ def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
     searches = [search(first, patience=HURRY)]
     best = _climb(search, searches, {first: searches[0].loss}, max_steps, FINEST)
     while best.status is not Status.CONVERGED and len(searches) < MOST:
-        here, loss = _steps(best), best.loss
+        here, loss = _steps_of(best), best.loss
         searches.append(search(here, best))
         losses = {here: _best(searches).loss, max(here - 2, 0): math.inf, here + 2: math.inf}
         best = _climb(search, searches, losses, max_steps)
@@ -250,6 +250,12 @@ def _climb(
 def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
     """The first of lowest loss."""
     return min(searches, key=lambda each: each.loss)
+
+
+def _steps_of(found: Reconstruction) -> int:
+    """E of a search, which assumed one."""
+    assert found.local_steps is not None
+    return found.local_steps
 
 
 @dataclass(frozen=True)
@@ -353,7 +359,7 @@ def _rate_at(seen: Observation, client: _Client, steps: int, best: Reconstructio
     """η that fits the update best for E = ``steps`` and the images of the search ``best``."""
     model = copy.deepcopy(seen.model).double()
     images, rate = best.images.double(), best.learning_rate
-    assert rate is not None  # as every search on a simulated client finds one
+    assert rate is not None  # ``_search`` finds one
     return _nearest_rate(
         lambda tried: client.update(model, images, best.labels, tried, steps),
         seen.delta,

@@ -35,8 +35,9 @@ SIDE = 256  # pixels of the picture's width, about
 
 def tried() -> dict[str, records.Attack]:
     """The registered attacks that an audit tries, in their order: they need be told nothing."""
-    chosen = [record for record in records.ATTACKS.values() if record.audited is not None]
-    return {record.key: record for record in sorted(chosen, key=lambda record: record.audited or 0)}
+    every = records.ATTACKS.values()
+    placed = [(each.audited, each) for each in every if each.audited is not None]
+    return {record.key: record for _, record in sorted(placed, key=lambda pair: pair[0])}
 
 
 def audit(
@@ -142,15 +143,15 @@ def _read(
     """(Observation, dtype of half precision to which the weights that came back are rounded, or
     None).
     """
-    named = isinstance(model, str)
     network = models.build(model, image_shape) if isinstance(model, str) else model
     snapshots = [
         load_weights(given) if isinstance(given, (str, Path)) else check_weights(argument, given)
         for argument, given in (("before", before), ("after", after))
     ]
     if isinstance(model, str):
-        *_, bias = dict(network.named_parameters())  # ours end in the head's
-        last = snapshots[0].get(bias)
+        last = snapshots[0].get(
+            list(dict(network.named_parameters()))[-1]
+        )  # ours end in the head's bias
         num_classes = num_classes or (100 if last is None else len(last))  # the file knows
         network = models.build(model, image_shape, num_classes)
     coarse = _half_precision(snapshots[1])
@@ -165,7 +166,7 @@ def _read(
     except Unchanged:
         raise
     except ValueError as why:
-        if not named:
+        if not isinstance(model, str):
             raise
         raise ValueError(
             f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})"

@@ -61,7 +61,15 @@ class Scene:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Any:
-        """What is seen of it: an Observation, or a list of them."""
+        """What is seen of it: an Observation, or a list of them.
+
+        Parameters
+        ----------
+        num_images
+            In the client's step.
+        device, dtype
+            Of the client's network and images.
+        """
         record = DATA_SETS[self.dataset]
         images, labels, *_ = data.load(self.dataset, n=num_images, source="bundled")
         images, labels = images.to(device, dtype), labels.to(device)
@@ -94,7 +102,7 @@ SCENES = {
     "statistics": BATCH_NORM,
 }
 BUDGETS = {"local_steps": 2, "max_evaluations": 20, "max_rounds": 5, "max_steps": 4}
-TOLD = {
+TOLD: dict[str, Any] = {
     "defence": {"name": "noise", "scale": 1e-4, "observer": "server"},
     "k0": 20.0,
     "learning_rate": PLAIN.learning_rate,
@@ -204,15 +212,14 @@ def check_defence(
     _check_output(record, run, options)
     if neutral is not None:
         _check_neutral(record, run, neutral)
-    misspelt = partial(record.check_options, "option", {**options, MISSPELT: 1})
-    _check_refused(record, misspelt, MISSPELT)
+    misspelt = {**options, MISSPELT: 1}
+    _check_refused(record, partial(record.check_options, "option", misspelt), MISSPELT)
     seen = PLAIN.observe()
     if record.acts_on == "training":
         _check_refused(record, partial(defenses.defend, seen, record.key, **options), record.key)
         return
-    wrong: dict[str, Any] = {**options, MISSPELT: 1}
-    _check_refused(record, partial(defenses.defend, seen, record.key, **wrong), MISSPELT)
-    seeded = Options({**options, "seed": 1})
+    _check_refused(record, partial(defenses.defend, seen, record.key, **misspelt), MISSPELT)
+    seeded = Options(options, seed=1)
     _check_refused(record, partial(defenses.Setting, record.key, seeded), "seed")
     _check_setting(record, seen, options)
 
@@ -311,8 +318,8 @@ def _contents(seen: Observation) -> dict[str, Any]:
 
 def _generators() -> list[Any]:
     """States of the global random generators."""
-    of_numpy: Any = np.random.get_state()
-    name, keys, *rest = of_numpy
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return [torch.get_rng_state(), random.getstate(), torch.from_numpy(keys.copy()), name, rest]
 
 

@@ -33,11 +33,11 @@ def style() -> None:
     """Set matplotlib's defaults for the session: column width, 6 to 7 pt text, colour-blind safe
     colours.
     """
-    import matplotlib
+    import matplotlib.style
     import seaborn
 
     seaborn.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
-    matplotlib.rcParams.update(cast(Any, STYLE))
+    matplotlib.style.use(STYLE)
 
 
 def name(key: str) -> str:
@@ -77,8 +77,18 @@ def show_images(
     column_names: Sequence[str] = (),
     cell: float = 0.42,
 ) -> Any:
-    """A grid of images, one list of [C, H, W] tensors in [0, 1] per row (clamped for display).
-    Returns the figure.
+    """Draw a grid of images, and return the matplotlib figure.
+
+    Parameters
+    ----------
+    rows
+        Of [C, H, W] tensors in [0, 1], clamped for display; None leaves a place empty.
+    row_names
+        One per row, at its left.
+    column_names
+        Above the first row; there may be fewer than columns.
+    cell
+        Width and height of a place in inches.
     """
     import matplotlib.pyplot as plt
 

@@ -9,8 +9,14 @@ from dlm_core.results import Reconstruction, SearchEvidence
 
 
 def judge(found: Reconstruction, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return a reconstruction's own numbers and its distance from the true ``images`` [B, C, H, W];
-    a batch is matched first.
+    """Return a reconstruction's own numbers and its distance from the truth.
+
+    Parameters
+    ----------
+    found
+        Of B images; they are matched with the true ones first.
+    images, labels
+        The truth, [B, C, H, W] and [B].
     """
     order = metrics.match(found.images, images) if len(images) > 1 else torch.tensor([0])
     best = found.images[order]

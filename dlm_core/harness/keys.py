@@ -142,7 +142,7 @@ def _file(module: str) -> Path:
     return path
 
 
-def _tree(module: str) -> ast.AST:
+def _tree(module: str) -> ast.Module:
     """A module's syntax tree without docstrings."""
     tree = ast.parse(_file(module).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -193,7 +193,7 @@ def _described(value: Any) -> str:
         if name.split(".")[0] == "dlm_core":
             return code_version(name) if name != "dlm_core" else name
         file = getattr(value, "__file__", None)
-        if file is None or {"site-packages", "dist-packages", "lib"} & set(Path(file).parts):
+        if not file or {"site-packages", "dist-packages", "lib"} & set(Path(file).parts):
             return name
         return _digest([Path(file).read_text(encoding="utf-8")])
     if isinstance(value, torch.Tensor):

@@ -83,8 +83,11 @@ def parameters(path: Path) -> dict[str, Any]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
-    assigned = [node for node in body if isinstance(node, ast.Assign)]
-    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in assigned}
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
 
 
 class Report:
@@ -97,8 +100,16 @@ class Report:
         self.sentence = ""
 
     def figure(self, figure: Any, alt: str, suffix: str = "") -> None:
-        """Save a matplotlib figure as PDF and PNG under the notebook's name, and show it with
-        ``alt`` as its description.
+        """Save a figure as PDF and PNG under the notebook's name, and show it.
+
+        Parameters
+        ----------
+        figure
+            Of matplotlib.
+        alt
+            Its description, for readers who do not see it.
+        suffix
+            Added to the notebook's name, where it has several figures.
         """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
@@ -117,8 +128,23 @@ class Report:
         self._record([f"{stem}.png", f"{stem}.pdf"], alt)
 
     def table(self, frame: Any, caption: str, suffix: str = "", digits: int = 2) -> Any:
-        """Save a DataFrame as CSV (six digits) and Markdown (``digits`` decimals) and return it,
-        rounded, for display.
+        """Save a table as CSV (six digits) and Markdown under the notebook's name.
+
+        Parameters
+        ----------
+        frame
+            A pandas DataFrame.
+        caption
+            What it shows.
+        suffix
+            Added to the notebook's name, where it has several tables.
+        digits
+            Decimals in Markdown and on display.
+
+        Returns
+        -------
+        pandas.io.formats.style.Styler
+            The table, rounded, for display.
         """
         stem = self.notebook + (f"_{suffix}" if suffix else "")
         frame.to_csv(
@@ -143,22 +169,16 @@ class Report:
         )  # the same id each time
 
     def claim(
-        self,
-        statement: str,
-        holds: bool,
-        evidence: str,
-        *,
-        source: str = "paper",
-        cause: str = "",
+        self, statement: str, holds: bool, evidence: str, *, source: str = "paper", cause: str = ""
     ) -> None:
-        """Print and keep whether ``statement`` holds.
+        """Print and keep whether a statement holds.
 
         Parameters
         ----------
         statement
-            One sentence.
+            In words.
         holds
-            The verdict.
+            Whether it does.
         evidence
             The numbers that decide it.
         source
@@ -191,7 +211,9 @@ class Report:
 
     def finish(self) -> None:
         """Write the verdicts into claims.json and claims.md, beside those of other notebooks."""
-        entry = {self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}}
+        entry: dict[str, Any] = {
+            self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}
+        }
         if self.sentence:
             entry[self.notebook]["setting"] = self.sentence
         with shared(self.folder / "claims.json") as everything:
@@ -215,7 +237,7 @@ class Report:
             "machine": platform.machine(),
         }
 
-    def _record(self, files, caption):
+    def _record(self, files: Sequence[str], caption: str) -> None:
         with shared(self.folder / "manifest.json") as manifest:
             manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
 
@@ -270,6 +292,7 @@ def revision() -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -295,11 +318,11 @@ def write_atomically(path: str | Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _row(cells):
+def _row(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _claims_page(everything):
+def _claims_page(everything: dict[str, Any]) -> str:
     lines = ["# Claims, checked in code by the notebooks", ""]
     for notebook, entry in sorted(everything.items()):
         lines += [

@@ -81,8 +81,16 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:
-    """What the trial's defence leaves of an Observation, with noise of its own for each round
-    ``turn`` and each client.
+    """What the trial's defence leaves of an Observation.
+
+    Parameters
+    ----------
+    trial
+        A ``trials.Trial``, here and below.
+    seen
+        What the client would send.
+    turn, client
+        Numbers of the round and of the client; each has noise of its own.
     """
     setting = trial.defence
     if setting is None:
@@ -107,13 +115,8 @@ def take_part(trial: Any, model: nn.Module) -> Any:
 
 def _start(trial: Any) -> Any:
     """The trial's part that decides which model the client receives."""
-    same: dict[str, Any] = {
-        "attack": "grey",
-        "attack_options": {},
-        "client": {},
-        "defence": None,
-        "protocol": None,
-    }
+    same: dict[str, Any] = {"attack": "grey", "attack_options": {}, "client": {}}
+    same |= {"defence": None, "protocol": None}
     return dataclasses.replace(trial, **same)
 
 
@@ -148,11 +151,19 @@ def train(model: nn.Module, trial: Any) -> nn.Module:
 
 
 def attack(trial: Any, seen: Any, labels: torch.Tensor) -> Reconstruction:
-    """The observer's side: ``labels`` are used only where the trial says that the attack is told
-    them.
+    """The observer's side of a trial.
+
+    Parameters
+    ----------
+    trial
+        It names the attack and its options.
+    seen
+        What ``observe`` returned.
+    labels
+        The true ones [B]; used only where the trial says that the attack is told them.
     """
     record = records.ATTACKS[trial.attack]
-    options = {}
+    options: dict[str, Any] = {}
     for name, value in trial.attack_options.items():
         known = OPTION_PARTS.get(name)
         options[name] = known[value] if known else value

@@ -40,6 +40,16 @@ class Store:
     """Finished records, one safetensors file each, written atomically; survives kill -9.
 
     A file that cannot be read is reported with a warning and its trial computed again.
+
+    Parameters
+    ----------
+    folder
+        Where they lie; it is made where it does not exist.
+
+    Raises
+    ------
+    ValueError
+        Where it cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,6 +65,7 @@ class Store:
             ) from None
 
     def path(self, trial: Any) -> Path:
+        """The file of a trial's record, by its ``key``."""
         return self.folder / trial.key[:2] / f"{trial.key}.safetensors"
 
     def get(self, trial: Any) -> dict[str, Any] | None:
@@ -76,6 +87,7 @@ class Store:
             return None
 
     def put(self, trial: Any, record: Mapping[str, Any]) -> None:
+        """Keep a trial's record, whole or not at all."""
         from safetensors.torch import save
 
         path = self.path(trial)
@@ -131,7 +143,7 @@ def sweep(
     if store is Default.STORE:
         store = os.environ.get("DLM_STORE") or REPOSITORY / ".store"
     shelf = None if store is None else Store(store)
-    records = {trial: shelf.get(trial) if shelf else None for trial in trials}
+    records: dict[Any, Any] = {trial: shelf.get(trial) if shelf else None for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
     scheduler = scheduler or os.environ.get("SCHEDULER")
     master = None if scheduler else os.getpid()
@@ -156,8 +168,14 @@ def sweep(
 
 
 def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
-    """A pandas DataFrame: one row per trial, the trial's fields (options spread out) and its
-    record's numbers.
+    """A pandas DataFrame with one row per trial.
+
+    Parameters
+    ----------
+    trials
+        Dataclasses; a row has their fields, options spread out.
+    records
+        One for each trial, in the same order; a row has their numbers, "arrays" aside.
     """
     import pandas
 
@@ -186,9 +204,17 @@ def _flat(trial: Any) -> dict[str, Any]:
 
 
 def summarise(frame: Any, by: Sequence[str]) -> Any:
-    """Success, PSNR, SSIM and LPIPS per group of a table: one row per combination of the columns
-    ``by``, in order of appearance.
+    """Success, PSNR, SSIM and LPIPS per group of a table, as a pandas DataFrame.
 
+    Parameters
+    ----------
+    frame
+        As ``table`` returns it.
+    by
+        Columns; each combination of their values has one row, in order of appearance.
+
+    Notes
+    -----
     success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and
     lpips are medians, with the quartiles of psnr; released_20 is the share that the released code's
     PSNR of at least 20 would call a success.
@@ -249,7 +275,7 @@ def end_with(master: int) -> None:
     was killed.
     """
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == master:
             time.sleep(1)
         os._exit(1)
@@ -259,7 +285,20 @@ def end_with(master: int) -> None:
 
 @contextlib.contextmanager
 def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
-    """joblib's processes on this machine, or its Dask backend on the cluster of ``scheduler``."""
+    """joblib's processes on this machine, or its Dask backend on a cluster.
+
+    Parameters
+    ----------
+    scheduler
+        Address of a Dask scheduler, tcp://…; None or "" for this machine.
+    jobs
+        Processes on this machine, at least 1; 1 starts none.
+
+    Raises
+    ------
+    ConnectionError
+        Where the scheduler does not answer.
+    """
     import joblib
 
     if not scheduler:
@@ -284,7 +323,7 @@ def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(total, done):
+def _progress(total: int, done: int) -> Iterator[Any]:
     """A bar with the time left: in a reader's notebook or terminal, or, under ``make figures``, in
     the file it watches.
     """
@@ -304,7 +343,9 @@ def _progress(total, done):
 
 
 class _Watched:
-    def __init__(self, path, total, done):
+    """A bar that is a file: "done total"."""
+
+    def __init__(self, path: Path, total: int, done: int) -> None:
         self.path, self.total, self.done = path, total, done
 
     def __enter__(self):

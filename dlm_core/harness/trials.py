@@ -110,7 +110,7 @@ class Protocol:
     @classmethod
     def of(cls, given: Any) -> "Protocol":
         """The same, from {"name": …, "others": …} with the options beside them."""
-        if isinstance(given, cls):
+        if isinstance(given, Protocol):
             return given
         if "name" not in given:
             raise ValueError(
@@ -231,9 +231,22 @@ class Trial:
         return run_trial(self)
 
 
-def typed(argument: str, kind: type, given: Any) -> Any:
-    """A part of a trial as its type: as it is, or from a dict of its fields; ValueError for a field
-    that it has not.
+def typed(argument: str, kind: type[Any], given: Any) -> Any:
+    """A part of a trial as its type.
+
+    Parameters
+    ----------
+    argument
+        Name of the part, for the error.
+    kind
+        A dataclass.
+    given
+        One of it, which is returned as it is, or a dict of its fields.
+
+    Raises
+    ------
+    ValueError
+        For a field that it has not.
     """
     if isinstance(given, kind):
         return given
@@ -248,8 +261,16 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
 
 def repeated(trial: Trial, n: int, start: int = 0) -> list[Trial]:
-    """``n`` trials like this one, each with images, a network and noise of its own, from number
-    ``start`` on.
+    """Trials like this one, each with images, a network and noise of its own.
+
+    Parameters
+    ----------
+    trial
+        Number 0 of them.
+    n
+        How many.
+    start
+        Number of the first that is wanted.
     """
     numbers = range(start, start + n)
     return [

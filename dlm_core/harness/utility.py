@@ -181,7 +181,8 @@ class Federation:
 
         return privately
 
-    def _split(self):
+    def _split(self) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+        """((images, labels) to train on, those held out, the whole set)."""
         everything = data.load(
             self.dataset, source="full" if self.dataset in data.FULL else "bundled"
         )
