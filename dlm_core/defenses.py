@@ -398,8 +398,8 @@ def defend(
     seen
         What would be seen without.
     defence
-        A registered one, by key or as its function, or a function of your own (state dict, *,
-        parameters, seed, and your ``options``) -> state dict, as ``noise`` is.
+        A registered one, by key or as its function, or a function of your own (state dict, by
+        keyword parameters, seed, and your ``options``) -> state dict, as ``noise`` is.
     observer
         "channel" sees both snapshots defended, each with its own noise (the released
         experiment; the client trains on its raw weights); "server" sent W_t itself and knows it

@@ -2,7 +2,7 @@
 
 Every network is an ``nn.Module`` whose last layer is ``nn.Linear`` with bias. LeNet and the MLP
 are plain ``nn.Sequential`` stacks, so that other code can walk them layer by layer. A network
-of your own is a function of image shape and number of classes:
+of your own is a function of image shape and number of classes::
 
     @records.network("mine", title="Mine")
     def mine(image_shape, num_classes, *, width=16): ...

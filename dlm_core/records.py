@@ -4,7 +4,7 @@ protocol: one record of each.
 A record stands beside the function that it describes, as a decorator, and puts it into the table of
 its kind when that module is imported (``harness.registry`` imports all of ours). Whatever names one
 of them by key reads these tables: trials, figures, the audit, help texts, notebooks. A user's own
-is registered the same way:
+is registered the same way::
 
     @records.attack("mine", title="Mine", client="one step of SGD")
     def mine(seen, *, num_images=1, seed=0): ...
@@ -214,7 +214,7 @@ class ClientOptimizer(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Record):
-    """A network: a function (image_shape, num_classes, **options) -> nn.Module that ends in
+    """A network: a function ``(image_shape, num_classes, **options) -> nn.Module`` that ends in
     nn.Linear with bias.
     """
 
@@ -242,8 +242,8 @@ class DataSet(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Record):
-    """A way to learn together: a function (model, clients, **options) -> Observation, or a list of
-    them.
+    """A way to learn together: a function ``(model, clients, **options) -> Observation``, or a list
+    of them.
 
     Attributes
     ----------

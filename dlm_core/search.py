@@ -118,7 +118,7 @@ def reconstruct(
     keep_every
         Keep the images of every so many evaluations in ``history``.
     update_of
-        The client that is assumed: (model, loss, images, labels, **unknowns) -> g, its update.
+        The client that is assumed: ``(model, loss, images, labels, **unknowns)`` -> g, its update.
     unknowns
         {name: number} of that client that are optimised along with the images, from the value
         given.

@@ -53,6 +53,7 @@ autodoc_typehints = "description"  # beside what the docstrings say of shapes an
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+suppress_warnings = ["ref.python"]  # fields of several classes share names
 napoleon_use_ivar = True  # a field stands once, among its class's
 nitpicky = True
 # Types of other packages, and names that exist for the type checker alone, have no page here.

@@ -1,7 +1,7 @@
 """Exact recovery of a batch through a ReLU layer: images, labels and learning rate.
 
 No search over pixels is made. SPEAR (Dimitrov et al., NeurIPS 2024): where the first layer is
-z = W x + b with ReLU, a client that trains on r images changes
+z = W x + b with ReLU, a client that trains on r images changes::
 
     Δ_W = Σ_i d_i x_iᵀ,   Δ_b = Σ_i d_i,   with d_i = 0 in every unit that image i leaves off.
 
@@ -10,7 +10,7 @@ for unknown q_i. Nearly every combination of columns of U has no zeros at all; t
 the most zeros are the traces. Δ_b fixes their lengths, and x follows by least squares.
 
 SPEAR samples rows of U and takes null vectors, in time exponential in r, and is told gradients.
-Here the zeros are found by minimising Σ_units |u q|^½, which goes on where sampling stops. What
+Here the zeros are found by minimising ``Σ_units |u q|^½``, which goes on where sampling stops. What
 counts as zero is read off the noise of two snapshots.
 """
 

@@ -1,7 +1,7 @@
 """The client's local training as a function of its images and its learning rate.
 
-It can be differentiated in both. Each optimizer is a pure function of one tensor,
-(weight, gradient, state, rate, **options) -> (weight, state), with the names, defaults and order of
+It can be differentiated in both. Each optimizer is a pure function of one tensor, ``(weight,
+gradient, state, rate, **options) -> (weight, state)``, with the names, defaults and order of
 operations of ``torch.optim``. The state before the first step is None.
 """
 
@@ -70,7 +70,7 @@ def adam(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
     """Adam (Kingma and Ba 2015), weight decay as part of the gradient.
 
-    Its first step is η g/(|g| + ε).
+    Its first step is ``η g/(|g| + ε)``.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def rmsprop(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSprop (Hinton 2012). Its first step is η g/(√(1-α) |g| + ε).
+    """RMSprop (Hinton 2012). Its first step is ``η g/(√(1-α) |g| + ε)``.
 
     Parameters
     ----------

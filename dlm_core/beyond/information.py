@@ -129,7 +129,7 @@ from dlm_core.beyond.recursion import (
     signals,
     signals_after_first,
 )
-from dlm_core.beyond.stacks import Layer, pullback, times
+from dlm_core.beyond.stacks import Layer, times
 
 LARGEST = 5000  # entries of a layer: a square matrix of more (0.2 GB) is applied, never formed
 CHUNK = 64  # unit vectors sent through a network at once; more costs memory and gains no time

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from dlm_core.beyond import information
 from dlm_core.beyond.recursion import PRIOR_MEAN, PRIOR_VARIANCE, Tensors, pull_back, signals
 from dlm_core.beyond.rounding import Weighting
-from dlm_core.beyond.stacks import Layer, pullback
+from dlm_core.beyond.stacks import Layer
 from dlm_core.results import Status
 
 CONVERGED = 0.01  # standard errors per unknown: the length of a step too short to matter

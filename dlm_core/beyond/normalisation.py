@@ -114,7 +114,7 @@ def gradient_and_statistics(names: Sequence[str]) -> Callable[..., list[torch.Te
     Returns
     -------
     Callable
-        (model, loss, images, labels) -> [*g, *moments], for ``search.reconstruct``.
+        (model, loss, images, labels) -> [``*g, *moments``], for ``search.reconstruct``.
     """
 
     def update_of(
@@ -154,8 +154,8 @@ def matched(
     Returns
     -------
     Callable
-        A distance that takes [*g, *statistics] for g. Each layer's means are measured against its
-        standard deviations, its variances against themselves, so that no layer's scale counts.
+        A distance that takes [``*g, *statistics``] for g. Each layer's means are measured against
+        its standard deviations, its variances against themselves, so that no layer's scale counts.
     """
     flat, units = [], []
     for mean, variance in targets.values():

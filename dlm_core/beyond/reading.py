@@ -1,14 +1,14 @@
-"""The gradient of one step of Adam, AdamW or RMSprop, read back out of an update like a sign.
+"""The gradient of one step of Adam, AdamW or RMSprop, read back out of an update like a sign::
 
     Δ = η r + ηλ W,    r = g/(|g| + ε),    so |g| = ε |r|/(1 - |r|)
 
 For RMSprop η/√(1-α) stands for η, and ε/√(1-α) for ε.
 
-A coordinate falls short of the full step by the share ε/(|g| + ε), and rounding of the weights
-hides only shares below ulp(W)/2η. So each coordinate bounds its gradient: from both sides where |g|
-is small, from below where it is large. The last layer tells the rest. Its readable rows have the
-ratio of its features h, and softmax(W h + b) - e_y then is the gradient of its bias. From that ε
-follows, and the magnitudes that were too large to be read.
+A coordinate falls short of the full step by the share ``ε/(|g| + ε)``, and rounding of the weights
+hides only shares below ulp(W)/2η. So each coordinate bounds its gradient: from both sides where
+``|g|`` is small, from below where it is large. The last layer tells the rest. Its readable rows
+have the ratio of its features h, and softmax(W h + b) - e_y then is the gradient of its bias. From
+that ε follows, and the magnitudes that were too large to be read.
 
 Nothing here searches: ``signlike`` has the attack that does, on what is read.
 """

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.func import vjp
 from torch.nn import functional as F
 
-from dlm_core.beyond.stacks import Layer, first_linear, pullback, times
+from dlm_core.beyond.stacks import Layer, first_linear, times
 
 # of a pixel: uniform on [0, 1], which is negligible beside the data, but for what no data determine
 PRIOR_MEAN, PRIOR_VARIANCE = 0.5, 1 / 12

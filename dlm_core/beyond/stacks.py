@@ -14,11 +14,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.func import vjp
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
@@ -245,11 +244,6 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
 def first_linear(layers: Sequence[Layer]) -> int:
     """Index of the first linear layer."""
     return next(i for i, layer in enumerate(layers) if not layer.convolves)
-
-
-def pullback(function: Callable[..., Any], x: Any) -> tuple[Any, Callable[..., Any]]:
-    """(value, pull): what ``function`` gives at ``x``, and the transpose of its Jacobian there."""
-    return cast(tuple[Any, Callable[..., Any]], vjp(function, x))
 
 
 def times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

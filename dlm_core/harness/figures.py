@@ -1,7 +1,7 @@
 """One look for all figures: size, colours, and grids of images."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dlm_core import check, data, records
 from dlm_core.harness import figures, settings
-from dlm_core.harness.paths import REPOSITORY
+from dlm_core.harness.paths import REPOSITORY, home
 from dlm_core.observation import Observation
 
 PACKAGES = (
@@ -38,7 +38,7 @@ def folder() -> Path:
     """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it
     cannot be written.
     """
-    path = Path(os.environ.get("DLM_FIGURES") or REPOSITORY / "figures")
+    path = Path(os.environ.get("DLM_FIGURES") or home() / "figures")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{os.getpid()}"

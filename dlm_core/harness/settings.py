@@ -97,7 +97,7 @@ def _search(trials: list[Trial]) -> str:
 
 def _count(trials: list[Trial]) -> str:
     """Images and networks, which are not the same thing."""
-    images = len({(t.dataset, t.index) for t in trials})
+    images = len({(t.dataset, t.index + i) for t in trials for i in range(t.num_images)})
     networks = len({(t.model, t.model_options, t.seed) for t in trials})
     counts = {"image": images, "network": networks, "attack": len(trials)}
     return ", ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())

@@ -8,7 +8,6 @@ import enum
 import functools
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,7 +20,8 @@ import torch
 
 from dlm_core import check
 from dlm_core.harness import registry
-from dlm_core.harness.paths import REPOSITORY
+from dlm_core.harness.interrupts import kept_from_workers
+from dlm_core.harness.paths import home
 from dlm_core.records import plain
 
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
@@ -141,7 +141,7 @@ def sweep(
     jobs = int(jobs or os.environ.get("DLM_JOBS") or os.cpu_count() or 1)
     check.at_least("jobs", jobs, 1)
     if store is Default.STORE:
-        store = os.environ.get("DLM_STORE") or REPOSITORY / ".store"
+        store = os.environ.get("DLM_STORE") or home() / ".store"
     shelf = None if store is None else Store(store)
     records: dict[Any, Any] = {trial: shelf.get(trial) if shelf else None for trial in trials}
     missing = [trial for trial, record in records.items() if record is None]
@@ -159,7 +159,9 @@ def sweep(
         calls = (
             joblib.delayed(_numbered)(i, trial, master, shipment) for i, trial in enumerate(missing)
         )
-        for i, record in parallel(calls):
+        with kept_from_workers():
+            finished = parallel(calls)
+        for i, record in finished:
             if shelf:
                 shelf.put(missing[i], record)
             records[missing[i]] = record
@@ -262,13 +264,6 @@ def _numbered(
         return i, trial.run()
 
 
-def leave_interrupts() -> None:
-    """Leave an interrupt, which a terminal sends to all, to the process that started this worker:
-    it says what is kept.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @functools.cache
 def end_with(master: int) -> None:
     """End this worker process when ``master``, which started it, is gone: joblib's outlive one that
@@ -302,10 +297,7 @@ def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
     import joblib
 
     if not scheduler:
-        workers: dict[str, Any] = {"backend": "sequential"}
-        if jobs > 1:
-            workers = {"backend": "loky", "initializer": leave_interrupts}
-        with joblib.parallel_config(n_jobs=jobs, **workers):
+        with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
             yield
         return
     from dask.distributed import Client

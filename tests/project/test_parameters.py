@@ -1,4 +1,4 @@
-"""Parameters of a run: how they are given, what is refused, and that they stand once in a notebook."""
+"""Parameters of a run: how they are given, what is refused, that they stand once in a notebook."""
 
 import ast
 import json

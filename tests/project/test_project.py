@@ -1,4 +1,4 @@
-"""What holds the project together: versions, directions of imports, the form of code and notebooks."""
+"""What holds the project together: pins, metadata, one direction of imports, notebooks' form."""
 
 import ast
 import json
