@@ -10,6 +10,15 @@ from dlm_core import data, federated, models
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Side by side, a file goes to one worker, which makes its fixtures once; suggestions, each a
+    notebook to run, are shared out.
+    """
+    for item in items:
+        group = item.nodeid if "test_suggestions" in item.nodeid else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
 def device(request):
     return torch.device(request.param)

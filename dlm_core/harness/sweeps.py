@@ -78,7 +78,8 @@ class Store:
         try:
             with safe_open(path, framework="pt") as file:
                 record = json.loads(file.metadata()["record"])
-                record["arrays"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+                names = file.keys()  # not a mapping: it has no items()
+                record["arrays"] = {name: file.get_tensor(name) for name in names}
                 return record
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(

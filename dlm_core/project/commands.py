@@ -61,18 +61,12 @@ def test(pytest: Sequence[str]) -> int:
     os.environ.update(DLM_STORE=str(build / "store"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side
     os.environ.setdefault("DLM_FIGURES", str(build))
-    side_by_side = (
-        "-n",
-        "logical",
-        "--maxprocesses",
-        "8",
-        "--dist",
-        "loadfile",
-    )  # one file, or notebook, a worker
-    parallel = ("-m", "pytest", *side_by_side)
-    nbval = (*parallel, "--nbval-lax", "--nbval-kernel-name", kernel.NAME, "-p", "no:cacheprovider")
+    parallel = ("-m", "pytest", "-n", "logical", "--maxprocesses", "8")
+    alone = ("--dist", "loadfile")  # a notebook to a worker
+    lax = ("--nbval-lax", "--nbval-kernel-name", kernel.NAME, "-p", "no:cacheprovider")
+    nbval = (*parallel, *alone, *lax)
     steps = [
-        (*parallel, "tests"),
+        (*parallel, "--dist", "loadgroup", "tests"),  # groups: tests/conftest.py
         ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,14 +93,17 @@ def elsewhere(tmp_path):
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     note = f"import json, sys; json.dump(sys.argv[1:], open({str(folder / 'called')!r}, 'w'))"
-    python.write_text(f"#!{sys.executable}\n{note}\n")
+    (folder / "note.py").write_text(note)
+    call = shlex.join([sys.executable, str(folder / "note.py")])  # either may have spaces
+    python.write_text(f'#!/bin/sh\nexec {call} "$@"\n')
     python.chmod(0o755)
     (folder / ".venv" / "pins").write_text(environment._digest(folder))
     return folder
 
 
 def make(folder, *arguments):
-    settings = {name: value for name, value in os.environ.items() if name not in ("SET", "PROFILE")}
+    outer = ("SET", "PROFILE", "MAKEFLAGS", "MAKELEVEL")  # of a make that runs this test
+    settings = {name: value for name, value in os.environ.items() if name not in outer}
     run = ["make", f"PYTHON={sys.executable}", *arguments]
     return subprocess.run(run, cwd=folder, env=settings, capture_output=True, text=True)
 

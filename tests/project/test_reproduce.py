@@ -156,6 +156,7 @@ def test_the_kernel_is_our_own_whatever_the_user_has(notebooks, tmp_path, monkey
     (theirs / "kernel.json").write_text(json.dumps(about))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(data_folder))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)  # as `make test` sets it
     assert reproduce.run(profile, only="91", out=tmp_path / "out", jobs=1) == []
     assert "JUPYTER_PATH" not in os.environ
 
