@@ -30,14 +30,14 @@ def _modules() -> dict[str, str]:
     return found
 
 
-_MODULES = _modules()
+MODULES = _modules()
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+    if name in MODULES:
+        return importlib.import_module(MODULES[name])
     raise AttributeError(f"module 'dlm_core' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted((*globals(), *_MODULES))
+    return sorted((*globals(), *MODULES))

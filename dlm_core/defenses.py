@@ -97,6 +97,11 @@ class Setting:
         """What is known of the defence."""
         return DEFENCES[self.name]
 
+    def defend(self, seen: Observation, seed: int) -> Observation:
+        """What remains visible of ``seen`` under it, with noise drawn from ``seed``."""
+        about: dict[str, Any] = {"observer": self.observer, "repeats": self.repeats}
+        return defend(seen, self.name, seed=seed, **about, **self.options)
+
     def noise_variance(self, seen: Observation) -> list[float]:
         """Variance of what the defence's noise adds to an entry of Δ.
 

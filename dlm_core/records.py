@@ -35,6 +35,30 @@ def plain(value: Any) -> Any:
     return value
 
 
+def typed(argument: str, kind: type[Any], given: Any) -> Any:
+    """A part of a trial as its type.
+
+    Parameters
+    ----------
+    argument
+        Name of the part, for the error.
+    kind
+        A dataclass.
+    given
+        One of it, which is returned as it is, or a dict of its fields.
+
+    Raises
+    ------
+    ValueError
+        For a field that it has not.
+    """
+    if isinstance(given, kind):
+        return given
+    for name in given:
+        check.one_of(f"{argument} setting", name, [f.name for f in dataclasses.fields(kind)])
+    return kind(**given)
+
+
 class Options(Mapping):
     """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers
     keep their types.

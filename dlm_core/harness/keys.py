@@ -114,8 +114,8 @@ def _imported_from(base: str, name: str, module: str) -> str:
     if _path(f"{base}.{name}") is not None:
         return f"{base}.{name}"
     if base == "dlm_core":
-        if hasattr(dlm_core, "_MODULES") and name in dlm_core._MODULES:
-            return dlm_core._MODULES[name]
+        if name in dlm_core.MODULES:
+            return dlm_core.MODULES[name]
         if name not in vars(dlm_core):
             raise ImportError(f"{module} imports {name!r} of dlm_core, which resolves to no file")
         return base

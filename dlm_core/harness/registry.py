@@ -14,24 +14,8 @@ from typing import Any
 
 import cloudpickle
 
-from dlm_core import attacks, data, defenses, federated, models, records
-from dlm_core.beyond import (
-    adaptive,
-    batches,
-    clients,
-    exact,
-    normalisation,
-    protocols,
-    signlike,
-    unrolled,
-)
-
-MODULES = (
-    attacks,
-    data,
-    defenses,
-    federated,
-    models,
+from dlm_core import attacks, data, defenses, federated, models, records  # noqa: F401
+from dlm_core.beyond import (  # noqa: F401
     adaptive,
     batches,
     clients,

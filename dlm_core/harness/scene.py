@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlm_core import coordinates, data, defenses, federated, models, optimizers, records
+from dlm_core import coordinates, data, federated, models, optimizers, records
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
@@ -96,8 +96,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
     if setting is None:
         return seen
     seed = trial.seed + 101 * turn + 1009 * client
-    about: dict[str, Any] = {"observer": setting.observer, "repeats": setting.repeats}
-    return defenses.defend(seen, setting.name, seed=seed, **about, **setting.options)
+    return setting.defend(seen, seed)
 
 
 def take_part(trial: Any, model: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
-from dlm_core.records import Options
+from dlm_core.records import Options, typed
 
 __all__ = ["Client", "Protocol", "Trial", "attack", "observe", "repeated", "run_trial"]
 
@@ -229,30 +229,6 @@ class Trial:
     def run(self) -> dict[str, Any]:
         """``run_trial`` of it: what a sweep calls."""
         return run_trial(self)
-
-
-def typed(argument: str, kind: type[Any], given: Any) -> Any:
-    """A part of a trial as its type.
-
-    Parameters
-    ----------
-    argument
-        Name of the part, for the error.
-    kind
-        A dataclass.
-    given
-        One of it, which is returned as it is, or a dict of its fields.
-
-    Raises
-    ------
-    ValueError
-        For a field that it has not.
-    """
-    if isinstance(given, kind):
-        return given
-    for name in given:
-        check.one_of(f"{argument} setting", name, [f.name for f in fields(kind)])
-    return kind(**given)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dlm_core import check, data, defenses, federated, models, records
 from dlm_core.defenses import Setting
 from dlm_core.harness.keys import result_key
 from dlm_core.observation import Observation
-from dlm_core.records import Options
+from dlm_core.records import Options, typed
 from dlm_core.threads import one_thread
 
 HELD_OUT = 0.2  # of the images: for the accuracy
@@ -115,10 +115,7 @@ class Federation:
         if defence and not isinstance(defence, Setting):
             defence = Setting.of({"observer": "server", **defence})
         object.__setattr__(self, "defence", defence or None)
-        if not isinstance(self.client, Training):
-            for name in self.client:
-                check.one_of("client setting", name, [f.name for f in fields(Training)])
-            object.__setattr__(self, "client", Training(**self.client))
+        object.__setattr__(self, "client", typed("client", Training, self.client))
 
     @cached_property
     def key(self) -> str:
@@ -202,5 +199,4 @@ class Federation:
         if setting is None:
             return seen
         seed = (self.seed * self.num_rounds + turn) * self.num_clients + client
-        about: dict[str, Any] = {"observer": setting.observer, "repeats": setting.repeats}
-        return defenses.defend(seen, setting.name, seed=seed, **about, **setting.options)
+        return setting.defend(seen, seed)

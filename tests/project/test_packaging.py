@@ -76,7 +76,7 @@ def test_it_brings_the_dlm_command(wheel):
 def test_every_module_of_it_is_imported_elsewhere(installed):
     walk = (
         "import dlm_core, importlib; assert dlm_core.__file__.startswith(sys.argv[1]); "
-        "[getattr(dlm_core, n) for n in dlm_core._MODULES if n != 'bench']"
+        "[getattr(dlm_core, n) for n in dlm_core.MODULES if n != 'bench']"
     )
     done = python(installed, walk, str(installed))
     assert done.returncode == 0, done.stderr
