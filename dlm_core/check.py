@@ -1,11 +1,234 @@
-"""One clear sentence for bad input: the argument, its value, and what is allowed."""
+"""Bad input ends in one clear sentence: the argument, its value, and what is allowed.
+
+``arguments`` reads a function's annotations: a type, or a type with a range (``Count``,
+``Positive``, …). What annotations cannot say, such as two arguments that must fit each other, the
+function says itself.
+"""
+
+from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a number, in an annotation: it is finite and lies between ``low`` and ``high``.
+
+    Attributes
+    ----------
+    low, high
+        The ends; an infinite one is no bound.
+    open_low, open_high
+        Whether that end itself is refused.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        left = "(" if self.open_low or math.isinf(self.low) else "["
+        right = ")" if self.open_high or math.isinf(self.high) else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+Count = Annotated[int, Range(1)]  # at least one
+Whole = Annotated[int, Range(0)]  # a seed, an index, a number that may be none
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Percent = Annotated[float, Range(0, 100)]
+
+
+class Wrong(Exception):
+    """A value does not fit an annotation; its text says what is allowed."""
+
+
+def arguments(function: F) -> F:
+    """Decorator: check what a function is given against its annotations, before it begins.
+
+    Numbers of NumPy are taken as Python's. A bool is no number. The items of sequences, tuples and
+    mappings are checked as well.
+
+    Raises
+    ------
+    ValueError
+        When called with a value that does not fit; the sentence names the argument, the value and
+        what it takes.
+    """
+    signature = inspect.signature(function)
+    hints: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def called(*positional: Any, **named: Any) -> Any:
+        if not hints:  # later than its definition: annotations may name what is defined below it
+            hints.update(typing.get_type_hints(function, include_extras=True))
+        try:
+            bound = signature.bind(*positional, **named)
+        except TypeError as error:  # an argument is missing, or unknown
+            raise TypeError(f"{function.__name__}() {error}") from None
+        for name, value in bound.arguments.items():
+            if name in hints and signature.parameters[name].kind not in _SEVERAL:
+                bound.arguments[name] = fitting(name, value, hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return typing.cast(F, called)
+
+
+_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def fitting(argument: str, value: Any, hint: Any) -> Any:
+    """``value`` if it fits the annotation ``hint``, a number of NumPy as Python's.
+
+    Parameters
+    ----------
+    argument
+        Its name, for the message.
+    value
+        What was given.
+    hint
+        A class, None, Any, a union, Literal, or Annotated with a ``Range`` or another object that
+        has a method ``check``, of value to value; Sequence, tuple, list, Mapping, dict and Callable
+        with or without types.
+
+    Raises
+    ------
+    ValueError
+        Where it does not fit.
+    """
+    try:
+        return _fit(value, hint)
+    except Wrong as wrong:
+        raise ValueError(f"{argument} is {shown(value)}; it takes {wrong}") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: short, in one line; a tensor by shape and type."""
+    if hasattr(value, "dtype") and hasattr(value, "shape") and value.shape != ():
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:60]} … (a {type(value).__name__})"
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """The value as ``hint`` takes it; ``Wrong`` where it does not."""
+    origin = typing.get_origin(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return value
+    if origin is Annotated:
+        return _within(value, hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of_several(value, hint)
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise Wrong(_named(hint))
+    if hint in (int, float):
+        return _number(value, hint)
+    if origin is not None and isinstance(origin, type):
+        return _container(value, hint, origin)
+    if isinstance(value, type(None) if hint is None else hint):
+        return value
+    raise Wrong(_named(hint))
+
+
+def _within(value: Any, hint: Any) -> Any:
+    kind, *rules = typing.get_args(hint)
+    try:
+        value = _fit(value, kind)
+    except Wrong:
+        raise Wrong(_named(hint)) from None
+    for rule in rules:
+        if isinstance(rule, Range) and value not in rule:
+            raise Wrong(_named(hint))
+        if hasattr(rule, "check"):
+            value = rule.check(value)
+    return value
+
+
+def _one_of_several(value: Any, hint: Any) -> Any:
+    for each in typing.get_args(hint):
+        try:
+            return _fit(value, each)
+        except Wrong:
+            continue
+    raise Wrong(_named(hint))
+
+
+def _number(value: Any, kind: type) -> Any:
+    abstract = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, abstract) or isinstance(value, bool):
+        raise Wrong(_named(kind))
+    return value.item() if hasattr(value, "item") else value  # of NumPy
+
+
+def _container(value: Any, hint: Any, origin: type) -> Any:
+    inner = typing.get_args(hint)
+    if not isinstance(value, origin) or (origin is not str and isinstance(value, (str, bytes))):
+        raise Wrong(_named(hint))
+    if isinstance(value, Mapping) and inner:
+        for name, each in value.items():
+            _inside(name, inner[0], hint)
+            _inside(each, inner[1], hint)
+    elif isinstance(value, tuple) and origin is tuple and inner and inner[-1] is not Ellipsis:
+        if len(value) != len(inner):
+            raise Wrong(_named(hint))
+        for each, kind in zip(value, inner):
+            _inside(each, kind, hint)
+    elif isinstance(value, Sequence) and inner:
+        for each in value:
+            _inside(each, inner[0], hint)
+    return value
+
+
+def _inside(value: Any, kind: Any, hint: Any) -> None:
+    try:
+        _fit(value, kind)
+    except Wrong:
+        raise Wrong(f"{_named(hint)}, and not {shown(value)} in it") from None
+
+
+def _named(hint: Any) -> str:
+    """An annotation in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        said = [str(rule) for rule in inner[1:]]
+        if isinstance(inner[1], Range) and inner[0] is int and math.isinf(inner[1].high):
+            return f"a whole number of at least {inner[1].low:g}"
+        if isinstance(inner[1], Range):
+            return f"{_named(inner[0]).replace('a number', 'a finite number')} in {said[0]}"
+        return f"{_named(inner[0])}: {said[0]}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_named(each) for each in inner)
+    if origin is typing.Literal:
+        return " or ".join(repr(each) for each in inner)
+    if origin is not None and isinstance(origin, type):
+        several = [_named(each) for each in inner if each is not Ellipsis and each is not Any]
+        of = f" of {', '.join(several)}" if several and issubclass(origin, Iterable) else ""
+        return f"a {origin.__name__}{of}"
+    plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    if hint in (None, type(None)):
+        return "None"
+    return plain.get(hint) or f"a {hint.__name__}"
 
 
 def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
@@ -24,13 +247,13 @@ def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
     if value not in names:
         near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{argument} {value!r} is unknown: choose from {', '.join(names)}{hint}")
+        choice = ", ".join(names)
+        raise ValueError(f"{argument} {shown(value)} is unknown: choose from {choice}{hint}")
 
 
 def at_least(argument: str, value: object, lowest: int) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``lowest``."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{argument} is {value!r}; it takes a whole number of at least {lowest}")
+    fitting(argument, value, Annotated[int, Range(lowest)])
 
 
 def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
@@ -45,15 +268,10 @@ def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bo
     open_low
         Whether ``low`` itself is refused.
     """
-    inside = (
-        isinstance(value, numbers.Real) and math.isfinite(value) and low <= float(value) <= high
-    )
-    if not inside or (open_low and value == low):
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{argument} is {value!r}; it takes a finite number in {interval}")
+    fitting(argument, value, Annotated[float, Range(low, high, open_low=open_low)])
 
 
-def renamed(**new_names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def renamed(**new_names: str) -> Callable[[F], F]:
     """Decorator: keyword arguments by their former names {former: new} still serve, for one
     version.
 
@@ -63,7 +281,7 @@ def renamed(**new_names: str) -> Callable[[Callable[..., Any]], Callable[..., An
         When called with both names of one argument.
     """
 
-    def accept(function: Callable[..., Any]) -> Callable[..., Any]:
+    def accept(function: F) -> F:
         @functools.wraps(function)
         def called(*arguments: Any, **named: Any) -> Any:
             for former, new in new_names.items():
@@ -73,6 +291,6 @@ def renamed(**new_names: str) -> Callable[[Callable[..., Any]], Callable[..., An
                     named[new] = named.pop(former)
             return function(*arguments, **named)
 
-        return called
+        return typing.cast(F, called)
 
     return accept

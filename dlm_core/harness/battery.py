@@ -80,7 +80,7 @@ class Scene:
             seed=3,
             **self.network_options,
         ).to(device, dtype)
-        training = {
+        training: dict[str, Any] = {
             "learning_rate": self.learning_rate,
             "client_optimizer": self.client_optimizer,
         }

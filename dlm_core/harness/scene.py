@@ -139,13 +139,15 @@ def train(model: nn.Module, trial: Any) -> nn.Module:
     available = range(min(len(everything.labels), 1000 + trial.num_images))
     others = [i for i in available if i not in attacked]
     clients = [(everything.images[others[c::5]], everything.labels[others[c::5]]) for c in range(5)]
-    settings = {
-        "learning_rate": 0.01,
-        "local_steps": 10,
-        "batch_size": 32,
-        "client_optimizer": "adam",
-    }
-    *_, (model, _) = federated.rounds(model, clients, num_rounds=trial.trained, **settings)
+    *_, (model, _) = federated.rounds(
+        model,
+        clients,
+        num_rounds=trial.trained,
+        learning_rate=0.01,
+        local_steps=10,
+        batch_size=32,
+        client_optimizer="adam",
+    )
     return model
 
 

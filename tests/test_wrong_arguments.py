@@ -1,0 +1,378 @@
+"""Wrong calls of the public functions: each ends in one clear sentence, none goes through.
+
+The calls are generated. ``VALID`` has a valid call of each function; in turn, each of its arguments
+is replaced by values that are wrong for its type, its range or its name.
+"""
+
+import inspect
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+import dlm_core
+
+# Modules whose functions are called by others of ours alone, on what was checked at the door.
+INNER = {
+    *("battery", "check", "information", "interrupts", "keys", "likelihood", "memory", "paths"),
+    *("reading", "records", "recursion", "registry", "results", "rounding", "scene", "stacks"),
+    "threads",
+}
+
+
+@cache
+def scene():
+    """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
+    from dlm_core import data, defenses, federated, models
+    from dlm_core.harness.trials import Trial
+
+    images, labels, *_ = data.load("digits", n=2)
+    model = models.build("lenet", (1, 8, 8), 10, seed=3)
+    wide = models.build("mlp", (1, 8, 8), 10, seed=3)
+    norm = models.build("resnet18_bn", (1, 28, 28), 10, seed=3, width=2, blocks=1)
+    large, classes, *_ = data.load("fashion_mnist", n=1)
+    step = {"learning_rate": 0.05}
+    noise = defenses.Setting("noise", {"scale": 1e-4}, observer="server")
+    seen = federated.train_locally(model, images[:1], labels[:1], **step)
+    return SimpleNamespace(
+        images=images,
+        labels=labels,
+        model=model,
+        seen=seen,
+        of_mlp=federated.train_locally(wide, images, labels, **step),
+        of_norm=federated.train_locally(norm, large, classes, **step),
+        sent=model.state_dict(),
+        update=list(seen.delta),
+        noise=noise,
+        defended=noise.defend(seen, 0),
+        of_adam=federated.train_locally(
+            model, images[:1], labels[:1], learning_rate=1e-3, client_optimizer="adam"
+        ),
+        clients=[(images[:1], labels[:1]), (images[1:], labels[1:])],
+        trial=Trial("grey", dataset="digits"),
+        search={"max_evaluations": 2, "num_images": 1, "seed": 0},
+    )
+
+
+def metric(s):
+    return {"estimate": s.images, "truth": s.images}
+
+
+def search(s, **told):
+    return {"seen": s.seen, "labels": "inferred", "restarts": 1, **s.search, **told}
+
+
+def protocol(s, **more):
+    return {"model": s.model, "clients": s.clients, "learning_rate": 0.05, **more}
+
+
+VALID: dict[str, Callable] = {
+    "metrics.psnr": lambda s: {**metric(s), "data_range": 1.0, "per_image": False},
+    "metrics.ssim": lambda s: {**metric(s), "data_range": 1.0, "per_image": False},
+    "metrics.lpips": lambda s: {**metric(s), "data_range": 1.0, "per_image": False},
+    "metrics.exact_pixel_rate": metric,
+    "metrics.success": lambda s: {"psnr_value": 21.0, "threshold": 20.0},
+    "metrics.match": lambda s: {"estimates": s.images, "truths": s.images},
+    "metrics.released_psnr": metric,
+    "metrics.released_ssim": metric,
+    "federated.train_locally": lambda s: {
+        **{"model": s.model, "images": s.images, "labels": s.labels, "learning_rate": 0.05},
+        **{"local_steps": 1, "batch_size": 1, "client_optimizer": "sgd", "optimizer_options": {}},
+        **{"clear_gradients": True, "transmitted": None},
+    },
+    "federated.average": lambda s: {"snapshots": [s.sent, s.sent], "sizes": [1, 2]},
+    "federated.rounds": lambda s: protocol(s, num_rounds=1),
+    "search.StopRule": lambda s: {"max_evaluations": 2, "tolerance": 0.1, "patience": 5},
+    "search.Trained": lambda s: {"start": 1.0},
+    "search.reconstruct": lambda s: search(
+        s,
+        **{"distance": dlm_core.objectives.normalised_distance, "scale": 1.0, "keep_every": 1},
+        **{"total_variation": 0.0, "dtype": torch.float64, "unknowns": {}, "resume": {}},
+        **{"coordinates": dlm_core.coordinates.cosines, "optimizer": dlm_core.optimizers.lbfgs},
+    ),
+    "attacks.dlg": lambda s: search(s, learning_rate=0.05),
+    "attacks.idlg": lambda s: {"seen": s.seen, "learning_rate": 0.05, **s.search},
+    "attacks.inverting_gradients": lambda s: search(s, total_variation=0.0),
+    "attacks.dlm": lambda s: search(s, k0=20.0),
+    "attacks.dlm_plus": lambda s: search(s, trusted=[torch.ones_like(d) > 0 for d in s.update]),
+    "attacks.grey": lambda s: {"seen": s.seen, "num_images": 1},
+    "attacks.noise": lambda s: {"seen": s.seen, "num_images": 1, "seed": 0},
+    "data.load": lambda s: {"name": "digits", "n": 2, "source": "bundled", "download": False},
+    "data.digest": lambda s: {"name": "digits"},
+    "data.bundled_file": lambda s: {"name": "README.md"},
+    "label_inference.infer": lambda s: {"seen": s.seen, "num_images": 1, "local_steps": 1},
+    "observation.Observation": lambda s: {
+        **{"model": s.model, "weights_after": s.seen.weights_after},
+        **{"image_shape": (1, 8, 8), "num_classes": 10},
+    },
+    "observation.observe": lambda s: {
+        **{"model": s.model, "before": s.sent, "after": s.seen.weights_after},
+        "image_shape": (1, 8, 8),
+    },
+    "observation.find_head": lambda s: {"model": s.model, "image_shape": (1, 8, 8)},
+    "observation.unit_in_last_place": lambda s: {"weights": s.images},
+    "weights.load_weights": lambda s: {"path": "no such file"},
+    "weights.rounded": lambda s: {"weights": s.sent, "dtype": torch.bfloat16},
+    "models.build": lambda s: {
+        **{"name": "lenet", "image_shape": (1, 8, 8), "num_classes": 10, "seed": 0},
+        **{"init": "paper", "activation": "sigmoid", "depth": 1},
+    },
+    "models.lenet": lambda s: {"image_shape": (1, 8, 8), "num_classes": 10, "depth": 1},
+    "models.mlp": lambda s: {"image_shape": (1, 8, 8), "num_classes": 10, "hidden": 4, "depth": 1},
+    "models.resnet18": lambda s: {
+        **{"image_shape": (1, 28, 28), "num_classes": 10, "width": 2, "blocks": 1},
+        "activation": "relu",
+    },
+    "defenses.Setting": lambda s: {
+        **{"name": "noise", "options": {"scale": 1e-3}, "observer": "server", "repeats": 1}
+    },
+    "defenses.noise": lambda s: {
+        **{"weights": s.sent, "scale": 0.1, "distribution": "laplace", "seed": 0, "clip": 0.2}
+    },
+    "defenses.sparsify": lambda s: {"weights": s.sent, "percent": 10.0},
+    "defenses.clip_and_noise": lambda s: {
+        **{"update": s.update, "clip": 1.0, "noise_multiplier": 0.1, "seed": 0}
+    },
+    "defenses.top_k": lambda s: {"update": s.update, "percent": 10.0},
+    "defenses.quantise": lambda s: {"update": s.update, "bits": 8, "seed": 0},
+    "defenses.defend": lambda s: {
+        **{"seen": s.seen, "defence": "sparsify", "observer": "server", "repeats": 1, "seed": 0},
+        "percent": 10.0,
+    },
+    "defenses.epsilon": lambda s: {
+        **{"noise_multiplier": 1.0, "num_rounds": 2, "sample_rate": 1.0, "delta": 1e-5}
+    },
+    "defenses.train_privately": lambda s: {
+        **{"model": s.model, "images": s.images, "labels": s.labels, "learning_rate": 0.1},
+        **{"clip": 1.0, "noise_multiplier": 1.0, "local_steps": 1, "seed": 0},
+    },
+    "clients.update": lambda s: {
+        **{"model": s.model, "loss": dlm_core.federated.loss, "images": s.images},
+        **{"labels": s.labels, "learning_rate": 0.1, "local_steps": 1, "batch_size": 1},
+        **{"client_optimizer": dlm_core.clients.sgd, "optimizer_options": {}},
+    },
+    "clients.step_of": lambda s: {"argument": "client", "key": "sgd"},
+    "normalisation.reconstruct": lambda s: {"seen": s.of_norm, "weight": 1.0, **s.search},
+    "normalisation.batch_statistics": lambda s: {"seen": s.of_norm},
+    "normalisation.local_batches": lambda s: {"seen": s.of_norm},
+    "unrolled.unrolled_dlm": lambda s: search(
+        s, client="sgd", client_options={}, local_steps=1, max_steps=2, batch_size=1
+    ),
+    "unrolled.next_steps": lambda s: {"losses": {1: 0.1}, "max_steps": 4, "finest": 1.0},
+    "exact.recover": lambda s: {
+        **{"seen": s.seen, "weight_decay": False, "transmitted": None, "max_steps": 0},
+        "trusted": [torch.ones_like(d) > 0 for d in s.update],
+        "extra_variance": [0.0 for d in s.update],
+    },
+    "exact.bound": lambda s: {
+        **{"seen": s.seen, "images": s.images[:1], "labels": s.labels[:1], "learning_rate": 0.05}
+    },
+    "adaptive.recover": lambda s: {"seen": s.defended, "defence": s.noise, "max_steps": 0},
+    "adaptive.dlm_plus": lambda s: {
+        **{"seen": s.defended, "defence": s.noise, "total_variation": 0.0, **s.search}
+    },
+    "adaptive.unrolled_dlm": lambda s: {
+        **{"seen": s.defended, "defence": s.noise, "learning_rate": 0.1, "local_steps": 1},
+        **s.search,
+    },
+    "adaptive.combined": lambda s: {
+        **{"rounds": [s.defended, s.defended], "defence": s.noise, **s.search}
+    },
+    "signlike.interval_dlm": lambda s: {"seen": s.of_adam, **s.search},
+    "signlike.sign_dlm": lambda s: {"seen": s.of_adam, "total_variation": 0.0, **s.search},
+    "recognise.recognise": lambda s: {"seen": s.seen},
+    "recognise.linear_step": lambda s: {"seen": s.seen},
+    "batches.recover_batch": lambda s: {
+        **{"seen": s.of_mlp, "num_images": 2, "seed": 0, "max_rounds": 1}
+    },
+    "protocols.fedsgd": lambda s: protocol(s, num_rounds=1),
+    "protocols.aggregate": lambda s: protocol(s, curious=False),
+    "protocols.rounds": lambda s: protocol(s, num_rounds=1),
+    "protocols.gossip": lambda s: protocol(s, turn=0, accomplice=False, private=False),
+    "protocols.two_hops": lambda s: protocol(s, attack="grey"),
+    "protocols.ring": lambda s: {"peer": 0, "size": 3},
+    "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
+    "utility.Training": lambda s: {
+        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": 1, "clip": 1.0},
+        "noise_multiplier": 1.0,
+    },
+    "utility.Federation": lambda s: {
+        **{"defence": s.noise, "dataset": "digits", "model": "lenet", "model_options": {}},
+        **{"num_clients": 2, "num_rounds": 1, "seed": 0},
+    },
+    "tables.interval": lambda s: {"values": [1.0, 2.0, 3.0]},
+    "report.start": lambda s: {"notebook": "00_quickstart"},
+    "report.knowledge": lambda s: {"seen": s.seen, "attacks": ["dlm_plus"]},
+    "figures.name": lambda s: {"key": "dlm_plus"},
+    "figures.look": lambda s: {"key": "dlm_plus"},
+    "figures.show_images": lambda s: {"rows": [[s.images[0]]], "row_names": ["digit"]},
+    "audit.audit": lambda s: {
+        **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "grey"},
+        **{"image_shape": (1, 8, 8), "num_images": 1, "num_classes": 10, "client": None},
+    },
+    "sweeps.sweep": lambda s: {"trials": [s.trial], "jobs": 1, "store": None},
+    "trials.Client": lambda s: {
+        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "clear_gradients": True, "transmitted": "bfloat16"},
+        **{"dtype": "float32", "mode": "train"},
+    },
+    "trials.Protocol": lambda s: {"name": "fedsgd", "others": 1, "options": {}},
+    "trials.Trial": lambda s: {
+        **{"attack": "dlm_plus", "attack_options": {}, "dataset": "digits", "source": "bundled"},
+        **{"index": 0, "num_images": 1, "model": "lenet", "model_options": {}, "trained": 0},
+        **{"defence": s.noise, "protocol": None, "seed": 0},
+    },
+    "trials.repeated": lambda s: {"trial": s.trial, "n": 1, "start": 0},
+}
+
+
+# --- what is wrong
+
+NAN, INF = math.nan, math.inf
+BY_NAME: dict[str, list] = {
+    "num_images": [0, -1, 1.5, NAN],
+    "seed": [-1, 0.5, NAN],
+    "restarts": [0, -1, 1.5],
+    "max_evaluations": [0, -5, 1.5, NAN],
+    "tolerance": [-1.0, NAN, INF],
+    "patience": [0, 1.5],
+    "keep_every": [0, -1, 1.5],
+    "learning_rate": [0, -1.0, NAN, INF],
+    "k0": [0, -1.0, NAN, INF],
+    "start": [-1, NAN, INF],
+    "scale": [-1.0, NAN, INF],
+    "total_variation": [-1.0, NAN, INF],
+    "weight": [-1.0, NAN, INF],
+    "local_steps": [0, -1, 1.5, NAN],
+    "max_steps": [-1, 1.5, NAN],
+    "max_rounds": [-1, 1.5],
+    "batch_size": [0, -1, 1.5],
+    "num_rounds": [0, -1, 1.5],
+    "num_clients": [0, -1, 1.5, 100_000],
+    "others": [-1, 0.5],
+    "turn": [-1, 0.5],
+    "peer": [-1, 7, 0.5],
+    "size": [1, 0.5],
+    "trained": [-1, 0.5],
+    "index": [-1, 0.5],
+    "n": [0, -1, 1.5],
+    "jobs": [0, -2, 1.5],
+    "repeats": [0, -1, 1.5],
+    "percent": [-1, 101, NAN],
+    "bits": [1, -3, 2.5, 1000],
+    "clip": [0, -1.0, NAN, INF],
+    "noise_multiplier": [-1.0, NAN, INF],
+    "sample_rate": [-0.1, 1.5, NAN],
+    "delta": [-0.1, 0, 1.0, NAN],
+    "data_range": [0, -1.0, NAN, 255.0],
+    "threshold": [NAN],
+    "num_classes": [1, 0, 2.5, 7],
+    "image_shape": [(), (8, 8), (1, 8, 0), (3, 8, 8), (1, 8, 8.5), "1,8,8"],
+    "depth": [0, 1.5],
+    "hidden": [0, 1.5],
+    "width": [0, 1.5],
+    "blocks": [0, 1.5],
+    "sizes": [[], [1], [0, 0], [-1, 2], [NAN, 1], ["a", 1]],
+    "snapshots": [[], [{}], ["a", "b"]],
+    "clients": [[], [1, 2]],
+    "dtype": [torch.int64, torch.bool],
+    "attacks": ["dlm_plus", ["dlmm"]],
+    "losses": [{}, {0: 1.0}],
+    "finest": [NAN],
+    "defence": ["sparsity", {}, {"name": "sparsity"}, {"name": "noise", "scal": 1}],
+    "options": [{"no_such": 1}],
+    "optimizer_options": [{"no_such": 1}],
+    "client_options": [{"no_such": 1}],
+    "model_options": [{"no_such": 1}],
+    "attack_options": [{"no_such": 1}],
+    "trusted": [[], [torch.ones(2) > 0]],
+    "extra_variance": [[], [1.0], [-1.0] * 8, [NAN] * 8, ["a"] * 8],
+    "values": [[], [NAN, 1.0], "ab"],
+    "rows": [[], [["a"]]],
+    "unknowns": [{"momentum": "a"}],
+    "trials": [["a"]],
+}  # fmt: skip
+
+
+def wrong_images(images):
+    """No images of [0, 1], in what they hold or in shape."""
+    yield from (images * 255, images - 1, images.clone().fill_(NAN))
+    yield from (images[0], images[:0], images.flatten(), images.new_zeros(2, 3, 8, 8))
+
+
+def wrong_labels(labels):
+    yield from (labels + 10, labels - 20, labels[:0], labels.float() + 0.5, labels.repeat(3))
+
+
+TENSORS = {
+    "images": wrong_images,
+    "estimate": wrong_images,
+    "truth": wrong_images,
+    "estimates": wrong_images,
+    "truths": wrong_images,
+    "labels": wrong_labels,
+}
+WEIGHTS = {"weights", "weights_after", "before", "after"}
+ANYTHING = object()  # of no type that anything takes
+
+
+def wrong_values(name, value, hint):
+    """Values that an argument of this name, with this valid value and annotation, does not take."""
+    optional = type(None) in typing.get_args(hint) or hint is type(None) or hint is typing.Any
+    yield ANYTHING
+    if value is not None and not optional:
+        yield None
+    if isinstance(value, bool):
+        yield from ("yes", 2)
+    elif isinstance(value, (int, float)):
+        yield from ("x", [1], *BY_NAME.get(name, [NAN]))
+    elif isinstance(value, str):
+        yield from (f"{value}s", 3, "")
+    elif isinstance(value, torch.Tensor):
+        yield from ("x", *TENSORS.get(name, lambda _: [])(value))
+    elif name in WEIGHTS:
+        yield from ({}, {"0.weight": 3}, {"0.weight": torch.zeros(2)}, [1])
+    elif isinstance(value, (Mapping, Sequence)):
+        yield from (3, "x", *BY_NAME.get(name, []))
+    else:
+        yield from (3, "x", *BY_NAME.get(name, []))
+
+
+def function_of(key):
+    module, name = key.split(".")
+    return getattr(getattr(dlm_core, module), name)
+
+
+def hints_of(function):
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except TypeError:
+        return {}
+
+
+def wrong_calls(key):
+    """(name of the argument, its wrong value, all arguments of the call) for each wrong call."""
+    valid = VALID[key](scene())
+    hints = hints_of(function_of(key))
+    for name, value in valid.items():
+        for wrong in wrong_values(name, value, hints.get(name, typing.Any)):
+            yield name, wrong, {**valid, name: wrong}
+    yield "no_such_argument", 1, {**valid, "no_such_argument": 1}
+
+
+def outcome(key, name, arguments):
+    """None where the call ended in one clear sentence; otherwise what happened instead."""
+    try:
+        made = function_of(key)(**arguments)
+        if inspect.isgenerator(made):
+            list(made)
+    except Exception as error:
+        said = str(error)
+        clear = isinstance(error, (ValueError, TypeError, OSError)) and "\n" not in said
+        if clear and (name in said or name.replace("_", " ") in said):
+            return None
+        return f"raw {type(error).__name__}: {said[:150]!r}"
+    return "silent"
