@@ -1,12 +1,13 @@
 """Bad input ends in one clear sentence: the argument, its value, and what is allowed.
 
-``arguments`` reads a function's annotations: a type, or a type with a range (``Count``,
-``Positive``, …). What annotations cannot say, such as two arguments that must fit each other, the
-function says itself.
+``arguments`` reads a function's annotations, ``fields`` those of a dataclass: a type, or a type
+with a range (``Count``, ``Positive``, …). What annotations cannot say, such as two arguments that
+must fit each other, the function says itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -66,7 +67,7 @@ def arguments(function: F) -> F:
     """Decorator: check what a function is given against its annotations, before it begins.
 
     Numbers of NumPy are taken as Python's. A bool is no number. The items of sequences, tuples and
-    mappings are checked as well.
+    mappings are taken the same way.
 
     Raises
     ------
@@ -96,8 +97,27 @@ def arguments(function: F) -> F:
 _SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+def fields(made: Any) -> None:
+    """The same for a frozen dataclass, called in its ``__post_init__``: check its fields against
+    their annotations.
+
+    Raises
+    ------
+    ValueError
+        Where one does not fit.
+    """
+    for name, hint in _hints_of_fields(type(made)).items():
+        object.__setattr__(made, name, fitting(name, getattr(made, name), hint))
+
+
+@functools.cache
+def _hints_of_fields(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+
+
 def fitting(argument: str, value: Any, hint: Any) -> Any:
-    """``value`` if it fits the annotation ``hint``, a number of NumPy as Python's.
+    """``value`` as the annotation ``hint`` takes it: a number of NumPy as Python's.
 
     Parameters
     ----------
@@ -107,8 +127,9 @@ def fitting(argument: str, value: Any, hint: Any) -> Any:
         What was given.
     hint
         A class, None, Any, a union, Literal, or Annotated with a ``Range`` or another object that
-        has a method ``check``, of value to value; Sequence, tuple, list, Mapping, dict and Callable
-        with or without types.
+        has a method ``convert`` (before the type is looked at) or ``check`` (after), of value to
+        value, which raises ``Wrong``; Sequence, tuple, list, Mapping, dict and Callable with or
+        without types.
 
     Raises
     ------
@@ -139,7 +160,7 @@ def _fit(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _one_of_several(value, hint)
     if origin is typing.Literal:
-        if value in typing.get_args(hint):
+        if any(isinstance(value, type(each)) and value == each for each in typing.get_args(hint)):
             return value
         raise Wrong(_named(hint))
     if hint in (int, float):
@@ -153,6 +174,9 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _within(value: Any, hint: Any) -> Any:
     kind, *rules = typing.get_args(hint)
+    for rule in rules:
+        if hasattr(rule, "convert"):
+            value = rule.convert(value)
     try:
         value = _fit(value, kind)
     except Wrong:
@@ -166,12 +190,14 @@ def _within(value: Any, hint: Any) -> Any:
 
 
 def _one_of_several(value: Any, hint: Any) -> Any:
+    refused = {}
     for each in typing.get_args(hint):
         try:
             return _fit(value, each)
-        except Wrong:
-            continue
-    raise Wrong(_named(hint))
+        except Wrong as wrong:
+            refused[each] = str(wrong)
+    nothing = refused.pop(type(None), None)
+    raise Wrong(" or ".join([*([nothing] if nothing else []), *refused.values()]))
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -186,23 +212,27 @@ def _container(value: Any, hint: Any, origin: type) -> Any:
     if not isinstance(value, origin) or (origin is not str and isinstance(value, (str, bytes))):
         raise Wrong(_named(hint))
     if isinstance(value, Mapping) and inner:
-        for name, each in value.items():
-            _inside(name, inner[0], hint)
-            _inside(each, inner[1], hint)
-    elif isinstance(value, tuple) and origin is tuple and inner and inner[-1] is not Ellipsis:
-        if len(value) != len(inner):
+        names = [_inside(name, inner[0], hint) for name in value]
+        taken = [_inside(each, inner[1], hint) for each in value.values()]
+        return dict(zip(names, taken)) if _differ(taken, value.values()) else value
+    if isinstance(value, Sequence) and inner:
+        each_of = origin is tuple and inner[-1] is not Ellipsis
+        if each_of and len(value) != len(inner):
             raise Wrong(_named(hint))
-        for each, kind in zip(value, inner):
-            _inside(each, kind, hint)
-    elif isinstance(value, Sequence) and inner:
-        for each in value:
-            _inside(each, inner[0], hint)
+        kinds = inner if each_of else inner[:1] * len(value)
+        taken = [_inside(each, kind, hint) for each, kind in zip(value, kinds)]
+        rebuilt = tuple if isinstance(value, tuple) else list
+        return rebuilt(taken) if _differ(taken, value) else value
     return value
 
 
-def _inside(value: Any, kind: Any, hint: Any) -> None:
+def _differ(taken: Iterable[Any], given: Iterable[Any]) -> bool:
+    return any(one is not other for one, other in zip(taken, given))
+
+
+def _inside(value: Any, kind: Any, hint: Any) -> Any:
     try:
-        _fit(value, kind)
+        return _fit(value, kind)
     except Wrong:
         raise Wrong(f"{_named(hint)}, and not {shown(value)} in it") from None
 
