@@ -106,14 +106,10 @@ def fields(made: Any) -> None:
     ValueError
         Where one does not fit.
     """
-    for name, hint in _hints_of_fields(type(made)).items():
-        object.__setattr__(made, name, fitting(name, getattr(made, name), hint))
-
-
-@functools.cache
-def _hints_of_fields(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(type(made), include_extras=True)
+    for each in dataclasses.fields(made):
+        value = fitting(each.name, getattr(made, each.name), hints[each.name])
+        object.__setattr__(made, each.name, value)
 
 
 def fitting(argument: str, value: Any, hint: Any) -> Any:
