@@ -12,7 +12,7 @@ help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
 	@echo '                                                       PARAMETER="seeds=100 images=50" (instead of the profile’s)'
-	@echo 'make test      pytest, then every notebook under the smoke profile through nbval, and the lessons'
+	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
 	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
 	@echo 'make lab       JupyterLab on the notebooks'

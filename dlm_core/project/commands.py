@@ -58,7 +58,7 @@ def test(pytest: Sequence[str]) -> int:
 
     build = repository / "build" / "smoke"
     shutil.rmtree(build, ignore_errors=True)
-    os.environ.update(DLM_STORE=str(build / "store"))
+    os.environ.update(DLM_STORE=str(build / "store"), DLM_SMOKE_STORE=str(build / "store"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side
     os.environ.setdefault("DLM_FIGURES", str(build))
     parallel = ("-m", "pytest", "-n", "logical", "--maxprocesses", "8")
@@ -66,8 +66,8 @@ def test(pytest: Sequence[str]) -> int:
     lax = ("--nbval-lax", "--nbval-kernel-name", kernel.NAME, "-p", "no:cacheprovider")
     nbval = (*parallel, *alone, *lax)
     steps = [
-        (*parallel, "--dist", "loadgroup", "tests"),  # groups: tests/conftest.py
         ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
+        (*parallel, "--dist", "loadgroup", "tests"),  # groups: tests/conftest.py
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
