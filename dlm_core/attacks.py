@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 @records.attack(
     "dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD"
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["scale"])
 def dlg(
     seen: Observation,
     *,
@@ -66,7 +66,7 @@ def dlg(
     assumes=(PLAIN_STEP,),
     client="one step of plain SGD",
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(dlg, fixed=["labels"])
 def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
     """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of
     optimised.
@@ -125,7 +125,7 @@ def inverting_gradients(
 @records.attack(
     "dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not"
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["scale"])
 def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
     """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the
     images.

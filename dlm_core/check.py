@@ -76,12 +76,10 @@ def arguments(function: F) -> F:
         what it takes.
     """
     signature = inspect.signature(function)
-    hints: dict[str, Any] = {}
 
     @functools.wraps(function)
     def called(*positional: Any, **named: Any) -> Any:
-        if not hints:  # later than its definition: annotations may name what is defined below it
-            hints.update(typing.get_type_hints(function, include_extras=True))
+        hints = _hints(function)
         try:
             bound = signature.bind(*positional, **named)
         except TypeError as error:  # an argument is missing, or unknown
@@ -92,6 +90,14 @@ def arguments(function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return typing.cast(F, called)
+
+
+@functools.cache
+def _hints(function: Any) -> dict[str, Any]:
+    """A function's annotations, read when it is first called: they may name what is defined below
+    it.
+    """
+    return typing.get_type_hints(function, include_extras=True)
 
 
 _SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -299,7 +305,7 @@ def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bo
 
 def renamed(**new_names: str) -> Callable[[F], F]:
     """Decorator: keyword arguments by their former names {former: new} still serve, for one
-    version.
+    version. The function's attribute ``renamed`` has them.
 
     Raises
     ------
@@ -317,6 +323,8 @@ def renamed(**new_names: str) -> Callable[[F], F]:
                     named[new] = named.pop(former)
             return function(*arguments, **named)
 
+        noted: Any = called
+        noted.renamed = {**getattr(function, "renamed", {}), **new_names}
         return typing.cast(F, called)
 
     return accept

@@ -19,7 +19,7 @@ from dlm_core.coordinates import cosines
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
-from dlm_core.records import keyword_names, passes_on_to
+from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 from dlm_core.threads import for_network
 
@@ -141,8 +141,6 @@ def reconstruct(
         check.at_least(name, value, 1)
     check.at_least("seed", seed, 0)
     check.in_range("total_variation", total_variation, 0, math.inf)
-    for name in stop:
-        check.one_of("option", name, keyword_names(reconstruct))
     rule = StopRule(**stop)
     began = time.perf_counter()
     with for_network(seen.model):
