@@ -192,14 +192,13 @@ def _within(value: Any, hint: Any) -> Any:
 
 
 def _one_of_several(value: Any, hint: Any) -> Any:
-    refused = {}
-    for each in typing.get_args(hint):
+    refused = []
+    for each in sorted(typing.get_args(hint), key=lambda kind: kind is type(None)):
         try:
             return _fit(value, each)
         except Wrong as wrong:
-            refused[each] = str(wrong)
-    nothing = refused.pop(type(None), None)
-    raise Wrong(" or ".join([*([nothing] if nothing else []), *refused.values()]))
+            refused.append(str(wrong))
+    raise Wrong((", or " if "," in refused[0] else " or ").join(refused))
 
 
 def _number(value: Any, kind: type) -> Any:
