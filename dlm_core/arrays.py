@@ -1,10 +1,11 @@
 """Images and labels as a user may hold them: what is unambiguous is converted, the rest is refused
 in a sentence.
 
-``Images`` and ``Labels`` are annotations for ``check.arguments``; a function that has them gets
-tensors of the type and range that they promise.
+These are annotations for ``check.arguments``: a function that has them gets what they promise.
 """
 
+import numbers
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -69,8 +70,49 @@ class ClassIndices:
         return "class indices [N]"
 
 
+class Numbers:
+    """The rule of ``Pictures``: tensors and NumPy arrays of any shape and range."""
+
+    def convert(self, value: Any) -> torch.Tensor:
+        """A tensor."""
+        return _tensor(value)
+
+    def __str__(self) -> str:
+        return "images [N, C, H, W]"
+
+
+class Shape:
+    """The rule of ``ImageShape``: three whole numbers, each at least 1, which become a tuple."""
+
+    def convert(self, value: Any) -> Any:
+        """The tuple."""
+        several = isinstance(value, (tuple, list)) and len(value) == 3
+        if several and all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in value):
+            return tuple(map(int, value))
+        raise Wrong("(channels, height, width), each at least 1")
+
+    def __str__(self) -> str:
+        return "(channels, height, width), each at least 1"
+
+
+class FloatingPoint:
+    """The rule of ``Precision``."""
+
+    def check(self, value: torch.dtype) -> torch.dtype:
+        """A dtype of floating point."""
+        if not value.is_floating_point:
+            raise Wrong("a dtype of floating point")
+        return value
+
+    def __str__(self) -> str:
+        return "of floating point"
+
+
 Images = Annotated[torch.Tensor, Pixels()]
 Labels = Annotated[torch.Tensor, ClassIndices()]
+Pictures = Annotated[torch.Tensor, Numbers()]
+ImageShape = Annotated[Sequence[int], Shape()]
+Precision = Annotated[torch.dtype, FloatingPoint()]
 
 
 def for_model(images: torch.Tensor, model: nn.Module) -> torch.Tensor:

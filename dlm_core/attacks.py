@@ -6,15 +6,15 @@ their own.
 """
 
 import importlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dlm_core import check, label_inference, objectives, records
+from dlm_core.arrays import Labels, for_model
 from dlm_core.coordinates import pixels
-from dlm_core.observation import Observation
+from dlm_core.observation import Observation, check_per_parameter
 from dlm_core.optimizers import SignedAdam
 from dlm_core.results import Reconstruction, baseline
 from dlm_core.search import Trained, reconstruct
@@ -33,12 +33,13 @@ def __getattr__(name: str) -> Any:
 @records.attack(
     "dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD"
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["scale"])
+@check.arguments
 def dlg(
     seen: Observation,
     *,
-    learning_rate: float,
-    labels: str | torch.Tensor = "optimised",
+    learning_rate: check.Positive,
+    labels: str | Labels = "optimised",
     **options: Any,
 ) -> Reconstruction:
     """Deep Leakage from Gradients (Zhu et al. 2019): Σ_layers ‖g - Δ/η‖².
@@ -52,7 +53,6 @@ def dlg(
     labels, **options
         Of ``search.reconstruct``.
     """
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
     return reconstruct(
         seen, objectives.squared_distance, scale=1 / learning_rate, labels=labels, **options
     )
@@ -66,8 +66,9 @@ def dlg(
     assumes=(PLAIN_STEP,),
     client="one step of plain SGD",
 )
-@records.passes_on_to(reconstruct)
-def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstruction:
+@records.passes_on_to(dlg, fixed=["labels"])
+@check.arguments
+def idlg(seen: Observation, *, learning_rate: check.Positive, **options: Any) -> Reconstruction:
     """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of
     optimised.
 
@@ -88,15 +89,19 @@ def idlg(seen: Observation, *, learning_rate: float, **options: Any) -> Reconstr
     title="IG",
     colour=2,
     marker="s",
-    assumes=("a total-variation weight that suits the data", "for batches the labels"),
+    assumes=(
+        "a total-variation weight that suits the data",
+        "for batches the labels, where they are given",
+    ),
     client="one step of SGD, with momentum or not",
 )
 @records.passes_on_to(reconstruct)
+@check.arguments
 def inverting_gradients(
     seen: Observation,
     *,
-    total_variation: float = 1e-2,
-    max_evaluations: int = 2000,
+    total_variation: check.NonNegative = 1e-2,
+    max_evaluations: check.Count = 2000,
     **options: Any,
 ) -> Reconstruction:
     """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on
@@ -107,8 +112,7 @@ def inverting_gradients(
     seen
         What the observer sees.
     total_variation
-        Weight of the prior. One that suits the data is told to the attack, and for batches the
-        labels.
+        Weight of the prior. One that suits the data is told to the attack.
     max_evaluations, **options
         Of ``search.reconstruct``.
     """
@@ -125,8 +129,9 @@ def inverting_gradients(
 @records.attack(
     "dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not"
 )
-@records.passes_on_to(reconstruct)
-def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
+@records.passes_on_to(reconstruct, fixed=["scale"])
+@check.arguments
+def dlm(seen: Observation, *, k0: check.Positive, **options: Any) -> Reconstruction:
     """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the
     images.
 
@@ -140,7 +145,6 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
         Of ``search.reconstruct``. The label is inferred; the released code optimises it
         (``labels="optimised"``), and then g -> 0, k -> 0 is a global minimum.
     """
-    check.in_range("k0", k0, 0, math.inf, open_low=True)
     return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0), **options)
 
 
@@ -153,6 +157,7 @@ def dlm(seen: Observation, *, k0: float, **options: Any) -> Reconstruction:
     audited=4,
 )
 @records.passes_on_to(reconstruct)
+@check.arguments
 def dlm_plus(
     seen: Observation, *, trusted: Sequence[torch.Tensor] | None = None, **options: Any
 ) -> Reconstruction:
@@ -170,6 +175,8 @@ def dlm_plus(
         Of ``search.reconstruct``: num_images (in the client's step; 1), labels, restarts, seed,
         max_evaluations, …
     """
+    if trusted is not None:
+        check_per_parameter(seen, "trusted", trusted)
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
     if "labels" not in options:
@@ -180,13 +187,18 @@ def dlm_plus(
 
 
 @records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)
-def grey(seen: Observation, *, num_images: int = 1) -> Reconstruction:
+@check.arguments
+def grey(seen: Observation, *, num_images: check.Count = 1) -> Reconstruction:
     """The trivial baseline: mid-grey, the best guess of an observer who looks at nothing."""
-    return baseline(torch.full((num_images, *seen.image_shape), 0.5))
+    return baseline(for_model(torch.full((num_images, *seen.image_shape), 0.5), seen.model))
 
 
 @records.attack("noise", title="noise", colour=7, marker=".", client="any")
-def noise(seen: Observation, *, num_images: int = 1, seed: int = 0) -> Reconstruction:
+@check.arguments
+def noise(
+    seen: Observation, *, num_images: check.Count = 1, seed: check.Whole = 0
+) -> Reconstruction:
     """The other one: uniform noise in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    return baseline(torch.rand((num_images, *seen.image_shape), generator=generator))
+    images = torch.rand((num_images, *seen.image_shape), generator=generator)
+    return baseline(for_model(images, seen.model))

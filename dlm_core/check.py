@@ -76,12 +76,10 @@ def arguments(function: F) -> F:
         what it takes.
     """
     signature = inspect.signature(function)
-    hints: dict[str, Any] = {}
 
     @functools.wraps(function)
     def called(*positional: Any, **named: Any) -> Any:
-        if not hints:  # later than its definition: annotations may name what is defined below it
-            hints.update(typing.get_type_hints(function, include_extras=True))
+        hints = _hints(function)
         try:
             bound = signature.bind(*positional, **named)
         except TypeError as error:  # an argument is missing, or unknown
@@ -92,6 +90,14 @@ def arguments(function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return typing.cast(F, called)
+
+
+@functools.cache
+def _hints(function: Any) -> dict[str, Any]:
+    """A function's annotations, read when it is first called: they may name what is defined below
+    it.
+    """
+    return typing.get_type_hints(function, include_extras=True)
 
 
 _SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -186,14 +192,13 @@ def _within(value: Any, hint: Any) -> Any:
 
 
 def _one_of_several(value: Any, hint: Any) -> Any:
-    refused = {}
-    for each in typing.get_args(hint):
+    refused = []
+    for each in sorted(typing.get_args(hint), key=lambda kind: kind is type(None)):
         try:
             return _fit(value, each)
         except Wrong as wrong:
-            refused[each] = str(wrong)
-    nothing = refused.pop(type(None), None)
-    raise Wrong(" or ".join([*([nothing] if nothing else []), *refused.values()]))
+            refused.append(str(wrong))
+    raise Wrong((", or " if "," in refused[0] else " or ").join(refused))
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -299,7 +304,7 @@ def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bo
 
 def renamed(**new_names: str) -> Callable[[F], F]:
     """Decorator: keyword arguments by their former names {former: new} still serve, for one
-    version.
+    version. The function's attribute ``renamed`` has them.
 
     Raises
     ------
@@ -317,6 +322,8 @@ def renamed(**new_names: str) -> Callable[[F], F]:
                     named[new] = named.pop(former)
             return function(*arguments, **named)
 
+        noted: Any = called
+        noted.renamed = {**getattr(function, "renamed", {}), **new_names}
         return typing.cast(F, called)
 
     return accept

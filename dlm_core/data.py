@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dlm_core import check, records
+from dlm_core.arrays import Images, Labels
 from dlm_core.records import DATA_SETS, DataSet
 
 BUNDLE = Path(__file__).resolve().parents[1] / "data"  # of a checkout; DLM_BUNDLE names another
@@ -42,8 +43,7 @@ FULL = {
         None,
     ),
 }
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-Images = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 
 class Dataset(NamedTuple):
@@ -77,9 +77,10 @@ class _Set(NamedTuple):
     pixels: Callable[[list[int]], torch.Tensor]
 
 
+@check.arguments
 def load(
     name: str,
-    n: int | None = None,
+    n: check.Count | None = None,
     *,
     indices: Any = None,
     source: str = "auto",
@@ -138,6 +139,7 @@ def load(
     return Dataset(images, labels, whole.num_classes, whole.source)
 
 
+@check.arguments
 def digest(name: str) -> str:
     """First 16 hex digits of a SHA-256 that tells one content of the set from another.
 
@@ -155,7 +157,7 @@ def digest(name: str) -> str:
 @records.data_set(
     "cifar100", title="CIFAR-100", image_shape=(3, 32, 32), num_classes=100, full_set=True
 )
-def cifar100() -> Images:
+def cifar100() -> Pair:
     """20 CIFAR-100 test images."""
     return _all_of("cifar100")
 
@@ -163,7 +165,7 @@ def cifar100() -> Images:
 @records.data_set(
     "imagenet64", title="ImageNet 64x64", image_shape=(3, 64, 64), num_classes=200, full_set=True
 )
-def imagenet64() -> Images:
+def imagenet64() -> Pair:
     """20 ImageNet images reduced to 64x64, as Tiny ImageNet was made."""
     return _all_of("imagenet64")
 
@@ -175,28 +177,30 @@ def imagenet64() -> Images:
     num_classes=10,
     full_set=True,
 )
-def fashion_mnist() -> Images:
+def fashion_mnist() -> Pair:
     """20 Fashion-MNIST images."""
     return _all_of("fashion_mnist")
 
 
 @records.data_set("lfw", title="LFW faces", image_shape=(1, 25, 25), num_classes=2)
-def lfw() -> Images:
+def lfw() -> Pair:
     """200 grey crops from Labeled Faces in the Wild, 100 of them faces."""
     return _all_of("lfw")
 
 
 @records.data_set("digits", title="digits", image_shape=(1, 8, 8), num_classes=10)
-def digits() -> Images:
+def digits() -> Pair:
     """1,797 handwritten digits."""
     return _all_of("digits")
 
 
+@check.arguments
 def bundled_file(name: str) -> Path:
     """Path of the file ``name`` of the bundle; ValueError unless its SHA-256 is the manifest's."""
     digests: dict[str, str] = {}
     for entry in _manifest().values():
         digests |= entry["files"]
+    check.one_of("name", name, digests)
     path = _bundle() / name
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digests[name]:
         raise ValueError(
@@ -235,7 +239,7 @@ def _whole(name: str, source: str, root: str | Path | None, download: bool) -> _
     return _bundled(name)
 
 
-def _all_of(name: str) -> Images:
+def _all_of(name: str) -> Pair:
     """All images and labels of a bundled set."""
     images, labels, *_ = load(name, source="bundled")
     return images, labels
@@ -266,7 +270,7 @@ def _registered(record: DataSet) -> _Set:
 
 
 @functools.lru_cache(maxsize=4)
-def _checked(record: DataSet) -> Images:
+def _checked(record: DataSet) -> Pair:
     """(images float32, labels int64) of a user's own set, as its record says they are."""
     what = f"data set {record.key!r}"
     returned = record.function()
@@ -274,43 +278,22 @@ def _checked(record: DataSet) -> Images:
         raise ValueError(
             f"{what} returned a {type(returned).__name__}; its function returns (images, labels)"
         )
-    for part, tensor in zip(("images", "labels"), returned):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{part} of {what} is a {type(tensor).__name__}; it takes a tensor")
-    images, labels = (tensor.detach().cpu() for tensor in returned)
-    _check_images(what, images, record.image_shape)
-    _check_labels(what, labels, len(images), record.num_classes)
-    return images.to(torch.float32), labels.to(torch.int64)
-
-
-def _check_images(what: str, images: torch.Tensor, image_shape: Sequence[int]) -> None:
-    shape = tuple(image_shape)
-    if images.shape[1:] != shape or len(images) == 0:
+    images = check.fitting(f"images of {what}", returned[0], Images).detach().cpu()
+    labels = check.fitting(f"labels of {what}", returned[1], Labels).cpu()
+    shape, count = record.image_shape, record.num_classes
+    if images.shape[1:] != shape:
         raise ValueError(
             f"images of {what} has shape {list(images.shape)}; its record says [N, "
-            f"{', '.join(map(str, shape))}], N at least 1"
+            f"{', '.join(map(str, shape))}]"
         )
-    if not images.is_floating_point():
+    if len(labels) != len(images):
+        raise ValueError(f"labels of {what} are {len(labels)}; its images are {len(images)}")
+    if labels.max() >= count:
         raise ValueError(
-            f"images of {what} has dtype {images.dtype}; it takes floating point in [0, 1]"
+            f"labels of {what} run up to {int(labels.max())}; its record says {count} classes, "
+            f"0 to {count - 1}"
         )
-    low, high = float(images.min()), float(images.max())
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"images of {what} runs from {low:g} to {high:g}; pixels lie in [0, 1]")
-
-
-def _check_labels(what: str, labels: torch.Tensor, count: int, num_classes: int) -> None:
-    if labels.shape != (count,) or labels.dtype not in WHOLE:
-        raise ValueError(
-            f"labels of {what} has shape {list(labels.shape)} and dtype {labels.dtype}; "
-            f"it takes {count} class indices"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels of {what} runs from {low} to {high}; its record says {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
+    return images.to(torch.float32), labels
 
 
 @functools.lru_cache(maxsize=64)
@@ -398,7 +381,6 @@ def _choose(n: int | None, indices: Any, count: int, title: str) -> list[int]:
     if indices is None:
         if n is None:
             return list(range(count))
-        check.at_least("n", n, 1)
         if n > count:
             raise ValueError(f"n is {n}; there are {count} images ({title})")
         return list(range(n))

@@ -490,9 +490,7 @@ def _check_options(record: Defence, options: Mapping[str, Any]) -> None:
             f"{record.function.__name__} instead of defending what a client sends"
         )
     record.check_options("option", options)
-    missing = record.required - options.keys() - set(SUPPLIED)
-    if missing:
-        raise ValueError(f"defence {record.key!r} lacks {', '.join(sorted(missing))}")
+    record.check_told(options)
 
 
 @check.renamed(rounds="num_rounds")

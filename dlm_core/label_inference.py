@@ -6,17 +6,18 @@ import torch
 from torch.nn import functional as F
 
 from dlm_core import check
-from dlm_core.observation import Observation
+from dlm_core.observation import Observation, check_per_parameter
 
 ROUNDS = 10  # of counts -> learning rate -> counts
 
 
 @check.renamed(steps="local_steps")
+@check.arguments
 def infer(
     seen: Observation,
-    num_images: int = 1,
+    num_images: check.Count = 1,
     trusted: Sequence[torch.Tensor] | None = None,
-    local_steps: int = 1,
+    local_steps: check.Count = 1,
 ) -> torch.Tensor:
     """Read the classes of the client's images off Δ alone.
 
@@ -61,6 +62,7 @@ def infer(
                 f"num_images is {num_images}; "
                 "an update with gaps does not tell labels of a batch: give them"
             )
+        check_per_parameter(seen, "trusted", trusted)
         masks = dict(zip(seen.parameter_names, trusted))
         weight_name, bias_name = seen.head.names
         d_weight, d_bias = d_weight * masks[weight_name], d_bias * masks[bias_name]

@@ -1,16 +1,17 @@
 """How close an estimate comes to the true images; and how the released code measured it.
 
-Every function takes images [N, C, H, W] of any floating dtype, on any device, and changes
-nothing it is given. Except for the two ``released_`` ones, estimates are first clamped to [0,
-data_range], as any viewer does; a NaN in them stays and makes the metric NaN. The float
-returned is the mean over the N images; ``per_image=True`` gives all N instead (float64, CPU).
+Every function takes images [N, C, H, W] of any floating dtype, on any device, tensors or NumPy
+arrays, and changes nothing it is given; 8-bit ones at data_range 255. Except for the two
+``released_`` ones, estimates are first clamped to [0, data_range], as any viewer does; a NaN in
+them stays and makes the metric NaN. The float returned is the mean over the N images;
+``per_image=True`` gives all N instead (float64, CPU).
 
-Each raises ValueError for unequal shapes, and all but the ``released_`` ones for true images
-that leave [0, data_range], as these would make the range a lie.
+Each raises ValueError for unequal shapes, for true images that leave [0, data_range], and for
+images in [0, 1] or of 8 bits where the range is that of the other kind: these would make the range
+a lie.
 """
 
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -18,13 +19,16 @@ import torch
 from torch import nn
 
 from dlm_core import check, data
+from dlm_core.arrays import WHOLE, Pictures
+from dlm_core.threads import own_generator
 
 Score = Any  # a float, or [N] float64 with ``per_image``
 CIFAR100_STD = (0.2673342823982239, 0.2564384639263153, 0.2761504650115967)
 
 
+@check.arguments
 def psnr(
-    estimate: torch.Tensor, truth: torch.Tensor, *, data_range: float, per_image: bool = False
+    estimate: Pictures, truth: Pictures, *, data_range: check.Positive, per_image: bool = False
 ) -> Score:
     """10·log10(data_range²/MSE) in dB; infinite for identical images.
 
@@ -42,8 +46,9 @@ def psnr(
     return _result(10 * torch.log10(data_range**2 / mse), per_image)
 
 
+@check.arguments
 def ssim(
-    estimate: torch.Tensor, truth: torch.Tensor, *, data_range: float, per_image: bool = False
+    estimate: Pictures, truth: Pictures, *, data_range: check.Positive, per_image: bool = False
 ) -> Score:
     """Structural similarity in [-1, 1], mean over the channels.
 
@@ -64,11 +69,12 @@ def ssim(
     return _result(_ssim(estimate, truth, win_size=window, data_range=data_range), per_image)
 
 
+@check.arguments
 def lpips(
-    estimate: torch.Tensor,
-    truth: torch.Tensor,
+    estimate: Pictures,
+    truth: Pictures,
     *,
-    data_range: float = 1.0,
+    data_range: check.Positive = 1.0,
     per_image: bool = False,
 ) -> Score:
     """Learned perceptual distance (Zhang et al. 2018, AlexNet, v0.1); 0 for identical images.
@@ -103,7 +109,8 @@ def lpips(
     return _result(distance.flatten().double(), per_image)
 
 
-def exact_pixel_rate(estimate: torch.Tensor, truth: torch.Tensor) -> float:
+@check.arguments
+def exact_pixel_rate(estimate: Pictures, truth: Pictures) -> float:
     """Share of the values (pixel by channel) equal after rounding to 8 bits.
 
     Parameters
@@ -115,12 +122,16 @@ def exact_pixel_rate(estimate: torch.Tensor, truth: torch.Tensor) -> float:
     return float((estimate == truth).double().mean())
 
 
-def success(psnr_value: float | torch.Tensor, threshold: float = 20.0) -> bool:
+@check.arguments
+def success(psnr_value: float | torch.Tensor, threshold: check.Finite = 20.0) -> bool:
     """Whether an attack counts as successful: PSNR of at least ``threshold`` dB. NaN does not."""
+    if isinstance(psnr_value, torch.Tensor) and psnr_value.numel() != 1:
+        raise ValueError(f"psnr_value is {check.shown(psnr_value)}; it takes one number")
     return bool(psnr_value >= threshold)
 
 
-def match(estimates: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
+@check.arguments
+def match(estimates: Pictures, truths: Pictures) -> torch.Tensor:
     """The order in which ``estimates[order]`` fits ``truths`` best, by total MSE.
 
     Parameters
@@ -145,7 +156,8 @@ def match(estimates: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(linear_sum_assignment(distances.square().numpy())[1])
 
 
-def released_psnr(estimate: torch.Tensor, truth: torch.Tensor) -> float:
+@check.arguments
+def released_psnr(estimate: Pictures, truth: Pictures) -> float:
     """PSNR as in the released code: mean over channels of 10·log10(σ_c⁻²/MSE).
 
     Parameters
@@ -157,14 +169,14 @@ def released_psnr(estimate: torch.Tensor, truth: torch.Tensor) -> float:
     -----
     σ_c are CIFAR-100's standard deviations: 11.49 dB above the standard value of the same error.
     """
-    _check_shapes(estimate, truth)
-    error = estimate.detach().cpu().double() - truth.detach().cpu().double()
-    mse = error.square().mean()
+    estimate, truth = _numbers(estimate, truth, 1.0)
+    mse = (estimate - truth).square().mean()
     deviations = torch.tensor(CIFAR100_STD, dtype=torch.float64)
     return float((10 * torch.log10(deviations**-2 / mse)).mean())
 
 
-def released_ssim(estimate: torch.Tensor, truth: torch.Tensor) -> float:
+@check.arguments
+def released_ssim(estimate: Pictures, truth: Pictures) -> float:
     """SSIM as in the released code: Gaussian 11x11 window, data_range 255 for images in [0, 1].
 
     Parameters
@@ -177,12 +189,11 @@ def released_ssim(estimate: torch.Tensor, truth: torch.Tensor) -> float:
     The constants that stabilise the quotient then outweigh every variance, so that any pair of
     images scores near 1.
     """
-    _check_shapes(estimate, truth)
+    estimate, truth = _numbers(estimate, truth, 1.0)
     if min(truth.shape[2:]) < 11:
         raise ValueError(
             f"images are {truth.shape[2]}x{truth.shape[3]}; released_ssim takes 11x11 or more"
         )
-    estimate, truth = (images.detach().cpu().double() for images in (estimate, truth))
     each = _ssim(
         estimate,
         truth,
@@ -206,7 +217,7 @@ def _ssim(estimate: torch.Tensor, truth: torch.Tensor, **options: Any) -> torch.
 @functools.cache
 def _lpips_network() -> nn.Module:
     """LPIPS with the bundled weights, float32 on the CPU; the global generator stays."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), own_generator():
         warnings.simplefilter("ignore")  # lpips still calls torchvision by deprecated names
         import lpips as package
         from safetensors.torch import load_file
@@ -221,8 +232,31 @@ def _pair(
     estimate: torch.Tensor, truth: torch.Tensor, data_range: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as float64 on the CPU, the estimate clamped."""
-    check.in_range("data_range", data_range, 0, math.inf, open_low=True)
-    _check_shapes(estimate, truth)
+    estimate, truth = _numbers(estimate, truth, data_range)
+    return estimate.clamp(0, data_range), truth
+
+
+def _numbers(
+    estimate: torch.Tensor, truth: torch.Tensor, data_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as float64 on the CPU, once they are images of that range."""
+    if estimate.shape != truth.shape or truth.ndim != 4 or truth.numel() == 0:
+        shapes = f"{list(estimate.shape)} and truth {list(truth.shape)}"
+        raise ValueError(
+            f"estimate has shape {shapes}; they take the same [N, C, H, W], N at least 1"
+        )
+    for name, images in (("estimate", estimate), ("truth", truth)):
+        of_bytes = images.dtype in WHOLE and data_range >= 255
+        if not images.is_floating_point() and not of_bytes:
+            raise ValueError(
+                f"{name} has dtype {images.dtype}; "
+                f"data_range {data_range:g} takes floating point in [0, {data_range:g}]"
+            )
+        if data_range > 2 and 0 < images.max() <= 1:
+            raise ValueError(
+                f"{name} runs from {images.min():g} to {images.max():g}, as images in [0, 1] do; "
+                f"data_range is {data_range:g}, and theirs is 1"
+            )
     estimate, truth = (images.detach().cpu().double() for images in (estimate, truth))
     low, high = float(truth.min()), float(truth.max())
     if not -1e-6 * data_range <= low <= high <= (1 + 1e-6) * data_range:
@@ -230,15 +264,7 @@ def _pair(
             f"truth runs from {low:g} to {high:g}; "
             f"data_range {data_range:g} needs values in [0, {data_range:g}]"
         )
-    return estimate.clamp(0, data_range), truth
-
-
-def _check_shapes(estimate: torch.Tensor, truth: torch.Tensor) -> None:
-    if estimate.shape != truth.shape or truth.ndim != 4 or truth.numel() == 0:
-        shapes = f"{list(estimate.shape)} and truth {list(truth.shape)}"
-        raise ValueError(
-            f"estimate has shape {shapes}; they take the same [N, C, H, W], N at least 1"
-        )
+    return estimate, truth
 
 
 def _result(values: torch.Tensor, per_image: bool) -> Score:

@@ -8,14 +8,16 @@ of your own is a function of image shape and number of classes::
     def mine(image_shape, num_classes, *, width=16): ...
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from dlm_core import check, records
+from dlm_core.arrays import ImageShape
 from dlm_core.records import NETWORKS
+from dlm_core.threads import own_generator
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -24,14 +26,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 INITS = ("paper", "default")
+Classes = Annotated[int, check.Range(2)]
 
 
+@check.arguments
 def build(
     name: str,
-    image_shape: Sequence[int] = (3, 32, 32),
-    num_classes: int = 100,
+    image_shape: ImageShape = (3, 32, 32),
+    num_classes: Classes = 100,
     *,
-    seed: int = 0,
+    seed: check.Whole = 0,
     init: str = "paper",
     **options: Any,
 ) -> nn.Module:
@@ -62,16 +66,11 @@ def build(
     """
     check.one_of("model", name, NETWORKS)
     check.one_of("init", init, INITS)
-    check.at_least("num_classes", num_classes, 2)
-    NETWORKS[name].check_options("option", options)
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(
-            f"image_shape is {tuple(image_shape)}; it takes (channels, height, width), "
-            "each at least 1"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = NETWORKS[name].function(tuple(image_shape), num_classes, **options)
+    record = NETWORKS[name]
+    record.check_options("option", options)
+    record.check_told(options)
+    with own_generator(seed):
+        model = record.function(tuple(image_shape), num_classes, **options)
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
             raise ValueError(f"network {name!r} returned a {kind}; its function returns nn.Module")
@@ -88,12 +87,13 @@ def _initialise_as_released(model: nn.Module) -> None:
 
 
 @records.network("lenet", title="LeNet")
+@check.arguments
 def lenet(
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    image_shape: ImageShape,
+    num_classes: Classes,
     *,
     activation: str = "sigmoid",
-    depth: int = 3,
+    depth: check.Count = 3,
 ) -> nn.Sequential:
     """Convolutions 5x5 of 12 channels, each with its activation, and one linear layer.
 
@@ -106,7 +106,6 @@ def lenet(
     depth
         Number of convolutions, at least 1, of strides 2, 2, then 1.
     """
-    check.at_least("depth", depth, 1)
     act = _activation(activation)
     channels, height, width = image_shape
     layers: list[nn.Module] = []
@@ -119,13 +118,14 @@ def lenet(
 
 
 @records.network("mlp", title="MLP")
+@check.arguments
 def mlp(
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    image_shape: ImageShape,
+    num_classes: Classes,
     *,
-    hidden: int = 32,
+    hidden: check.Count = 32,
     activation: str = "relu",
-    depth: int = 1,
+    depth: check.Count = 1,
 ) -> nn.Sequential:
     """Flatten, linear layers with activation, one linear layer to the classes.
 
@@ -140,8 +140,6 @@ def mlp(
     depth
         Number of hidden layers, at least 1.
     """
-    check.at_least("hidden", hidden, 1)
-    check.at_least("depth", depth, 1)
     act = _activation(activation)
     channels, height, width = image_shape
     sizes = [channels * height * width] + [hidden] * depth
@@ -196,14 +194,15 @@ class Residual(nn.Module):
 
 
 @records.network("resnet18", title="ResNet-18")
+@check.arguments
 def resnet18(
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    image_shape: ImageShape,
+    num_classes: Classes,
     *,
     norm: Callable[[int], nn.Module] = nn.Identity,
     activation: str = "sigmoid",
-    width: int = 64,
-    blocks: int = 2,
+    width: check.Count = 64,
+    blocks: check.Count = 2,
 ) -> nn.Sequential:
     """ResNet-18 for small images: first convolution 3x3, no pooling before the blocks.
 
@@ -220,8 +219,6 @@ def resnet18(
     blocks
         Blocks of each stage, at least 1. The defaults are ResNet-18's.
     """
-    check.at_least("width", width, 1)
-    check.at_least("blocks", blocks, 1)
     act, last = _activation(activation), width
     first = nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False)
     layers: list[nn.Module] = [first, norm(width), act()]
@@ -237,9 +234,7 @@ def resnet18(
 
 @records.network("resnet18_bn", title="ResNet-18 with batch norm")
 @records.passes_on_to(resnet18)
-def resnet18_bn(
-    image_shape: tuple[int, int, int], num_classes: int, **options: Any
-) -> nn.Sequential:
+def resnet18_bn(image_shape: ImageShape, num_classes: Classes, **options: Any) -> nn.Sequential:
     """The same with batch normalisation after every convolution."""
     return resnet18(image_shape, num_classes, norm=nn.BatchNorm2d, **options)
 

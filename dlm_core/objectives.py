@@ -113,13 +113,15 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
     Parameters
     ----------
     images
-        [B, C, H, W].
+        [B, C, H, W]; one that is a single pixel high or wide has no such neighbours, which count 0.
     """
-    return images.diff(dim=-2).abs().mean() + images.diff(dim=-1).abs().mean()
+    each = (images.diff(dim=dim).abs() for dim in (-2, -1))
+    return _total(d.mean() if d.numel() else d.sum() for d in each)
 
 
 def _total(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
-    return sum(numbers)  # type: ignore[return-value]  # typeshed: of nothing it would be 0
+    # typeshed: of nothing it would be 0
+    return sum(numbers)  # type: ignore[return-value]
 
 
 def _inner(a: Tensors, b: Tensors) -> torch.Tensor:

@@ -9,12 +9,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dlm_core.weights import StateDict, check_finite, check_fit
+from dlm_core import check
+from dlm_core.arrays import ImageShape, Shape
+from dlm_core.threads import own_generator
+from dlm_core.weights import StateDict, check_finite, check_fit, check_weights
 
 
 class Unchanged(ValueError):
@@ -62,7 +65,8 @@ class Observation:
     Raises
     ------
     ValueError
-        Where the snapshots do not fit each other or hold NaN or infinity; the tensor is named.
+        Where the snapshots do not fit each other or hold NaN or infinity (the tensor is named), or
+        the model takes no such images or has not so many classes.
     Unchanged
         Where they are identical.
 
@@ -75,10 +79,12 @@ class Observation:
 
     model: nn.Module = field(repr=False)
     weights_after: StateDict = field(repr=False)
-    image_shape: tuple[int, ...]
-    num_classes: int
+    image_shape: Annotated[tuple[int, ...], Shape()]
+    num_classes: check.Count
 
     def __post_init__(self) -> None:
+        check_weights("weights_after", self.weights_after)
+        check.fields(self)
         before = self.model.state_dict()
         check_fit("weights_after", self.weights_after, before)
         check_finite("the model", before)
@@ -88,6 +94,9 @@ class Observation:
                 "weights_after equals the model's weights: the client has not trained, "
                 "nothing can leak"
             )
+        found = self._last_layer[1].out_features
+        if self.num_classes != found:
+            raise ValueError(f"num_classes is {self.num_classes}; the model has {found} classes")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -134,19 +143,24 @@ class Observation:
         return noise / sum(float(s.sum()) for s in squares)
 
     @cached_property
+    def _last_layer(self) -> tuple[str, nn.Linear]:
+        return find_head(self.model, self.image_shape)
+
+    @cached_property
     def head(self) -> Head:
-        """The last layer with its part of Δ, found by tracing the forward pass; ValueError where
-        there is none.
-        """
-        prefix, layer = find_head(self.model, self.image_shape)
-        names = (f"{prefix}.weight".lstrip("."), f"{prefix}.bias".lstrip("."))
-        weight, bias = (self.parameter_names.index(name) for name in names)
+        """The last layer with its part of Δ, found by tracing the forward pass."""
+        _, layer = self._last_layer
+        # By identity: a weight that several layers share has the name of the first of them.
+        own = [id(p) for p in self.model.parameters()]
+        weight, bias = own.index(id(layer.weight)), own.index(id(layer.bias))
+        names = (self.parameter_names[weight], self.parameter_names[bias])
         deltas, variances = self.delta, self.rounding_variance
         return Head(layer, names, deltas[weight], deltas[bias], variances[weight], variances[bias])
 
 
+@check.arguments
 def observe(
-    model: nn.Module, before: StateDict, after: StateDict, image_shape: Sequence[int]
+    model: nn.Module, before: StateDict, after: StateDict, image_shape: ImageShape
 ) -> Observation:
     """Return the Observation of two state dicts of ``model``'s architecture, as a practitioner
     holds them.
@@ -168,12 +182,12 @@ def observe(
     check_fit("before", before, model.state_dict())
     model = copy.deepcopy(model)
     model.load_state_dict(before)
-    return Observation(
-        model, dict(after), tuple(image_shape), find_head(model, image_shape)[1].out_features
-    )
+    num_classes = find_head(model, image_shape)[1].out_features
+    return Observation(model, dict(after), tuple(image_shape), num_classes)
 
 
-def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
+@check.arguments
+def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear]:
     """Return (name, layer) of the ``nn.Linear`` whose output the network returns as class scores.
 
     One grey image is sent through a copy of the network in eval mode, and every linear layer's
@@ -183,8 +197,8 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
     Raises
     ------
     ValueError
-        Where the network cannot take an image of this shape, or calls no linear layer, or that one
-        has no bias.
+        Where the network cannot take an image of this shape, or returns no scores, or calls no
+        linear layer, or that one has no bias.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
     traced = copy.deepcopy(model).eval()
@@ -193,22 +207,24 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
             module.register_forward_hook(
                 lambda m, _, output, name=name: called.append((name, m, output))
             )
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.zeros(()))
+    grey = torch.full((1, *image_shape), 0.5).to(like)
     try:
-        with torch.no_grad():
-            output = scores(traced(torch.full((1, *image_shape), 0.5).to(like)))
-    except (RuntimeError, TypeError, IndexError) as error:
+        with torch.no_grad(), own_generator(device=like.device):
+            returned = traced(grey)
+    except Exception as error:  # whatever a user's network raises
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"image_shape is {tuple(image_shape)}; the model does not take such an image ({said})"
         ) from None
-    returned = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
-    if not called or (returned or called)[-1][1].bias is None:
+    output = scores(returned)
+    last = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
+    if not called or (last or called)[-1][1].bias is None:
         raise ValueError(
             "the model does not end in an nn.Linear layer with bias; "
             "class scores must come from one"
         )
-    name = (returned or called)[-1][0]
+    name = (last or called)[-1][0]
     head = model.get_submodule(name)
     assert isinstance(head, nn.Linear)
     return name, head
@@ -216,17 +232,38 @@ def find_head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Lin
 
 def scores(output: Any) -> torch.Tensor:
     """The class scores among what a network returns: the tensor itself, ``.logits``, "logits", or
-    the first of several.
+    the first of several; ValueError where that is no tensor.
     """
-    if isinstance(output, torch.Tensor):
-        return output
+    found = output
     if hasattr(output, "logits"):
-        return output.logits
-    if isinstance(output, Mapping):
-        return output["logits"] if "logits" in output else next(iter(output.values()))
-    return output[0]
+        found = output.logits
+    elif isinstance(output, Mapping):
+        found = output.get("logits", next(iter(output.values()), None))
+    elif isinstance(output, Sequence) and output:
+        found = output[0]
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(
+            f"the model returns {check.shown(output)}, which are no class scores: "
+            "a tensor, .logits, or several of which they are the first"
+        )
+    return found
 
 
+def check_per_parameter(seen: Observation, argument: str, given: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError unless ``given`` has one tensor per parameter, of its shape."""
+    named = list(seen.model.named_parameters())
+    if len(given) != len(named):
+        raise ValueError(
+            f"{argument} has {len(given)} entries; the model has {len(named)} parameters"
+        )
+    for tensor, (name, p) in zip(given, named):
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"{argument} has shape {list(tensor.shape)} for {name!r}, which has {list(p.shape)}"
+            )
+
+
+@check.arguments
 def unit_in_last_place(weights: torch.Tensor) -> torch.Tensor:
     """The distance of each weight to the next number of its dtype, as float64."""
     exponent = weights.abs().double().clamp(min=1e-300).log2().floor()

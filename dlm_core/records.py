@@ -4,20 +4,25 @@ protocol: one record of each.
 A record stands beside the function that it describes, as a decorator, and puts it into the table of
 its kind when that module is imported (``harness.registry`` imports all of ours). Whatever names one
 of them by key reads these tables: trials, figures, the audit, help texts, notebooks. A user's own
-is registered the same way::
+is registered the same way, a class of ``torch.optim`` with ``client_optimizer``::
 
     @records.attack("mine", title="Mine", client="one step of SGD")
     def mine(seen, *, num_images=1, seed=0): ...
 """
 
 import dataclasses
+import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
 
 from dlm_core import check
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def plain(value: Any) -> Any:
@@ -36,36 +41,53 @@ def plain(value: Any) -> Any:
 
 
 def typed(argument: str, kind: type[Any], given: Any) -> Any:
-    """A part of a trial as its type.
+    """What is given as a dataclass, or as a dict of its fields.
 
     Parameters
     ----------
     argument
-        Name of the part, for the error.
+        Its name, for the error.
     kind
-        A dataclass.
+        The dataclass.
     given
-        One of it, which is returned as it is, or a dict of its fields.
+        One of it, which is returned as it is, or the dict.
 
     Raises
     ------
     ValueError
-        For a field that it has not.
+        For anything else, and for a field that it has not.
     """
     if isinstance(given, kind):
         return given
+    names = [f.name for f in dataclasses.fields(kind)]
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{argument} is {check.shown(given)}; it takes a {kind.__name__} "
+            f"or a dict of {', '.join(names)}"
+        )
     for name in given:
-        check.one_of(f"{argument} setting", name, [f.name for f in dataclasses.fields(kind)])
+        check.one_of(f"{argument} setting", name, names)
     return kind(**given)
 
 
 class Options(Mapping):
-    """Named options as a value: immutable, compared and hashed by content, written as JSON. Numbers
-    keep their types.
+    """Named options as a value: immutable, compared and hashed by content, written as JSON.
+
+    Numbers keep their types, those of NumPy become Python's; lists in it become tuples, and
+    mappings Options.
+
+    Raises
+    ------
+    ValueError
+        Where no mapping of names is given.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None, /, **named: Any) -> None:
-        self._content = dict(sorted({**(given or {}), **named}.items()))
+        given = {} if given is None else given
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"options is {check.shown(given)}; it takes a mapping of names")
+        content = {**given, **named}
+        self._content = {name: _frozen(content[name]) for name in sorted(content)}
 
     def __getitem__(self, name: str) -> Any:
         return self._content[name]
@@ -76,11 +98,31 @@ class Options(Mapping):
     def __len__(self) -> int:
         return len(self._content)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self._written == Options(other)._written
+
     def __hash__(self) -> int:
-        return hash(json.dumps(plain(self._content), sort_keys=True, default=repr))
+        return hash(self._written)
 
     def __repr__(self) -> str:
         return repr(self._content)
+
+    @property
+    def _written(self) -> str:
+        return json.dumps(plain(self._content), sort_keys=True, default=repr)
+
+
+def _frozen(value: Any) -> Any:
+    """``value`` as something that nobody changes."""
+    if isinstance(value, Options):
+        return value
+    if isinstance(value, Mapping):
+        return Options(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(each) for each in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,36 +143,52 @@ class Record:
     function: Callable[..., Any]
     title: str
 
+    # What the caller fills in, by place and by name; the other arguments are options.
+    by_place: ClassVar[int] = 0
+    supplied: ClassVar[tuple[str, ...]] = ()
+
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The function's own keyword arguments: those that it takes by name alone."""
-        every = inspect.signature(self.function).parameters.values()
-        return {p.name: p for p in every if p.kind is p.KEYWORD_ONLY}
+        """The function's own arguments that may be given by name, those that the caller fills in
+        aside.
+        """
+        every = list(inspect.signature(self.function).parameters.values())[self.by_place :]
+        named = (p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return {p.name: p for p in named if p.name not in self.supplied}
 
     @property
-    def required(self) -> set[str]:
-        """Names of the options without a default."""
-        return {name for name, p in self.parameters.items() if p.default is p.empty}
-
-    @property
-    def takes_any(self) -> bool:
-        """Whether the function passes further keyword arguments on."""
-        return any(
-            p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values()
-        )
+    def demands(self) -> list[str]:
+        """Those without a default: it cannot be run without being told them."""
+        return [name for name, p in self.parameters.items() if p.default is p.empty]
 
     @property
     def options(self) -> list[str]:
         """Names of the options that may be given, and those of the functions that it passes others
         on to.
         """
-        return keyword_names(self.function)
+        passed = (name for name in _passed_on(self.function) if name not in self.supplied)
+        return list(dict.fromkeys([*self.parameters, *passed]))
 
-    def check_options(self, argument: str, options: Mapping[str, Any]) -> None:
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """{former name of an option, which still serves: its name}."""
+        return getattr(self.function, "renamed", {})
+
+    def check_options(self, argument: str, options: Iterable[str]) -> None:
         """Raise ValueError for an option that the function does not take, naming the near ones."""
-        open_ended = self.takes_any and not getattr(self.function, "passes_on_to", ())
+        every = inspect.signature(self.function).parameters.values()
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in every) and not _passed_on(self.function)
         for name in () if open_ended else options:
-            check.one_of(f"{argument} of {self.key}", name, self.options)
+            if name not in self.renamed:
+                check.one_of(f"{argument} of {self.key}", name, self.options)
+
+    def check_told(self, given: Iterable[str]) -> None:
+        """Raise ValueError unless ``given`` has the names of all that it demands."""
+        told = {self.renamed.get(name, name) for name in given}
+        missing = [name for name in self.demands if name not in told]
+        if missing:
+            kind = type(self).__name__.lower()
+            raise ValueError(f"{kind} {self.key!r} must be told {', '.join(missing)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +220,8 @@ class Attack(Record):
     seeded: bool = True
     audited: int | None = None
 
-    @property
-    def demands(self) -> list[str]:
-        """The arguments without a default: it cannot be run without being told them."""
-        _, *others = inspect.signature(self.function).parameters.values()
-        named = (p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        return [
-            p.name for p in named if p.default is p.empty and p.name not in ("num_images", "seed")
-        ]
+    by_place: ClassVar[int] = 1
+    supplied: ClassVar[tuple[str, ...]] = ("num_images", "seed")
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -181,14 +233,13 @@ class Attack(Record):
         check.at_least("num_images", num_images, 1)
         check.at_least("seed", seed, 0)
         if num_images > 1 and not self.several:
+            several = [key for key, record in ATTACKS.items() if record.several]
             raise ValueError(
-                f"num_images is {num_images}; {self.key} takes one: "
-                "exact_batch and dlm_plus take several"
+                f"num_images is {num_images}; {self.key} takes one, "
+                f"several are taken by {', '.join(several)}"
             )
         self.check_options("option", options)
-        missing = [name for name in self.demands if name not in options]
-        if missing:
-            raise ValueError(f"attack {self.key!r} has to be told {', '.join(missing)}")
+        self.check_told(options)
         common = {"num_images": num_images} if self.several else {}
         if self.seeded:
             common["seed"] = seed
@@ -221,6 +272,9 @@ class Defence(Record):
     variance: Callable[..., list[float]] | None = None
     leaves_out: bool = False
 
+    by_place: ClassVar[int] = 1
+    supplied: ClassVar[tuple[str, ...]] = ("seed", "parameters")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptimizer(Record):
@@ -235,12 +289,17 @@ class ClientOptimizer(Record):
 
     step: Callable[..., Any] | None = None
 
+    by_place: ClassVar[int] = 1
+    supplied: ClassVar[tuple[str, ...]] = ("lr",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Record):
     """A network: a function ``(image_shape, num_classes, **options) -> nn.Module`` that ends in
     nn.Linear with bias.
     """
+
+    by_place: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +335,8 @@ class Protocol(Record):
     """
 
     defended: bool = False
+
+    by_place: ClassVar[int] = 2
 
 
 ATTACKS: dict[str, Attack] = {}
@@ -337,6 +398,7 @@ def _decorator(kind: type[Record]) -> Callable[..., Callable[[Callable[..., Any]
 
 attack = _decorator(Attack)
 defence = _decorator(Defence)
+client_optimizer = _decorator(ClientOptimizer)
 network = _decorator(Network)
 data_set = _decorator(DataSet)
 protocol = _decorator(Protocol)
@@ -347,24 +409,57 @@ def keyword_names(function: Callable[..., Any]) -> list[str]:
 
     An argument with a default counts as well as one that is taken by name alone.
     """
-    names: dict[str, None] = {}
-    for each in (function, *getattr(function, "passes_on_to", ())):
-        for p in inspect.signature(each).parameters.values():
-            has_default = p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
-            if p.kind is p.KEYWORD_ONLY or has_default:
-                names[p.name] = None
-    return list(names)
+    own = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+        or (p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)
+    ]
+    return list(dict.fromkeys([*own, *_passed_on(function)]))
 
 
-def passes_on_to(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator for a function with ``**options``: they are those of ``functions``, so that a
-    misspelt one is refused.
+def _passed_on(function: Callable[..., Any]) -> tuple[str, ...]:
+    return getattr(function, "passed_on", ())
+
+
+def passes_on_to(*functions: Callable[..., Any], fixed: Iterable[str] = ()) -> Callable[[F], F]:
+    """Decorator for a function with ``**options``: they are those of ``functions``, and another is
+    refused before it begins.
+
+    Parameters
+    ----------
+    *functions
+        To which it passes them on.
+    fixed
+        Names of arguments of these that the function fills in itself.
+
+    Raises
+    ------
+    ValueError
+        When called with an unknown option; the sentence names the near ones.
     """
+    passed = tuple(name for f in functions for name in keyword_names(f) if name not in tuple(fixed))
+    former = {
+        old: new
+        for f in functions
+        for old, new in getattr(f, "renamed", {}).items()
+        if new in passed
+    }
 
-    def note(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.passes_on_to = tuple(  # type: ignore[attr-defined]
-            each for f in functions for each in (f, *getattr(f, "passes_on_to", ()))
-        )
-        return function
+    def note(function: F) -> F:
+        renamed = {**former, **getattr(function, "renamed", {})}
+        every = inspect.signature(function).parameters.values()
+        known = (*(p.name for p in every if p.kind is not p.VAR_KEYWORD), *passed)
+
+        @functools.wraps(function)
+        def called(*arguments: Any, **named: Any) -> Any:
+            for name in named:
+                if name not in known and name not in renamed:
+                    check.one_of(f"option of {function.__name__}", name, keyword_names(called))
+            return function(*arguments, **named)
+
+        noted: Any = called
+        noted.passed_on, noted.renamed = passed, renamed
+        return cast(F, called)
 
     return note

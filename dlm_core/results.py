@@ -172,12 +172,16 @@ class Reconstruction:
 
     @property
     def evaluations(self) -> int:
-        """How often the objective and its gradient were computed for the images returned."""
+        """The length of the trace: how often a search computed its objective (of an unrolled
+        client, all its searches together), or the steps of a fit.
+        """
         return len(self.evidence.losses)
 
     @property
     def learning_rate(self) -> float | None:
-        """η of the client, None where the attack does not tell."""
+        """η of the client, None where the attack does not tell (a search that has not converged
+        tells none).
+        """
         return self.client.learning_rate
 
     @property
@@ -216,14 +220,14 @@ class Reconstruction:
 
 
 def baseline(images: torch.Tensor) -> Reconstruction:
-    """A guess of an observer who looks at nothing, as a Reconstruction: every label 0, nothing
+    """A guess of an observer who looks at nothing, as a Reconstruction: no label is known, nothing
     vouched for.
     """
-    count = len(images)
+    count, device = len(images), images.device
     return Reconstruction(
         images=images,
-        labels=torch.zeros(count, dtype=torch.int64),
+        labels=torch.full((count,), -1, device=device),
         status=Status.BASELINE,
-        vouched=torch.zeros(count, dtype=torch.bool),
+        vouched=torch.zeros(count, dtype=torch.bool, device=device),
         evidence=SearchEvidence(losses=[], loss=float("nan")),
     )

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from dlm_core import check, label_inference, objectives
+from dlm_core.arrays import Labels, Precision
 from dlm_core.coordinates import cosines
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
-from dlm_core.records import keyword_names, passes_on_to
+from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 from dlm_core.threads import for_network
 
+OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
 Tensors = Sequence[torch.Tensor]
 
@@ -48,42 +50,44 @@ class StopRule:
         For a number out of range.
     """
 
-    max_evaluations: int = 400
-    tolerance: float = 1e-6
-    patience: int = 50
+    max_evaluations: check.Count = 400
+    tolerance: check.NonNegative = 1e-6
+    patience: check.Count = 50
 
     def __post_init__(self) -> None:
-        check.at_least("max_evaluations", self.max_evaluations, 1)
-        check.at_least("patience", self.patience, 1)
-        check.in_range("tolerance", self.tolerance, 0, math.inf)
+        check.fields(self)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A number that is optimised along with the images, from ``start``; L-BFGS likes variables of
-    order 1, so its growth is.
+    """A scale that is optimised along with the images: start · growth, where growth is the variable
+    and begins at 1, as L-BFGS likes them.
     """
 
-    start: float
+    start: check.Positive
+
+    def __post_init__(self) -> None:
+        check.fields(self)
 
 
 @passes_on_to(StopRule)
+@check.arguments
 def reconstruct(
     seen: Observation,
     distance: Callable[..., torch.Tensor],
     *,
-    num_images: int = 1,
-    labels: str | torch.Tensor = "inferred",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    scale: float | Trained = 1.0,
-    total_variation: float = 0.0,
+    num_images: check.Count = 1,
+    labels: str | Labels = "inferred",
+    seed: check.Whole = 0,
+    dtype: Precision = torch.float64,
+    scale: check.Positive | Trained = 1.0,
+    total_variation: check.NonNegative = 0.0,
     coordinates: Callable[..., Any] = cosines,
     optimizer: Callable[..., torch.optim.Optimizer] = lbfgs,
-    restarts: int = 1,
-    keep_every: int | None = None,
+    restarts: check.Count = 1,
+    keep_every: check.Count | None = None,
     update_of: Callable[..., Tensors] = objectives.gradient,
-    unknowns: Mapping[str, float] | None = None,
+    unknowns: Mapping[str, check.Finite] | None = None,
     resume: Mapping[str, torch.Tensor] | None = None,
     **stop: Any,
 ) -> Reconstruction:
@@ -99,7 +103,8 @@ def reconstruct(
     num_images
         B, the number of images in the client's step.
     labels
-        "inferred" from Δ, "optimised" as soft labels, or a tensor [B] of class indices (told).
+        "inferred" from Δ, "optimised" as soft labels, or class indices [B] (told): a tensor, an
+        array or a list.
     seed
         Of the starts.
     dtype
@@ -121,7 +126,7 @@ def reconstruct(
         The client that is assumed: ``(model, loss, images, labels, **unknowns)`` -> g, its update.
     unknowns
         {name: number} of that client that are optimised along with the images, from the value
-        given.
+        given; "images", "logits" and "growth" are the search's own.
     resume
         The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
         and is no yardstick for convergence.
@@ -133,26 +138,18 @@ def reconstruct(
     ValueError
         For arguments outside their range.
     """
-    for name, value in {
-        "num_images": num_images,
-        "restarts": restarts,
-        "keep_every": keep_every or 1,
-    }.items():
-        check.at_least(name, value, 1)
-    check.at_least("seed", seed, 0)
-    check.in_range("total_variation", total_variation, 0, math.inf)
-    for name in stop:
-        check.one_of("option", name, keyword_names(reconstruct))
     rule = StopRule(**stop)
+    taken = [name for name in OWN if name in (unknowns or {})]
+    if taken:
+        raise ValueError(f"unknowns has {taken[0]!r}, which is a variable of the search's own")
     began = time.perf_counter()
     with for_network(seen.model):
         known = known_labels(seen, labels, num_images)
         target = _Target(seen, distance, scale, dtype)
-        numbers = dict(unknowns or {})
+        of_client = dict(unknowns or {})
         model = copy.deepcopy(seen.model).to(dtype)
-        problem = _Problem(model, target, known, update_of, tuple(numbers), total_variation)
-        if target.trained:
-            numbers["growth"] = 1.0
+        problem = _Problem(model, target, known, update_of, tuple(of_client), total_variation)
+        numbers = {**of_client, **target.unknowns}
         searches = []
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed + 10_007 * restart)
@@ -162,7 +159,7 @@ def reconstruct(
             variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
             floor, descent = seen.rounding_share, math.inf if resume else DESCENT
             objective = partial(problem.evaluate, to_images=to_images)
-            search = _Search(variables, objective, rule, floor, descent, keep_every)
+            search = _Search(variables, objective, rule, floor, descent, keep_every, target.k)
             search.run(optimizer)
             searches.append((search, to_images))
             if search.status is Status.CONVERGED:
@@ -172,36 +169,47 @@ def reconstruct(
 
 
 class _Target:
-    """scale · Δ in the attacker's precision, and the unit in which distances are counted."""
+    """scale · Δ in the attacker's precision, and the unit in which distances are counted.
+
+    Attributes
+    ----------
+    unknowns
+        {name: start} of the variable that a trained scale adds to the search.
+    """
 
     def __init__(
         self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
     ) -> None:
-        self.trained = isinstance(scale, Trained)
-        self.k0 = scale.start if isinstance(scale, Trained) else 1.0
+        self.trained = scale if isinstance(scale, Trained) else None
+        self.unknowns = {"growth": 1.0} if self.trained else {}
         factor = 1.0 if isinstance(scale, Trained) else scale
         self.update = [factor * layer.to(dtype) for layer in seen.delta]
         self.distance = distance
         # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares,
-        # 1/2 for the cosine,
-        # whose small angles count as θ²/2
-        opposite = [-layer * self.k0 for layer in self.update]
-        self.unit = float(self.distance_from(opposite, torch.ones_like(self.update[0].sum()))) / 4
+        # 1/2 for the cosine, whose small angles count as θ²/2
+        start = self.trained.start if self.trained else 1.0
+        one = {name: torch.ones_like(self.update[0].sum()) for name in self.unknowns}
+        opposite = [-layer * start for layer in self.update]
+        self.unit = float(self._distance_from(opposite, one)) / 4
 
-    def distance_from(self, g: Tensors, growth: Any) -> torch.Tensor:
-        """The distance of ``g``; a trained scale has grown from its start by ``growth``."""
+    def k(self, variables: Mapping[str, torch.Tensor]) -> float | None:
+        """A trained scale at ``variables``, else None."""
+        if not self.trained:
+            return None
+        return float(self.trained.start * variables["growth"].detach())
+
+    def misfit(
+        self, g: Tensors, variables: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(distance, distance relative to the target's length)."""
+        distance = self._distance_from(g, variables)
+        grown = variables["growth"].detach() ** 2 if self.trained else 1.0
+        return distance, distance.detach() / (self.unit * grown)
+
+    def _distance_from(self, g: Tensors, variables: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not self.trained:
             return self.distance(g, self.update)
-        assert growth is not None  # one of the variables, where the scale is trained
-        return self.distance(g, self.update, self.k0 * growth)
-
-    def misfit(self, g: Tensors, growth: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(distance, distance relative to the target's length)."""
-        distance = self.distance_from(g, growth)
-        if not self.trained:
-            return distance, distance.detach() / self.unit
-        assert growth is not None
-        return distance, distance.detach() / (self.unit * growth.detach() ** 2)
+        return self.distance(g, self.update, self.trained.start * variables["growth"])
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ class _Problem:
         labels = variables["logits"].softmax(1) if self.known is None else self.known
         client = {name: variables[name] for name in self.of_client}
         g = self.update_of(self.model, training_loss, images, labels, **client)
-        misfit, relative = self.target.misfit(g, variables.get("growth"))
+        misfit, relative = self.target.misfit(g, variables)
         return relative, misfit + self.total_variation * objectives.total_variation(images), images
 
 
@@ -238,13 +246,16 @@ def _start(seen, coordinates, target, known, num_images, numbers, generator):
 
 
 def _result(search: "_Search", to_images, target: _Target, known, seconds: float) -> Reconstruction:
-    k = float(target.k0 * search.best["growth"]) if target.trained else None
+    k = target.k(search.best)
+    # A factor that has not settled, or collapsed to nothing, is no learning rate.
+    settled = search.status is Status.CONVERGED
+    rate = 1 / k if settled and k is not None and k > 0 else None
     images = to_images(search.best["images"])
     evidence = SearchEvidence(
         losses=search.losses,
         loss=search.loss,
         k=k,
-        ks=[target.k0 * growth for growth in search.growths],
+        ks=search.ks,
         history=search.history,
         point=search.best,
     )
@@ -252,9 +263,9 @@ def _result(search: "_Search", to_images, target: _Target, known, seconds: float
         images=images,
         labels=search.best["logits"].argmax(1) if known is None else known,
         status=search.status,
-        vouched=torch.zeros(len(images), dtype=torch.bool),
+        vouched=torch.zeros(len(images), dtype=torch.bool, device=images.device),
         evidence=evidence,
-        client=ClientEstimate(learning_rate=1 / k if k else None),
+        client=ClientEstimate(learning_rate=rate),
         seconds=seconds,
     )
 
@@ -276,19 +287,20 @@ class _Search:
         floor: float,
         descent: float,
         keep_every: int | None,
+        k_of: Callable[[Mapping[str, torch.Tensor]], float | None],
     ):
         self.variables = {name: start.requires_grad_() for name, start in variables.items()}
         self.objective = objective
         self.rule = rule
         self.floor, self.descent = floor, descent
-        self.enough: float | None = (
-            None  # misfit at which it has converged, known from the first evaluation on
-        )
+        # misfit at which it has converged, known from the first evaluation on
+        self.enough: float | None = None
         self.keep_every = keep_every
+        self.k_of = k_of
         self.losses: list[float] = []
         self.lowest: list[float] = []
         self.history: list[tuple[int, torch.Tensor]] = []
-        self.growths: list[float] = []
+        self.ks: list[float] = []
         self.loss, self.best = math.inf, self._copy()
         self.status = Status.BUDGET
 
@@ -313,8 +325,9 @@ class _Search:
         finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
         if self.keep_every and len(self.losses) % self.keep_every == 0:
             self.history.append((len(self.losses), images.detach().clone()))
-        if "growth" in self.variables:
-            self.growths.append(float(self.variables["growth"].detach()))
+        k = self.k_of(self.variables)
+        if k is not None:
+            self.ks.append(k)
         if finite and number < self.loss:
             self.loss, self.best = number, self._copy()
         self.losses.append(number)
@@ -363,18 +376,18 @@ def known_labels(
     ValueError
         For labels of another shape, or that are no classes of the model.
     """
-    if not isinstance(labels, torch.Tensor):
+    if isinstance(labels, str):
         check.one_of("labels", labels, ("inferred", "optimised"))
         if labels == "optimised":
             return None
         return label_inference.infer(seen, num_images, local_steps=local_steps)
-    if labels.shape != (num_images,) or labels.is_floating_point():
+    told = check.fitting("labels", labels, Labels)
+    if len(told) != num_images:
         raise ValueError(
-            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; "
-            f"it takes {num_images} class indices"
+            f"labels has shape {list(told.shape)}; it takes {num_images} class indices"
         )
-    if labels.min() < 0 or labels.max() >= seen.num_classes:
+    if told.max() >= seen.num_classes:
         raise ValueError(
-            f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
+            f"labels is {told.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
         )
-    return labels.to(next(seen.model.parameters()).device)
+    return told.to(next(seen.model.parameters()).device)

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from dlm_core import check
+from dlm_core.arrays import Precision
+
 StateDict = dict[str, torch.Tensor]
 
 
+@check.arguments
 def load_weights(path: str | Path) -> StateDict:
     """Read a state dict from a safetensors file, or from a torch file without running anything in
     it.
@@ -103,7 +107,8 @@ def check_finite(argument: str, weights: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def rounded(weights: StateDict, dtype: torch.dtype | None) -> StateDict:
+@check.arguments
+def rounded(weights: StateDict, dtype: Precision | None) -> StateDict:
     """``weights`` to the precision of ``dtype`` (None: as they are), held in their own dtype."""
     if dtype is None:
         return weights

@@ -15,6 +15,7 @@ from dlm_core import (
     models,
     objectives,
     optimizers,
+    records,
 )
 from dlm_core.search import reconstruct
 
@@ -292,3 +293,52 @@ def test_batch_norm_in_train_mode_is_attackable(device):
     stats = seen.model[1].running_mean.clone()
     found = attacks.dlm_plus(seen, num_images=2, max_evaluations=3)
     assert math.isfinite(found.loss) and torch.equal(seen.model[1].running_mean, stats)
+
+
+# --- what is told about a client only where it is known
+
+
+def test_dlm_tells_a_learning_rate_only_where_k_has_settled(seen):
+    """A search cut short, or one that collapsed to k = 0, has no 1/k worth the name."""
+    short = attacks.dlm(seen, k0=20.0, max_evaluations=3)
+    assert short.k is not None and short.learning_rate is None
+    settled = attacks.dlm(seen, k0=20.0)
+    assert settled.status == "converged"
+    assert settled.learning_rate == pytest.approx(1 / settled.k)
+
+
+def test_labels_may_be_a_list_an_array_or_of_any_whole_dtype(seen, digit):
+    _, labels = digit
+    expected = attacks.dlm_plus(seen, labels=labels, max_evaluations=3)
+    for given in (labels.tolist(), labels.cpu().numpy(), labels.int(), labels.to(torch.uint8)):
+        found = attacks.dlm_plus(seen, labels=given, max_evaluations=3)
+        assert torch.equal(found.images, expected.images)
+
+
+@pytest.mark.parametrize("key", ["grey", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_baseline_is_of_the_model_s_precision_and_knows_no_label(small, digit, key, dtype):
+    images, labels = digit
+    seen = federated.train_locally(small.to(dtype), images.to(dtype), labels, learning_rate=0.05)
+    found = records.ATTACKS[key](seen, num_images=3)
+    assert found.images.dtype == dtype and found.images.device == images.device
+    assert found.labels.tolist() == [-1, -1, -1]
+    assert found.vouched.device == found.labels.device == images.device
+
+
+def test_a_variable_of_the_search_s_own_is_no_unknown_of_the_client(seen):
+    for name in ("growth", "images", "logits"):
+        with pytest.raises(ValueError, match=f"unknowns has '{name}'"):
+            attacks.dlm_plus(seen, unknowns={name: 1.0})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 12), (1, 12, 1), (3, 1, 1)])
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_images_one_pixel_high_or_wide_are_searched(shape, weight):
+    """They have no vertical or no horizontal neighbours, and total variation is a number."""
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    model = models.build("mlp", shape, 4, activation="sigmoid")
+    seen = federated.train_locally(model, image, torch.tensor([2]), learning_rate=0.05)
+    found = attacks.dlm_plus(seen, total_variation=weight)
+    assert math.isfinite(found.loss) and found.status != "diverged"
+    assert weight or psnr(found, image) > 30

@@ -153,7 +153,7 @@ def test_a_setting_is_a_value_of_its_content():
     [
         ({"name": "sparsity", "percent": 10}, "defence 'sparsity' is unknown.*mean sparsify"),
         ({"percent": 10}, "defence is {'percent': 10}; it takes a Setting or a dict with a name"),
-        ({"name": "sparsify"}, "defence 'sparsify' lacks percent"),
+        ({"name": "sparsify"}, "defence 'sparsify' must be told percent"),
         ({"name": "sparsify", "percnt": 10}, "sparsify 'percnt' is unknown.*did you mean percent"),
         ({"name": "noise", "scale": 1e-3, "observr": "server"}, "noise 'observr' is unknown"),
         ({"name": "noise", "scale": 1e-3, "observer": "sever"}, "'sever' is unknown.*mean server"),
@@ -186,7 +186,7 @@ def test_defend_takes_keys_records_functions_and_any_other_function(seen):
     assert all(torch.equal(a, 0.5 * b) for a, b in zip(halved.delta, seen.delta))
     with pytest.raises(ValueError, match="option of halves 'facto' is unknown.*did you mean facto"):
         defenses.defend(seen, halves, facto=0.5)
-    with pytest.raises(ValueError, match="defence 'halves' lacks factor"):
+    with pytest.raises(ValueError, match="defence 'halves' must be told factor"):
         defenses.defend(seen, halves)
     with pytest.raises(ValueError, match="defence 'sparsity' is unknown.*did you mean sparsify"):
         defenses.defend(seen, "sparsity", percent=30)

@@ -346,3 +346,40 @@ def test_a_wrong_data_range_is_refused(name):
         RANGED[name](255 * CIFAR[:1], 255 * CIFAR[:1], data_range=1.0)
     with pytest.raises(ValueError, match="truth runs from"):
         RANGED[name](CIFAR[:1], CIFAR[:1] * math.nan, data_range=1.0)
+
+
+BYTES = (CIFAR[:2] * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_bytes_and_shares_are_not_mixed(name):
+    metric = RANGED[name]
+    for estimate, truth in ((BYTES, CIFAR[:2]), (BYTES, BYTES), (BYTES.numpy(), CIFAR[:2])):
+        with pytest.raises(ValueError, match="estimate has dtype torch.uint8; data_range 1 takes"):
+            metric(estimate, truth, data_range=1.0)
+    with pytest.raises(ValueError, match="estimate runs from .*in .0, 1.* data_range is 255"):
+        metric(CIFAR[:2], CIFAR[:2], data_range=255)
+    with pytest.raises(ValueError, match="truth runs from .*in .0, 1.* data_range is 255"):
+        metric(BYTES, CIFAR[:2], data_range=255)
+    assert metric(BYTES, 255 * CIFAR[:2], data_range=255) == pytest.approx(
+        metric(BYTES / 255, CIFAR[:2], data_range=1.0), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("metric", PAIRED)
+def test_numpy_arrays_are_taken(metric):
+    found = metric(CIFAR[:2].numpy(), CIFAR[1:3].numpy())
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(metric(CIFAR[:2], CIFAR[1:3])))
+
+
+@pytest.mark.parametrize("metric", PAIRED)
+def test_a_truth_outside_its_range_is_refused_by_all(metric):
+    for wrong in (CIFAR[:2] * 255, CIFAR[:2] - 1):
+        with pytest.raises(ValueError, match="truth runs from"):
+            metric(CIFAR[:2], wrong)
+
+
+def test_success_is_of_one_number():
+    for wrong in ("20", None, torch.tensor([20.0, 30.0])):
+        with pytest.raises(ValueError, match="psnr_value is"):
+            metrics.success(wrong)

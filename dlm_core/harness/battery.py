@@ -205,9 +205,9 @@ def check_defence(
         _fail(record, "is not in records.DEFENCES: register it with records.defence")
     options = {**STRENGTHS.get(record.key, {}), **options}
     neutral = NEUTRAL.get(record.key) if neutral is None else neutral
-    lacking = record.required - options.keys() - set(defenses.SUPPLIED)
+    lacking = [name for name in record.demands if name not in options]
     if lacking:
-        _fail(record, f"demands {', '.join(sorted(lacking))}: give check_defence a value of each")
+        _fail(record, f"demands {', '.join(lacking)}: give check_defence a value of each")
     run = _RUNS[record.acts_on](record)
     _check_output(record, run, options)
     if neutral is not None:

@@ -194,12 +194,7 @@ class Trial:
         record.check_options("option", self.attack_options)
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
-        given = {*self.attack_options, *(["defence"] if self.defence else [])}
-        for name in record.demands:
-            if name not in given:
-                raise ValueError(
-                    f"attack {self.attack!r} must be told {name}; the trial does not say it"
-                )
+        record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
 
     def _check_model(self) -> None:
         options = {name: value for name, value in self.model_options.items() if name != "init"}

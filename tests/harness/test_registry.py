@@ -125,7 +125,7 @@ def test_every_record_says_who_it_is_for_and_what_it_is_told():
     "change, message",
     [
         ({"attack_options": {"brightness": 1}}, "option of toy_attack 'brightness' is unknown"),
-        ({"defence": {"name": "toy_defence"}}, "defence 'toy_defence' lacks factor"),
+        ({"defence": {"name": "toy_defence"}}, "defence 'toy_defence' must be told factor"),
         (
             {"defence": {"name": "toy_defense", "factor": 1}},
             "defence 'toy_defense' is unknown.*toy_defence",

@@ -1,0 +1,122 @@
+"""What an observer holds, and the last layer that is found by tracing the network."""
+
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dlm_core import attacks, data, federated, label_inference, models
+from dlm_core.observation import Observation, find_head, observe
+
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Module):
+    """Two linear layers; ``output`` makes what the network returns of its scores."""
+
+    def __init__(self, output=lambda scores: scores):
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 10), nn.Linear(10, 10)
+        self.output = output
+
+    def forward(self, x):
+        return self.output(self.head(self.body(x.flatten(1)).sigmoid()))
+
+
+@pytest.fixture
+def client():
+    images, labels, *_ = data.load("digits", n=1)
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda s: s,
+        lambda s: (s, None),
+        lambda s: [s],
+        lambda s: {"loss": None, "logits": s},
+        lambda s: OrderedDict(scores=s),
+        lambda s: SimpleNamespace(logits=s),
+    ],
+)
+def test_scores_are_found_among_what_a_network_returns(output):
+    assert find_head(Net(output), SHAPE)[0] == "head"
+
+
+@pytest.mark.parametrize("returned", [{}, [], (), None, "scores", {"logits": None}, (3,)])
+def test_a_network_without_scores_is_told_so(returned):
+    with pytest.raises(ValueError, match="^the model returns .*, which are no class scores") as e:
+        find_head(Net(lambda s: returned), SHAPE)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no\nsuch"), AssertionError(), KeyError("x"), RuntimeError("size")]
+)
+def test_whatever_a_network_raises_ends_in_a_sentence(error, client):
+    def fail(scores):
+        raise error
+
+    for call in (
+        lambda: find_head(Net(fail), SHAPE),
+        lambda: federated.train_locally(Net(fail), *client, learning_rate=0.1),
+    ):
+        with pytest.raises(ValueError, match="model does not take such an image") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_tracing_leaves_the_global_generator_alone():
+    net = Net(F.dropout)
+    before = torch.get_rng_state()
+    find_head(net, SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_head_that_shares_its_weights_is_found(client):
+    net = Net()
+    net.body = nn.Sequential(nn.Linear(64, 10), nn.Sigmoid(), nn.Linear(10, 10))
+    net.head.weight = net.body[2].weight
+    seen = federated.train_locally(net, *client, learning_rate=0.1)
+    assert seen.head.names == ("body.2.weight", "head.bias")
+    assert label_inference.infer(seen).tolist() == client[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"image_shape": (3, 8, 8)}, r"image_shape is \(3, 8, 8\); the model does not take"),
+        ({"image_shape": (8, 8)}, r"image_shape is \(8, 8\); it takes \(channels, height, width\)"),
+        ({"num_classes": 7}, "num_classes is 7; the model has 10 classes"),
+        ({"num_classes": "10"}, "num_classes is '10'; it takes a whole number"),
+        ({"model": None}, "model is None; it takes a Module"),
+        ({"weights_after": 3}, "weights_after is a int, no state dict"),
+    ],
+)
+def test_an_observation_is_of_its_network(client, wrong, message):
+    model = models.build("lenet", SHAPE, 10)
+    seen = federated.train_locally(model, *client, learning_rate=0.1)
+    own = {"model": model, "weights_after": seen.weights_after}
+    with pytest.raises(ValueError, match=message):
+        Observation(**{**own, "image_shape": SHAPE, "num_classes": 10, **wrong})
+    made = Observation(model, seen.weights_after, list(SHAPE), 10)
+    assert made.image_shape == SHAPE, "a list of numbers will do"
+    assert observe(model, model.state_dict(), seen.weights_after, SHAPE).num_classes == 10
+
+
+def test_trusted_has_an_entry_of_each_parameter_s_shape(client):
+    seen = federated.train_locally(models.build("lenet", SHAPE, 10), *client, learning_rate=0.1)
+    masks = [torch.ones_like(layer) > 0 for layer in seen.delta]
+    for trusted, message in (
+        (masks[:1], "trusted has 1 entries; the model has 8 parameters"),
+        ([masks[1], *masks[1:]], r"trusted has shape \[12\] for '0.weight'"),
+    ):
+        for call in (label_inference.infer, attacks.dlm_plus):
+            with pytest.raises(ValueError, match=message):
+                call(seen, trusted=trusted)
+        with pytest.raises(ValueError, match=message):
+            attacks.dlm_plus(seen, trusted=trusted, labels=client[1])
