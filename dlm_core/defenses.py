@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -304,9 +304,10 @@ def clip_and_noise(
 
     Notes
     -----
-    Done by each client it is local differential privacy. Central privacy (McMahan et al. 2018)
-    adds the same noise once, to the sum of the clients' clipped updates: the server then sees
-    each of them with ``noise_multiplier`` 0. See ``epsilon``.
+    Done by each client it is local differential privacy: its ε is ``epsilon(…,
+    neighbours="replace")``. Central privacy (McMahan et al. 2018) adds the same noise once, to the
+    sum of the clients' clipped updates, and hides whether a client took part (``neighbours="add or
+    remove"``); the server then sees each of them with ``noise_multiplier`` 0.
     """
     check.in_range("clip", clip, 0, math.inf, open_low=True)
     check.in_range("noise_multiplier", noise_multiplier, 0, math.inf)
@@ -493,38 +494,52 @@ def _check_options(record: Defence, options: Mapping[str, Any]) -> None:
 
 
 @check.renamed(rounds="num_rounds")
+@check.arguments
 def epsilon(
-    *, noise_multiplier: float, num_rounds: int, sample_rate: float = 1.0, delta: float = 1e-5
+    *,
+    noise_multiplier: Annotated[float, check.Range(0, 1e6)],
+    num_rounds: Annotated[int, check.Range(1, 1e9)],
+    neighbours: Literal["add or remove", "replace"],
+    sample_rate: Annotated[float, check.Range(0, 1, open_low=True)] = 1.0,
+    delta: Annotated[float, check.Range(0, 1, open_low=True, open_high=True)] = 1e-5,
 ) -> float:
-    """ε of ``num_rounds`` Gaussian mechanisms at ``delta``; what is hidden is one clipped update.
+    """ε of ``num_rounds`` Gaussian mechanisms at ``delta``, for whoever sees their sums.
 
     Parameters
     ----------
     noise_multiplier
-        Noise std over clip, of ``clip_and_noise`` or of DP-SGD; at least 0.
+        Noise std over clip, of ``clip_and_noise`` or of DP-SGD.
     num_rounds
-        At least 1.
+        How often it is applied to the same data.
+    neighbours
+        What cannot be told apart. "add or remove": a sum with and without one clipped item, an
+        update or, in DP-SGD, an image's gradient; it moves by at most the clip. "replace": a sum
+        in which one item is another; it moves by at most twice the clip. Local differential privacy
+        is the second: a client's own message is there in any case, and hides which one it is.
     sample_rate
-        Chance in (0, 1] of each client (DP-SGD: example) to take part in a round, drawn
-        independently.
+        Chance of each item to take part in a round, drawn independently; below 1 for "add or
+        remove" alone.
     delta
-        δ in (0, 1].
+        δ.
 
     Returns
     -------
     float
-        An upper bound by Opacus' Rényi accountant; infinite where ``noise_multiplier`` is 0.
+        An upper bound by Opacus' Rényi accountant, at least 0; infinite without noise.
 
     Raises
     ------
     ValueError
         For arguments out of range.
     """
-    check.in_range("noise_multiplier", noise_multiplier, 0, math.inf)
-    check.at_least("num_rounds", num_rounds, 1)
-    check.in_range("sample_rate", sample_rate, 0, 1, open_low=True)
-    check.in_range("delta", delta, 0, 1, open_low=True)
-    if noise_multiplier == 0:
+    if neighbours == "replace":
+        if sample_rate < 1:
+            raise ValueError(
+                f"sample_rate is {sample_rate}; neighbours 'replace' takes 1: the accountant's "
+                "bound for samples is for 'add or remove'"
+            )
+        noise_multiplier /= 2  # the clip is half of what the sum may move by
+    if noise_multiplier < 1e-9:  # there ε has 18 digits, and then overflows
         return math.inf
     from opacus.accountants import RDPAccountant
 
@@ -535,7 +550,8 @@ def epsilon(
     with warnings.catch_warnings():
         # It warns that more orders could give a smaller ε: this one stays an upper bound.
         warnings.filterwarnings("ignore", "Optimal order")
-        return float(accountant.get_epsilon(delta, alphas=orders))
+        # Its conversion from Rényi's divergence falls below 0 where δ is large.
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=orders)))
 
 
 @records.defence("dp_sgd", title="DP-SGD", colour=5, marker="X", acts_on="training")

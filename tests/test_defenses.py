@@ -284,26 +284,67 @@ def test_defences_of_the_update_leave_inputs_alone_and_w_t_public(seen, defence,
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(sent.delta, expected))
 
 
-@pytest.mark.parametrize("multiplier, rounds", [(0.3, 1), (1.0, 50), (4.0, 100), (20.0, 5)])
-def test_epsilon_is_opacus_and_the_gaussian_mechanism_s(multiplier, rounds):
-    """Against Opacus' own orders, and the exact condition of Balle and Wang (ICML 2018)."""
-    from opacus.accountants.analysis import rdp
+def exact_delta(epsilon, shift, deviation, rounds):
+    """δ of sums that differ by ``shift``, under Gaussian noise: Balle and Wang (ICML 2018)."""
     from scipy.stats import norm
 
-    ours = defenses.epsilon(noise_multiplier=multiplier, num_rounds=rounds)
-    orders = [1 + i / 10 for i in range(1, 100)] + list(range(12, 64))
-    spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=rounds, orders=orders)
-    theirs, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=1e-5)
+    mu = rounds**0.5 * shift / deviation
+    beyond = norm.logcdf(-mu / 2 - epsilon / mu)
+    return norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + beyond)
+
+
+@pytest.mark.parametrize("neighbours, shift", [("add or remove", 1.0), ("replace", 2.0)])
+@pytest.mark.parametrize("multiplier, rounds", [(0.3, 1), (1.0, 50), (4.0, 100), (20.0, 5)])
+def test_epsilon_is_the_gaussian_mechanism_s(multiplier, rounds, neighbours, shift):
+    """An upper bound, close to the exact ε of sums that differ by one clip, or by two."""
+    ours = defenses.epsilon(noise_multiplier=multiplier, num_rounds=rounds, neighbours=neighbours)
+    assert 0 <= exact_delta(ours, shift, multiplier, rounds) <= 1e-5
+    assert exact_delta(0.9 * ours, shift, multiplier, rounds) > 1e-5
+
+
+def test_the_noise_of_clip_and_noise_hides_which_of_two_opposite_updates_was_sent():
+    """What "replace" is about: two clipped updates may lie two clips apart."""
+    update = [torch.tensor([3.0, -4.0], dtype=torch.float64)]
+    pair = [[-layer for layer in update], update]
+    one, other = (defenses.clip_and_noise(each, clip=0.5)[0] for each in pair)
+    assert float((one - other).norm()) == pytest.approx(2 * 0.5)
+
+
+# RdpAccountant of Google's dp_accounting 0.6.0, its orders, δ = 1e-5; "replace" by twice the
+# sensitivity: (noise multiplier, rounds, sample rate, neighbours, ε).
+RENYI = [
+    (0.3, 1, 1.0, "add or remove", 20.3925),
+    (1.0, 1, 1.0, "add or remove", 4.7285),
+    (1.0, 1, 1.0, "replace", 10.7255),
+    (1.0, 50, 1.0, "add or remove", 57.3017),
+    (1.0, 50, 1.0, "replace", 166.0355),
+    (10.0, 300, 1.0, "add or remove", 9.0100),
+    (10.0, 300, 1.0, "replace", 21.4449),
+    (1.0, 100, 0.01, "add or remove", 1.2141),
+    (2.0, 500, 0.1, "add or remove", 6.0346),
+]
+
+
+@pytest.mark.parametrize("multiplier, rounds, rate, neighbours, theirs", RENYI)
+def test_epsilon_is_another_accountant_s(multiplier, rounds, rate, neighbours, theirs):
+    mechanism = {"noise_multiplier": multiplier, "num_rounds": rounds, "sample_rate": rate}
+    ours = defenses.epsilon(**mechanism, neighbours=neighbours)
     assert ours == pytest.approx(theirs, rel=0.02)
-    mu = rounds**0.5 / multiplier
-    exact = norm.cdf(mu / 2 - ours / mu) - math.exp(ours) * norm.cdf(-mu / 2 - ours / mu)
-    assert 0 < exact <= 1e-5  # no accountant beats it
 
 
-def test_epsilon_falls_with_sampling_and_is_infinite_without_noise():
-    assert defenses.epsilon(noise_multiplier=0, num_rounds=1) == float("inf")
-    everyone = defenses.epsilon(noise_multiplier=1.0, num_rounds=50)
-    assert defenses.epsilon(noise_multiplier=1.0, num_rounds=50, sample_rate=0.1) < everyone / 4
+def test_epsilon_at_its_ends():
+    def of(**mechanism):
+        usual = {"noise_multiplier": 3.0, "num_rounds": 1, "neighbours": "add or remove"}
+        return defenses.epsilon(**{**usual, **mechanism})
+
+    assert of(noise_multiplier=0) == of(noise_multiplier=1e-320) == math.inf
+    assert 1e14 < of(noise_multiplier=1e-8) < math.inf
+    assert 0 <= of(noise_multiplier=1e6) < 0.01
+    assert of(delta=0.9) == of(delta=1 - 1e-9) == 0  # never negative
+    assert of(num_rounds=10**9) < math.inf
+    assert of(num_rounds=50, sample_rate=0.1) < of(num_rounds=50) / 4
+    with pytest.raises(ValueError, match="sample_rate is 0.5; neighbours 'replace' takes 1"):
+        of(neighbours="replace", sample_rate=0.5)
 
 
 def test_dp_sgd_without_noise_and_clip_is_sgd(small, digit):

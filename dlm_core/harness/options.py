@@ -6,7 +6,7 @@ Notebooks 18 and 20 ask the same trainings and the same attacks of these.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from dlm_core import defenses
 from dlm_core.defenses import Setting
@@ -47,6 +47,8 @@ class Option:
         The defence of what the server sees of a client who takes one step on one image.
     epsilon
         Of the whole training; infinite where nothing random bounds a client's influence.
+    neighbours
+        What that ε cannot tell apart; empty where it is infinite.
     """
 
     family: str
@@ -54,6 +56,7 @@ class Option:
     training: Federation
     shown: Setting | None = None
     epsilon: float = math.inf
+    neighbours: str = ""
 
     def trainings(self, seeds: int) -> list[Federation]:
         """The training from ``seeds`` seeds."""
@@ -141,12 +144,15 @@ def _local(training: Federation, multiplier: float) -> Option:
         strength=multiplier,
         training=replace(training, defence=setting),
         shown=setting,
-        epsilon=_epsilon(multiplier, training.num_rounds),
+        epsilon=_epsilon(multiplier, training.num_rounds, "replace"),
+        neighbours="replace an update",
     )
 
 
 def _central(training: Federation, multiplier: float) -> Option:
-    """The server adds the noise: it sees updates that are clipped, and nothing else."""
+    """The server adds the noise, and sees the clipped updates without it: ε holds for whoever sees
+    the mean.
+    """
     of_the_sum = multiplier * math.sqrt(training.num_clients)
     setting = _clipped(CLIP, noise_multiplier=multiplier)
     return Option(
@@ -154,7 +160,8 @@ def _central(training: Federation, multiplier: float) -> Option:
         strength=of_the_sum,
         training=replace(training, defence=setting),
         shown=_clipped(CLIP),
-        epsilon=_epsilon(of_the_sum, training.num_rounds),
+        epsilon=_epsilon(of_the_sum, training.num_rounds, "add or remove"),
+        neighbours="add or remove a client",
     )
 
 
@@ -167,12 +174,17 @@ def _dp_sgd(training: Federation, multiplier: float) -> Option:
         strength=multiplier,
         training=replace(training, client=client),
         shown=_clipped(how.learning_rate * CLIP, noise_multiplier=multiplier),
-        epsilon=_epsilon(multiplier, training.num_rounds * how.local_steps),
+        epsilon=_epsilon(multiplier, training.num_rounds * how.local_steps, "add or remove"),
+        neighbours="add or remove an image",
     )
 
 
-def _epsilon(multiplier: float, times: int) -> float:
-    return defenses.epsilon(noise_multiplier=multiplier, num_rounds=times, delta=DELTA)
+def _epsilon(
+    multiplier: float, times: int, neighbours: Literal["add or remove", "replace"]
+) -> float:
+    return defenses.epsilon(
+        noise_multiplier=multiplier, num_rounds=times, neighbours=neighbours, delta=DELTA
+    )
 
 
 def accuracies(choices: Iterable[Option], seeds: int) -> dict[Option, list[float]]:
