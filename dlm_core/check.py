@@ -135,8 +135,8 @@ def named(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """
     function = inspect.unwrap(function)
     try:
-        hints = _hints(function.__init__ if isinstance(function, type) else function)
-    except (TypeError, NameError):
+        hints = _hints(vars(function)["__init__"] if isinstance(function, type) else function)
+    except (TypeError, NameError, KeyError):
         hints = {}
     for name, value in given.items():
         fitting(name, value, hints.get(name, Any))

@@ -279,6 +279,7 @@ BY_NAME: dict[str, list] = {
     "snapshots": [[], [{}], ["a", "b"]],
     "clients": [[], [1, 2]],
     "dtype": [torch.int64, torch.bool],
+    "transmitted": [torch.int64],
     "attacks": ["dlm_plus", ["dlmm"]],
     "losses": [{}, {0: 1.0}],
     "finest": [NAN],
@@ -372,7 +373,8 @@ def outcome(key, name, arguments):
     except Exception as error:
         said = str(error)
         clear = isinstance(error, (ValueError, TypeError, OSError)) and "\n" not in said
-        if clear and (name in said or name.replace("_", " ") in said):
+        words = (name, name.replace("_", " "), name.removesuffix("s"))
+        if clear and any(word in said for word in words):
             return None
         return f"raw {type(error).__name__}: {said[:150]!r}"
     return "silent"
