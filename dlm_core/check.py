@@ -283,8 +283,9 @@ def _named(hint: Any) -> str:
     if origin is type:
         return f"a class of {inner[0].__name__}"
     if origin is not None and isinstance(origin, type):
-        several = [_named(each) for each in inner if each is not Ellipsis and each is not Any]
-        of = f" of {', '.join(several)}" if several and issubclass(origin, Iterable) else ""
+        parts = inner if issubclass(origin, Iterable) else ()  # of a Callable they are no contents
+        several = [_named(each) for each in parts if each is not Ellipsis and each is not Any]
+        of = f" of {', '.join(several)}" if several else ""
         return f"a {origin.__name__}{of}"
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     if hint in (None, type(None)):

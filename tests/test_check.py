@@ -1,6 +1,6 @@
 """Annotations are kept: of functions and of dataclasses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -89,3 +89,9 @@ def test_options_are_checked_before_the_call():
     with pytest.raises(ValueError, match="^nesterov is 'no'; it takes True or False"):
         check.named(torch.optim.SGD, {"nesterov": "no", "momentum": 0.9})
     check.named(lambda weights, scale: weights, {"scale": "any"})
+
+
+def test_a_function_may_be_left_out():
+    assert check.fitting("defend", None, Callable[[int], str] | None) is None
+    with pytest.raises(ValueError, match="^defend is 3; it takes None or a Callable"):
+        check.fitting("defend", 3, Callable[[int], str] | None)
