@@ -118,6 +118,30 @@ def fields(made: Any) -> None:
         object.__setattr__(made, each.name, value)
 
 
+def named(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """The same for some arguments of a function that is called later, and for its own alone.
+
+    Parameters
+    ----------
+    function
+        Without annotations, or with some that cannot be read, it takes anything.
+    given
+        {name of an argument: value}.
+
+    Raises
+    ------
+    ValueError
+        Where a value does not fit.
+    """
+    function = inspect.unwrap(function)
+    try:
+        hints = _hints(vars(function)["__init__"] if isinstance(function, type) else function)
+    except (TypeError, NameError, KeyError):
+        hints = {}
+    for name, value in given.items():
+        fitting(name, value, hints.get(name, Any))
+
+
 def fitting(argument: str, value: Any, hint: Any) -> Any:
     """``value`` as the annotation ``hint`` takes it: a number of NumPy as Python's.
 
@@ -167,6 +191,10 @@ def _fit(value: Any, hint: Any) -> Any:
         raise Wrong(_named(hint))
     if hint in (int, float):
         return _number(value, hint)
+    if origin is type:
+        if isinstance(value, type) and issubclass(value, typing.get_args(hint)):
+            return value
+        raise Wrong(_named(hint))
     if origin is not None and isinstance(origin, type):
         return _container(value, hint, origin)
     if isinstance(value, type(None) if hint is None else hint):
@@ -252,9 +280,12 @@ def _named(hint: Any) -> str:
         return " or ".join(_named(each) for each in inner)
     if origin is typing.Literal:
         return " or ".join(repr(each) for each in inner)
+    if origin is type:
+        return f"a class of {inner[0].__name__}"
     if origin is not None and isinstance(origin, type):
-        several = [_named(each) for each in inner if each is not Ellipsis and each is not Any]
-        of = f" of {', '.join(several)}" if several and issubclass(origin, Iterable) else ""
+        parts = inner if issubclass(origin, Iterable) else ()  # of a Callable they are no contents
+        several = [_named(each) for each in parts if each is not Ellipsis and each is not Any]
+        of = f" of {', '.join(several)}" if several else ""
         return f"a {origin.__name__}{of}"
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     if hint in (None, type(None)):

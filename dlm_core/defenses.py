@@ -6,6 +6,7 @@ as ``Observation.delta``.
 """
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,13 @@ import torch
 from torch import nn
 
 from dlm_core import check, federated, records
+from dlm_core.arrays import Images, Labels, for_model
 from dlm_core.observation import Observation
 from dlm_core.records import DEFENCES, Defence, Options
-from dlm_core.weights import StateDict
+from dlm_core.weights import StateDict, check_fit
 
-DISTRIBUTIONS = ("laplace", "gaussian")
-OBSERVERS = ("channel", "server")
-SUPPLIED = ("seed", "parameters")  # arguments of a defence that ``defend`` fills in
+Distribution = Literal["laplace", "gaussian"]
+Observer = Literal["channel", "server"]
 Update = Sequence[torch.Tensor]
 
 
@@ -46,20 +47,19 @@ class Setting:
     ------
     ValueError
         For an unknown defence, observer or option, naming the near ones; for an option that is
-        missing; for a defence that replaces the client's training.
+        missing or out of its range; for a defence that replaces the client's training.
     """
 
     name: str
     options: Options = Options()
-    observer: str = "channel"
-    repeats: int = 1
+    observer: Observer = "channel"
+    repeats: check.Count = 1
 
     def __post_init__(self) -> None:
-        check.one_of("defence", self.name, DEFENCES)
-        check.one_of("observer", self.observer, OBSERVERS)
-        check.at_least("repeats", self.repeats, 1)
         object.__setattr__(self, "options", Options(self.options))
-        for name in SUPPLIED:
+        check.fields(self)
+        check.one_of("defence", self.name, DEFENCES)
+        for name in self.record.supplied:
             if name in self.options:
                 raise ValueError(
                     f"option of {self.name} {name!r} is no part of a setting: defend supplies it"
@@ -96,6 +96,13 @@ class Setting:
     def record(self) -> Defence:
         """What is known of the defence."""
         return DEFENCES[self.name]
+
+    @property
+    def strength(self) -> dict[str, Any]:
+        """All options of the defence: those given, and the defaults of the others."""
+        every = self.record.parameters.values()
+        defaults = {p.name: p.default for p in every if p.default is not p.empty}
+        return {**defaults, **self.options}
 
     def defend(self, seen: Observation, seed: int) -> Observation:
         """What remains visible of ``seen`` under it, with noise drawn from ``seed``."""
@@ -164,22 +171,22 @@ def kept(seen: Observation, of_update: bool) -> list[torch.Tensor]:
 
 def _noise_variance(seen: Observation, setting: Setting) -> list[float]:
     """Of ``noise``: its unit variance times (c · scale)², once for each snapshot that is noised."""
-    unit = 2 if setting.options.get("distribution", "laplace") == "laplace" else 1
+    told = setting.strength
+    unit = 2 if told["distribution"] == "laplace" else 1
     snapshots = 2 if setting.observer == "channel" else 1
-    clip, scale = setting.options.get("clip", 0.2), setting.options["scale"]
-    factors = [float(undone_clip(p.detach(), clip)) for p in seen.model.parameters()]
-    return [snapshots * unit * (factor * scale) ** 2 for factor in factors]
+    factors = [float(undone_clip(p.detach(), told["clip"])) for p in seen.model.parameters()]
+    return [snapshots * unit * (factor * told["scale"]) ** 2 for factor in factors]
 
 
 def _mechanism_variance(seen: Observation, setting: Setting) -> list[float]:
     """Of ``clip_and_noise``."""
-    std = setting.options["clip"] * setting.options.get("noise_multiplier", 0.0)
+    std = setting.strength["clip"] * setting.strength["noise_multiplier"]
     return [std**2] * len(seen.delta)
 
 
 def _grid_variance(seen: Observation, setting: Setting) -> list[float]:
     """Of ``quantise``, on average over where an entry lies between two points of the grid."""
-    bits = setting.options.get("bits", 8)
+    bits = setting.strength["bits"]
     return [float(grid_step(layer, bits)) ** 2 / 6 for layer in seen.delta]
 
 
@@ -191,13 +198,14 @@ def _grid_variance(seen: Observation, setting: Setting) -> list[float]:
     acts_on="snapshot",
     variance=_noise_variance,
 )
+@check.arguments
 def noise(
     weights: StateDict,
     *,
-    scale: float,
-    distribution: str = "laplace",
-    seed: int = 0,
-    clip: float = 0.2,
+    scale: check.NonNegative,
+    distribution: Distribution = "laplace",
+    seed: check.Whole = 0,
+    clip: check.Positive = 0.2,
     parameters: Sequence[str] | None = None,
 ) -> StateDict:
     """Add noise as the released code does: clip each tensor, add the noise, and undo the clip.
@@ -215,7 +223,7 @@ def noise(
     clip
         Largest norm of a tensor's rows, above 0.
     parameters
-        Names of the tensors to defend; None takes all.
+        Names of the tensors to defend; None takes all of floating point.
 
     Notes
     -----
@@ -223,14 +231,9 @@ def noise(
     again. So the noise on the weights is c times its nominal scale, and the clip bounds
     nothing: there is no ε.
     """
-    check.in_range("scale", scale, 0, math.inf)
-    check.in_range("clip", clip, 0, math.inf, open_low=True)
-    check.one_of("distribution", distribution, DISTRIBUTIONS)
     generator = torch.Generator().manual_seed(seed)
     defended = dict(weights)
-    if scale == 0:
-        return defended
-    for name in weights if parameters is None else parameters:
+    for name in _to_defend(weights, parameters) if scale else ():
         tensor = weights[name]
         factor = undone_clip(tensor, clip)
         draw = _draw(distribution, tensor.shape, generator).to(tensor)
@@ -240,8 +243,8 @@ def noise(
 
 def undone_clip(tensor: torch.Tensor, clip: float) -> torch.Tensor:
     """c = max(1, largest row norm / clip), the factor of ``noise``."""
-    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[None]
-    return (rows.norm(dim=1).max() / clip).clamp(min=1)
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    return (_largest(rows.norm(dim=1)) / clip).clamp(min=1)
 
 
 @records.defence(
@@ -253,10 +256,12 @@ def undone_clip(tensor: torch.Tensor, clip: float) -> torch.Tensor:
     random=False,
     leaves_out=True,
 )
+@check.arguments
 def sparsify(
-    weights: StateDict, *, percent: float, parameters: Sequence[str] | None = None
+    weights: StateDict, *, percent: check.Percent, parameters: Sequence[str] | None = None
 ) -> StateDict:
-    """Zero the ``percent`` % of each tensor's entries that are smallest in magnitude.
+    """Zero the ``percent`` % of each tensor's entries, rounded down, that are smallest in
+    magnitude.
 
     Parameters
     ----------
@@ -265,16 +270,12 @@ def sparsify(
     percent
         In [0, 100]; 0 changes nothing.
     parameters
-        Names of the tensors to defend; None takes all.
+        Names of the tensors to defend; None takes all of floating point.
     """
-    check.in_range("percent", percent, 0, 100)
     defended = dict(weights)
-    for name in weights if parameters is None else parameters:
-        tensor = weights[name]
-        ascending = tensor.abs().flatten().argsort(stable=True)
-        dropped = ascending[: int(tensor.numel() * percent / 100)]
-        defended[name] = tensor.clone()
-        defended[name].view(-1)[dropped] = 0
+    for name in _to_defend(weights, parameters):
+        dropped = _smallest(weights[name].flatten(), percent)
+        defended[name] = weights[name].masked_fill(dropped.view(weights[name].shape), 0)
     return defended
 
 
@@ -286,8 +287,13 @@ def sparsify(
     acts_on="update",
     variance=_mechanism_variance,
 )
+@check.arguments
 def clip_and_noise(
-    update: Update, *, clip: float, noise_multiplier: float = 0.0, seed: int = 0
+    update: Update,
+    *,
+    clip: check.Positive,
+    noise_multiplier: check.NonNegative = 0.0,
+    seed: check.Whole = 0,
 ) -> list[torch.Tensor]:
     """The Gaussian mechanism: clip the update, then add normal noise in proportion to the clip.
 
@@ -309,8 +315,8 @@ def clip_and_noise(
     sum of the clients' clipped updates, and hides whether a client took part (``neighbours="add or
     remove"``); the server then sees each of them with ``noise_multiplier`` 0.
     """
-    check.in_range("clip", clip, 0, math.inf, open_low=True)
-    check.in_range("noise_multiplier", noise_multiplier, 0, math.inf)
+    if not update:
+        return []
     generator = torch.Generator().manual_seed(seed)
     length = torch.stack([layer.norm() for layer in update]).norm()
     factor = (clip / length).clamp(max=1)
@@ -331,8 +337,10 @@ def clip_and_noise(
     random=False,
     leaves_out=True,
 )
-def top_k(update: Update, *, percent: float) -> list[torch.Tensor]:
-    """Zero the ``percent`` % of the whole update's entries that are smallest in magnitude.
+@check.arguments
+def top_k(update: Update, *, percent: check.Percent) -> list[torch.Tensor]:
+    """Zero the ``percent`` % of the whole update's entries, rounded down, that are smallest in
+    magnitude.
 
     Parameters
     ----------
@@ -341,12 +349,11 @@ def top_k(update: Update, *, percent: float) -> list[torch.Tensor]:
     percent
         In [0, 100]; 0 changes nothing. The entries that are kept stay as they are.
     """
-    check.in_range("percent", percent, 0, 100)
-    sizes = [layer.numel() for layer in update]
-    every = torch.cat([layer.flatten() for layer in update])
-    ascending = every.abs().argsort(stable=True)
-    every[ascending[: int(len(every) * percent / 100)]] = 0
-    return [part.reshape(layer.shape) for part, layer in zip(every.split(sizes), update)]
+    if not update:
+        return []
+    dropped = _smallest(torch.cat([layer.flatten() for layer in update]), percent)
+    parts = zip(dropped.split([layer.numel() for layer in update]), update)
+    return [layer.masked_fill(part.view(layer.shape), 0) for part, layer in parts]
 
 
 @records.defence(
@@ -357,7 +364,10 @@ def top_k(update: Update, *, percent: float) -> list[torch.Tensor]:
     acts_on="update",
     variance=_grid_variance,
 )
-def quantise(update: Update, *, bits: int = 8, seed: int = 0) -> list[torch.Tensor]:
+@check.arguments
+def quantise(
+    update: Update, *, bits: Annotated[int, check.Range(2, 53)] = 8, seed: check.Whole = 0
+) -> list[torch.Tensor]:
     """Round each entry at random to one of its two neighbours on a grid, without bias.
 
     Parameters
@@ -365,7 +375,8 @@ def quantise(update: Update, *, bits: int = 8, seed: int = 0) -> list[torch.Tens
     update
         Δ, one tensor per parameter.
     bits
-        At least 2. The grid of a tensor has 2^bits - 1 points and ends at its largest magnitude.
+        From 2 to float64's 53. The grid of a tensor has 2^bits - 1 points and ends at its largest
+        magnitude.
     seed
         Of the rounding.
 
@@ -373,28 +384,53 @@ def quantise(update: Update, *, bits: int = 8, seed: int = 0) -> list[torch.Tens
     -----
     QSGD (Alistarh et al. 2017).
     """
-    check.at_least("bits", bits, 2)
     generator = torch.Generator().manual_seed(seed)
     rounded = []
     for layer in update:
         step = grid_step(layer, bits)
-        draw = torch.rand(layer.shape, generator=generator, dtype=torch.float64).to(layer)
-        rounded.append((layer / step + draw).floor() * step)
+        draw = torch.rand(layer.shape, generator=generator, dtype=torch.float64).to(layer.device)
+        rounded.append(((layer.double() / step + draw).floor() * step).to(layer.dtype))
     return rounded
 
 
 def grid_step(tensor: torch.Tensor, bits: int) -> torch.Tensor:
-    """Distance of two points of the grid on which ``quantise`` puts a tensor."""
-    return tensor.abs().max().clamp(min=1e-300) / (2 ** (bits - 1) - 1)
+    """Distance of two points of the grid on which ``quantise`` puts a tensor, in float64."""
+    return _largest(tensor.double().abs()).clamp(min=1e-300) / (2 ** (bits - 1) - 1)
 
 
+def _to_defend(weights: StateDict, parameters: Sequence[str] | None) -> Sequence[str]:
+    """Names of the tensors that a defence of snapshots changes."""
+    if parameters is None:
+        return [name for name, tensor in weights.items() if tensor.is_floating_point()]
+    for name in parameters:
+        check.one_of("parameters", name, weights)
+    return parameters
+
+
+def _smallest(entries: torch.Tensor, percent: float) -> torch.Tensor:
+    """Where the ``percent`` % of the entries lie that are smallest in magnitude; the first of
+    equals.
+    """
+    # 0.57 % of 10,000 is 57, where the product of floating-point numbers is less by a hair
+    count = math.floor(round(len(entries) * percent / 100, 6))
+    where = torch.zeros_like(entries, dtype=torch.bool)
+    where[entries.abs().argsort(stable=True)[:count]] = True
+    return where
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest of values of at least 0, or 0 where there are none."""
+    return values.max() if values.numel() else values.new_zeros(())
+
+
+@check.arguments
 def defend(
     seen: Observation,
     defence: str | Callable[..., Any],
     *,
-    observer: str = "channel",
-    repeats: int = 1,
-    seed: int = 0,
+    observer: Observer = "channel",
+    repeats: check.Count = 1,
+    seed: check.Whole = 0,
     **options: Any,
 ) -> Observation:
     """Return what remains visible when the client defends itself.
@@ -421,32 +457,36 @@ def defend(
     Raises
     ------
     ValueError
-        For arguments out of range, and where the defended snapshots no longer differ.
+        For arguments out of range, for what is no snapshot or no update, and where the defended
+        snapshots no longer differ.
+    FloatingPointError
+        Where what the defence leaves overflows.
     """
-    check.one_of("observer", observer, OBSERVERS)
-    check.at_least("repeats", repeats, 1)
     record = _record(defence)
     _check_options(record, options)
     before, names = seen.model.state_dict(), seen.parameter_names
+    what = f"what defence {record.key!r} returned"
 
     def sent(weights: StateDict, draw: int) -> StateDict:
         """``weights`` as ``record``, a defence of snapshots, leaves them."""
         own = {"seed": draw} if record.random else {}
         defended = record.function(copy.deepcopy(weights), parameters=names, **own, **options)
-        if not isinstance(defended, dict):
-            raise ValueError(
-                f"defence {defence!r} returned no dict; it takes a state dict and returns one"
-            )
-        return defended
+        check_fit(what, check.fitting(what, defended, dict), weights)
+        return _finite(what, defended)
 
     def moved(draw: int) -> StateDict:
         """W_{t+1} after the update as ``record``, a defence of updates, leaves it."""
         own = {"seed": draw} if record.random else {}
         given = [layer.clone() for layer in seen.delta]
-        update = record.function(given, **own, **options)
-        steps = zip(names, update, strict=True)
+        update = check.fitting(what, record.function(given, **own, **options), Update)
+        shapes = [[tuple(layer.shape) for layer in each] for each in (update, seen.delta)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{what} has shapes {shapes[0]}; it takes an update and returns one: {shapes[1]}"
+            )
+        steps = zip(names, update)
         after = {n: (before[n].double() - u).to(before[n].dtype) for n, u in steps}
-        return {**seen.weights_after, **after}
+        return _finite(what, {**seen.weights_after, **after})
 
     draws = [2 * (seed + 10_007 * answer) for answer in range(repeats)]
     model = copy.deepcopy(seen.model)
@@ -456,6 +496,14 @@ def defend(
     if observer == "channel":
         model.load_state_dict(_mean([sent(before, draw) for draw in draws]))
     return _observed(seen, model, afters)
+
+
+def _finite(what: str, weights: StateDict) -> StateDict:
+    """The weights, where they are finite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{what} overflows {tensor.dtype} in {name!r}")
+    return weights
 
 
 def _observed(seen: Observation, model: nn.Module, afters: Sequence[StateDict]) -> Observation:
@@ -483,7 +531,9 @@ def _record(defence: str | Callable[..., Any]) -> Defence:
 
 
 def _check_options(record: Defence, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for unknown or missing options, and for a defence of the training."""
+    """Raise ValueError for unknown, missing or wrong options, for a defence of the training, and
+    for a function that does not take what ``defend`` gives it.
+    """
     if record.acts_on == "training":
         raise ValueError(
             f"defence {record.key!r} replaces the client's training: call "
@@ -491,6 +541,16 @@ def _check_options(record: Defence, options: Mapping[str, Any]) -> None:
         )
     record.check_options("option", options)
     record.check_told(options)
+    record.check_values(options)
+    given = {"seed": record.random, "parameters": record.acts_on == "snapshot"}
+    takes = inspect.signature(record.function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    for name in given:
+        if given[name] and name not in takes and not open_ended:
+            raise ValueError(
+                f"defence {record.key!r} takes no {name}, and defend gives it one: a defence of "
+                "snapshots takes parameters, and one that is registered as random a seed"
+            )
 
 
 @check.renamed(rounds="num_rounds")
@@ -556,16 +616,17 @@ def epsilon(
 
 @records.defence("dp_sgd", title="DP-SGD", colour=5, marker="X", acts_on="training")
 @check.renamed(lr="learning_rate", steps="local_steps")
+@check.arguments
 def train_privately(
     model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: Images,
+    labels: Labels,
     *,
-    learning_rate: float,
-    clip: float,
-    noise_multiplier: float,
-    local_steps: int = 1,
-    seed: int = 0,
+    learning_rate: check.Positive,
+    clip: check.Positive,
+    noise_multiplier: check.NonNegative,
+    local_steps: check.Count = 1,
+    seed: check.Whole = 0,
 ) -> Observation:
     """Train as ``federated.train_locally`` does, by Opacus' DP-SGD (Abadi et al. 2016).
 
@@ -583,16 +644,20 @@ def train_privately(
     Raises
     ------
     ValueError
-        For arguments out of range, and for data that do not fit the model.
+        For arguments out of range, for data that do not fit the model, and for a model that Opacus
+        cannot train, such as one with batch normalisation.
     """
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
-    check.in_range("clip", clip, 0, math.inf, open_low=True)
-    check.in_range("noise_multiplier", noise_multiplier, 0, math.inf)
     client = copy.deepcopy(model)
-    hooked = GradSampleModule(client)  # its hooks in the layers keep each image's own gradient
+    try:
+        hooked = GradSampleModule(client)  # its hooks in the layers keep each image's own gradient
+    except NotImplementedError:
+        raise ValueError(
+            "model has a layer that Opacus' DP-SGD does not take, such as batch normalisation"
+        ) from None
+    images = for_model(images, model).clone().requires_grad_()  # else the first layer's hooks warn
     stepper = DPOptimizer(
         torch.optim.SGD(hooked.parameters(), lr=learning_rate),
         noise_multiplier=noise_multiplier,
@@ -600,8 +665,16 @@ def train_privately(
         expected_batch_size=len(images),
         generator=torch.Generator(device=images.device).manual_seed(seed),
     )
-    images = images.clone().requires_grad_()  # without, the hooks of the first layer warn
-    return federated.descend(copy.deepcopy(model), client, stepper, images, labels, local_steps)
+    try:
+        return federated.descend(copy.deepcopy(model), client, stepper, images, labels, local_steps)
+    except ValueError:
+        trained = {n: p for n, p in client.named_parameters() if p.requires_grad}
+        unused = [n for n, p in trained.items() if getattr(p, "grad_sample", None) is None]
+        if 0 < len(unused) < len(trained):
+            raise ValueError(
+                f"model does not use {unused[0]!r}; Opacus' DP-SGD takes it frozen alone"
+            ) from None
+        raise
 
 
 def _draw(distribution: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

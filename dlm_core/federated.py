@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import check
+from dlm_core.arrays import Images, Labels, Precision, for_model
 from dlm_core.observation import Observation, Unchanged, find_head, observe
-from dlm_core.records import CLIENT_OPTIMIZERS, ClientOptimizer, add
-from dlm_core.weights import StateDict, load_weights, rounded
+from dlm_core.records import CLIENT_OPTIMIZERS, ClientOptimizer, add, keyword_names
+from dlm_core.weights import StateDict, check_fit, held_as, load_weights, rounded
 
 __all__ = [
+    "Client",
     "Observation",
     "Unchanged",
     "average",
@@ -28,6 +30,7 @@ __all__ = [
     "train_locally",
 ]
 
+Client = tuple[Images, Labels]
 # Of logits [B, K] against class indices [B] or distributions [B, K]; client and attacker share it.
 loss = F.cross_entropy
 
@@ -46,18 +49,19 @@ for _key, _class in (
     optimizer="client_optimizer",
     options="optimizer_options",
 )
+@check.arguments
 def train_locally(
     model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: Images,
+    labels: Labels,
     *,
-    learning_rate: float,
-    local_steps: int = 1,
-    batch_size: int | None = None,
+    learning_rate: check.Positive,
+    local_steps: check.Count = 1,
+    batch_size: check.Count | None = None,
     client_optimizer: str | type[torch.optim.Optimizer] = "sgd",
     optimizer_options: Mapping[str, Any] | None = None,
     clear_gradients: bool = True,
-    transmitted: torch.dtype | None = None,
+    transmitted: Precision | None = None,
 ) -> Observation:
     """Train a copy of ``model`` as a FedAvg client does and return what an observer sees of it.
 
@@ -66,7 +70,7 @@ def train_locally(
     model
         With the weights that the client receives; it is left as it was.
     images
-        [N, C, H, W] in [0, 1].
+        [N, C, H, W] in [0, 1], or 8-bit values; they are taken in the model's dtype, on its device.
     labels
         [N] class indices.
     learning_rate
@@ -92,7 +96,6 @@ def train_locally(
     FloatingPointError
         Where the client's own training diverged.
     """
-    check.in_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
     if isinstance(client_optimizer, str):
         check.one_of("client_optimizer", client_optimizer, CLIENT_OPTIMIZERS)
         kind: Callable[..., Any] = CLIENT_OPTIMIZERS[client_optimizer].function
@@ -101,19 +104,36 @@ def train_locally(
     model = copy.deepcopy(model)
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
-    stepper = kind(client.parameters(), lr=learning_rate, **(optimizer_options or {}))
+    stepper = _stepper(kind, client, learning_rate, optimizer_options or {})
     seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 
 
+def _stepper(
+    kind: Callable[..., Any], client: nn.Module, rate: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer of a client's parameters."""
+    takes = [name for name in keyword_names(kind) if name != "lr"]
+    for name in options:
+        check.one_of("optimizer_options", name, takes)
+    try:
+        return kind(client.parameters(), lr=rate, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer_options is {check.shown(dict(options))}; "
+            f"{kind.__name__} refuses it ({error})"
+        ) from None
+
+
+@check.arguments
 def descend(
     model: nn.Module,
     client: nn.Module,
     stepper: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    local_steps: int = 1,
-    batch_size: int | None = None,
+    images: Images,
+    labels: Labels,
+    local_steps: check.Count = 1,
+    batch_size: check.Count | None = None,
     clear_gradients: bool = True,
 ) -> Observation:
     """Train a client by an optimizer of its own, and return what an observer sees of it.
@@ -134,15 +154,17 @@ def descend(
     ValueError, FloatingPointError
         As ``train_locally`` does.
     """
-    check.at_least("local_steps", local_steps, 1)
-    num_classes = _check_data(model, images, labels)
+    num_classes = num_classes_of(model, images, labels)
+    images, labels = for_model(images, model), labels.to(next(model.parameters()).device)
     batch_size = len(images) if batch_size is None else batch_size
-    check.at_least("batch_size", batch_size, 1)
     for step in range(local_steps):
         batch = torch.arange(step * batch_size, (step + 1) * batch_size) % len(images)
         if clear_gradients:
             stepper.zero_grad()
-        loss(client(images[batch]), labels[batch]).backward()
+        value = loss(client(images[batch]), labels[batch])
+        if not value.requires_grad:
+            raise ValueError("model has nothing to train: its scores hang on no unfrozen parameter")
+        value.backward()
         stepper.step()
     weights_after = {name: tensor.detach().clone() for name, tensor in client.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in weights_after.values()):
@@ -152,7 +174,8 @@ def descend(
     return Observation(model, weights_after, tuple(images.shape[1:]), num_classes)
 
 
-def average(snapshots: Sequence[StateDict], sizes: Sequence[float]) -> StateDict:
+@check.arguments
+def average(snapshots: Sequence[StateDict], sizes: Sequence[check.NonNegative]) -> StateDict:
     """FedAvg's server step (McMahan et al. 2017, algorithm 1): the weighted mean of state dicts.
 
     Parameters
@@ -160,24 +183,46 @@ def average(snapshots: Sequence[StateDict], sizes: Sequence[float]) -> StateDict
     snapshots
         What the clients sent, at least one.
     sizes
-        Their weights, one each: how many images a client has.
+        Their weights, one each, not all 0: how many images a client has.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        In the first one's dtypes. A count, such as batch norm's of its batches, is the nearest
+        whole number to the mean.
+
+    Raises
+    ------
+    ValueError
+        Where the state dicts do not fit each other, or the sizes do not fit them.
     """
+    if not snapshots or not snapshots[0]:
+        raise ValueError(f"snapshots is {snapshots}; it takes at least one state dict of tensors")
+    for number, snapshot in enumerate(snapshots):
+        check_fit(f"snapshots[{number}]", snapshot, snapshots[0])
     total = float(sum(sizes))
+    if len(sizes) != len(snapshots) or total == 0:
+        raise ValueError(
+            f"sizes is {check.shown(sizes)}; it takes a number for each of the {len(snapshots)} "
+            "snapshots, not all of them 0"
+        )
     mean = {}
     for name, first in snapshots[0].items():
         weighted = [
-            snapshot[name].double() * (size / total) for snapshot, size in zip(snapshots, sizes)
+            snapshot[name].to(first.device).double() * (size / total)
+            for snapshot, size in zip(snapshots, sizes)
         ]
-        mean[name] = torch.stack(weighted).sum(0).to(first.dtype)
+        mean[name] = held_as(torch.stack(weighted).sum(0), first)
     return mean
 
 
 @check.renamed(number="num_rounds")
+@check.arguments
 def rounds(
     model: nn.Module,
-    clients: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    clients: Sequence[Client],
     *,
-    num_rounds: int,
+    num_rounds: check.Count,
     train: Callable[..., Observation] = train_locally,
     defend: Callable[[Observation, int, int], Observation] | None = None,
     **training: Any,
@@ -189,7 +234,7 @@ def rounds(
     model
         With the weights of the start; it is left as it was.
     clients
-        (images, labels) of each; they train locally from the round's model.
+        (images, labels) of each, at least one; they train locally from the round's model.
     num_rounds
         How many rounds, at least 1.
     train
@@ -197,7 +242,7 @@ def rounds(
     defend
         What of it is sent: (Observation, number of the round, number of the client) -> Observation.
     """
-    check.at_least("num_rounds", num_rounds, 1)
+    check.at_least("number of clients", len(clients), 1)
     model = copy.deepcopy(model)  # which leaves gradients behind, and with them all trace of data
     for turn in range(num_rounds):
         seen = [train(model, images, labels, **training) for images, labels in clients]
@@ -209,20 +254,21 @@ def rounds(
         yield model, seen
 
 
-def _check_data(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
-    if images.ndim != 4 or len(images) == 0:
+def num_classes_of(model: nn.Module, images: Images, labels: Labels) -> int:
+    """K, the width of the model's head.
+
+    Raises
+    ------
+    ValueError
+        Where images and labels do not fit the model or each other.
+    """
+    if len(labels) != len(images):
         raise ValueError(
-            f"images has shape {tuple(images.shape)}; it takes [N, C, H, W] with N at least 1"
+            f"labels has shape {tuple(labels.shape)}; it takes {len(images)} class indices, "
+            "one for each of the images"
         )
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; "
-            f"it takes {len(images)} class indices"
-        )
-    if not images.isfinite().all():
-        raise ValueError("images holds NaN or infinity; pixels lie in [0, 1]")
     num_classes = find_head(model, images.shape[1:])[1].out_features
-    if labels.min() < 0 or labels.max() >= num_classes:
+    if labels.max() >= num_classes:
         raise ValueError(
             f"labels run from {labels.min()} to {labels.max()}; "
             f"the model has classes 0 to {num_classes - 1}"

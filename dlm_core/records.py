@@ -182,6 +182,10 @@ class Record:
             if name not in self.renamed:
                 check.one_of(f"{argument} of {self.key}", name, self.options)
 
+    def check_values(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for an option whose value the function's annotations refuse."""
+        check.named(self.function, {self.renamed.get(n, n): v for n, v in options.items()})
+
     def check_told(self, given: Iterable[str]) -> None:
         """Raise ValueError unless ``given`` has the names of all that it demands."""
         told = {self.renamed.get(name, name) for name in given}

@@ -117,6 +117,13 @@ def rounded(weights: StateDict, dtype: Precision | None) -> StateDict:
     }
 
 
+def held_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``value`` in the dtype of ``like`` and on its device; a count, such as batch norm's of its
+    batches, is the nearest whole number, and not the one below.
+    """
+    return (value if like.is_floating_point() else value.round()).to(like)
+
+
 def _some(names: list[Any]) -> str:
     return ", ".join(map(repr, names[:2])) + (
         f" and {len(names) - 2} more" if len(names) > 2 else ""

@@ -1,6 +1,6 @@
 """Annotations are kept: of functions and of dataclasses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,3 +73,25 @@ def test_what_need_not_change_is_passed_on_as_it_is():
     values, table = [1.0, 2], {"a": 1}
     assert same(values, table)[0] is values and same(values, table)[1] is table
     assert same([np.float64(1)], table)[0] == [1.0]
+
+
+@pytest.mark.parametrize("value", [int, torch.optim.SGD([torch.zeros(1)], lr=1), "sgd"])
+def test_a_class_is_one_of_its_kind(value):
+    assert check.fitting("kind", torch.optim.Adam, type[torch.optim.Optimizer]) is torch.optim.Adam
+    with pytest.raises(ValueError, match="^kind is .*; it takes a class of Optimizer"):
+        check.fitting("kind", value, type[torch.optim.Optimizer])
+
+
+def test_options_are_checked_before_the_call():
+    check.named(take, {"one": "a", "other": object()})
+    with pytest.raises(ValueError, match="^one is 'long'"):
+        check.named(take, {"one": "long"})
+    with pytest.raises(ValueError, match="^nesterov is 'no'; it takes True or False"):
+        check.named(torch.optim.SGD, {"nesterov": "no", "momentum": 0.9})
+    check.named(lambda weights, scale: weights, {"scale": "any"})
+
+
+def test_a_function_may_be_left_out():
+    assert check.fitting("defend", None, Callable[[int], str] | None) is None
+    with pytest.raises(ValueError, match="^defend is 3; it takes None or a Callable"):
+        check.fitting("defend", 3, Callable[[int], str] | None)

@@ -27,12 +27,13 @@ def test_zero_sparsity_is_the_identity(seen):
 
 
 @settings(max_examples=30, deadline=None)
-@given(percent=st.floats(0, 100), size=st.integers(1, 200))
-def test_sparsify_zeroes_exactly_the_smallest(percent, size):
+@given(hundredths=st.integers(0, 10_000), size=st.integers(1, 200))
+def test_sparsify_zeroes_exactly_the_smallest(hundredths, size):
+    percent = hundredths / 100
     weights = {"w": torch.randn(size, generator=torch.Generator().manual_seed(size))}
     kept = defenses.sparsify(weights, percent=percent)["w"]
     dropped = kept == 0
-    assert dropped.sum() == int(size * percent / 100)
+    assert dropped.sum() == size * hundredths // 10_000
     assert torch.equal(kept[~dropped], weights["w"][~dropped])
     if dropped.any() and not dropped.all():
         assert weights["w"][dropped].abs().max() <= weights["w"][~dropped].abs().min()
@@ -102,7 +103,7 @@ def test_buffers_pass_through(device):
         (
             defenses.noise,
             {"scale": 1, "distribution": "laplac"},
-            "distribution 'laplac' is unknown.*did you mean laplace",
+            "distribution is 'laplac'; it takes 'laplace' or 'gaussian'",
         ),
         (
             defenses.sparsify,
@@ -112,7 +113,7 @@ def test_buffers_pass_through(device):
         (
             defenses.noise,
             {"scale": 1, "observer": "sever"},
-            "observer 'sever' is unknown.*did you mean server",
+            "observer is 'sever'; it takes 'channel' or 'server'",
         ),
         (defenses.sparsify, {"percent": 100}, "equals the model's weights"),
         (
@@ -121,18 +122,172 @@ def test_buffers_pass_through(device):
             r"clip is 0; it takes a finite number in \(0, inf\)",
         ),
         (defenses.top_k, {"percent": -1}, r"percent is -1; it takes a finite number in \[0, 100\]"),
-        (defenses.quantise, {"bits": 1}, "bits is 1; it takes a whole number of at least 2"),
+        (defenses.quantise, {"bits": 1}, r"bits is 1; it takes a .*\[2, 53\]"),
         (defenses.quantise, {"repeats": 0}, "repeats is 0; it takes a whole number of at least 1"),
         (
             lambda weights, **_: weights.clear(),
             {"observer": "server"},
-            "defence <function .*> returned no dict",
+            "what defence '<lambda>' returned is None; it takes a dict",
         ),
     ],
 )
 def test_bad_input_is_named(seen, defence, options, message):
     with pytest.raises(ValueError, match=message):
         defenses.defend(seen, defence, **options)
+
+
+# --- what each defence does at its ends, by arithmetic
+
+W = [3.0, -1.0, 0.5, 2.0, -4.0, 0.1, 0.0, -0.2]  # in order of magnitude: 6 5 7 2 1 3 0 4
+LENGTH = sum(w * w for w in W) ** 0.5
+
+
+def without(*places):
+    return [0.0 if i in places else w for i, w in enumerate(W)]
+
+
+ENDS = [
+    # defence, its options, one tensor, the same defended
+    ("noise", {"scale": 0}, W, W),
+    ("noise", {"scale": 0.5, "distribution": "gaussian"}, [], []),
+    ("sparsify", {"percent": 0}, W, W),
+    ("sparsify", {"percent": 12.4}, W, W),
+    ("sparsify", {"percent": 12.5}, W, without(6)),
+    ("sparsify", {"percent": 62.9}, W, without(6, 5, 7, 2, 1)),
+    ("sparsify", {"percent": 99.9}, W, without(6, 5, 7, 2, 1, 3, 0)),
+    ("sparsify", {"percent": 100}, W, [0.0] * 8),
+    ("sparsify", {"percent": 99.9}, [5.0], [5.0]),
+    ("sparsify", {"percent": 100.0}, [5.0], [0.0]),
+    ("sparsify", {"percent": 50}, [1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 1.0, -1.0]),
+    ("sparsify", {"percent": 50}, [], []),
+    ("clip_and_noise", {"clip": 1e300}, W, W),
+    ("clip_and_noise", {"clip": LENGTH / 2}, W, [w / 2 for w in W]),
+    ("clip_and_noise", {"clip": 1e-3}, [-5.0], [-1e-3]),
+    ("clip_and_noise", {"clip": 1.0}, [0.0, 0.0], [0.0, 0.0]),
+    ("clip_and_noise", {"clip": 1.0, "noise_multiplier": 1.0}, [], []),
+    ("top_k", {"percent": 0.0}, W, W),
+    ("top_k", {"percent": 37.5}, W, without(6, 5, 7)),
+    ("top_k", {"percent": 99.99}, W, without(6, 5, 7, 2, 1, 3, 0)),
+    ("top_k", {"percent": 100}, W, [0.0] * 8),
+    ("top_k", {"percent": 99.9}, [5.0], [5.0]),
+    ("top_k", {"percent": 50}, [], []),
+    ("quantise", {"bits": 2}, [5.0, -5.0, 0.0], [5.0, -5.0, 0.0]),
+    ("quantise", {"bits": 3}, [3.0, 2.0, -1.0], [3.0, 2.0, -1.0]),
+    ("quantise", {"bits": 8}, [5.0], [5.0]),
+    ("quantise", {"bits": 8}, [0.0, 0.0], [0.0, 0.0]),
+    ("quantise", {"bits": 53}, [1.0, -0.5], [1.0, -0.5]),
+    ("quantise", {}, [], []),
+]
+
+
+def of_one_tensor(name, tensor, options):
+    """What a registered defence makes of weights, or of an update, of one tensor."""
+    record = records.DEFENCES[name]
+    if record.acts_on == "snapshot":
+        return record.function({"w": tensor}, **options)["w"]
+    return record.function([tensor], **options)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name, options, given, expected", ENDS)
+def test_each_defence_at_its_ends(name, options, given, expected, dtype):
+    given, expected = (torch.tensor(each, dtype=dtype) for each in (given, expected))
+    found = of_one_tensor(name, given, options)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    zeroed, unmoved = expected == 0, expected == given
+    assert torch.equal(found == 0, zeroed)
+    if name != "quantise":
+        assert torch.equal(found[unmoved], given[unmoved])
+
+
+def test_every_defence_of_what_is_sent_has_its_ends_tested():
+    sent = {key for key, record in records.DEFENCES.items() if record.acts_on != "training"}
+    assert {name for name, *_ in ENDS} == sent
+
+
+@pytest.mark.parametrize("percent", [0.57, 0.29, 1.1, 4.35, 33.3, 99.99])
+def test_a_percentage_that_no_binary_number_is_drops_what_it_says(percent):
+    for name in ("sparsify", "top_k"):
+        found = of_one_tensor(name, torch.linspace(1, 2, 10_000), {"percent": percent})
+        assert (found == 0).sum() == round(percent * 100)
+
+
+STRENGTHS = {
+    "noise": {"scale": 1e-3},
+    "sparsify": {"percent": 30},
+    "clip_and_noise": {"clip": 0.5, "noise_multiplier": 0.1},
+    "top_k": {"percent": 30},
+    "quantise": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda w: w.to(memory_format=torch.channels_last),
+        lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda w: w[:, :1].expand(4, 3, 2, 5),
+        lambda w: w.repeat(2, 1, 1, 1)[::2],
+    ],
+)
+def test_the_layout_of_a_tensor_does_not_matter(name, layout):
+    weights = layout(torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0)))
+    before = weights.clone()
+    found = of_one_tensor(name, weights, STRENGTHS[name])
+    expected = of_one_tensor(name, before.contiguous(), STRENGTHS[name])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 5), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_scalars_and_tensors_of_nothing_are_defended_like_the_rest(name, shape, dtype):
+    found = of_one_tensor(name, torch.full(shape, 0.25, dtype=dtype), STRENGTHS[name])
+    assert found.shape == shape and found.dtype == dtype and found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_nothing_sent_is_nothing_defended(name):
+    nothing = {} if records.DEFENCES[name].acts_on == "snapshot" else []
+    assert records.DEFENCES[name].function(nothing, **STRENGTHS[name]) == nothing
+
+
+@pytest.mark.parametrize("name", ["noise", "sparsify"])
+def test_counts_in_a_state_dict_are_no_weights(name):
+    weights = {"w": torch.ones(3, 3), "num_batches_tracked": torch.tensor(7)}
+    found = records.DEFENCES[name].function(weights, **STRENGTHS[name])
+    assert found["num_batches_tracked"] == 7 and not torch.equal(found["w"], weights["w"])
+    with pytest.raises(ValueError, match="parameters 'ww' is unknown.*did you mean w"):
+        records.DEFENCES[name].function(weights, parameters=["ww"], **STRENGTHS[name])
+
+
+def test_quantisation_of_single_precision_is_unbiased_and_leaves_the_grid_alone():
+    grid = [torch.linspace(-1, 1, 2**4 - 1)]
+    for seed in range(300):
+        torch.testing.assert_close(defenses.quantise(grid, bits=4, seed=seed), grid)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_network_with_a_scalar_a_frozen_and_an_unused_layer_is_defended(name, digit):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+            self.first, self.head = torch.nn.Linear(64, 16), torch.nn.Linear(16, 10)
+            self.unused = torch.nn.Linear(3, 3)
+            self.first.requires_grad_(False)
+
+        def forward(self, x):
+            return self.head(self.scale * self.first(x.flatten(1)).tanh())
+
+    seen = federated.train_locally(Odd().to(digit[0].device), *digit, learning_rate=0.1)
+    for observer in ("server", "channel"):
+        setting = defenses.Setting(name, STRENGTHS[name], observer=observer)
+        sent = setting.defend(seen, seed=1)
+        assert all(layer.isfinite().all() for layer in sent.delta)
+        assert all(v >= 0 for v in setting.noise_variance(sent))
 
 
 # --- a defence as a value
@@ -156,8 +311,14 @@ def test_a_setting_is_a_value_of_its_content():
         ({"name": "sparsify"}, "defence 'sparsify' must be told percent"),
         ({"name": "sparsify", "percnt": 10}, "sparsify 'percnt' is unknown.*did you mean percent"),
         ({"name": "noise", "scale": 1e-3, "observr": "server"}, "noise 'observr' is unknown"),
-        ({"name": "noise", "scale": 1e-3, "observer": "sever"}, "'sever' is unknown.*mean server"),
+        ({"name": "noise", "scale": 1e-3, "observer": "sever"}, "observer is 'sever'; it takes"),
         ({"name": "noise", "scale": 1e-3, "repeats": 0}, "repeats is 0"),
+        ({"name": "noise", "scale": 1e-3, "repeats": -2}, "repeats is -2"),
+        ({"name": "noise", "scale": -1e-3}, "scale is -0.001; it takes a finite number"),
+        ({"name": "noise", "scale": "0.1"}, "scale is '0.1'; it takes a finite number"),
+        ({"name": "noise", "scale": 1, "distribution": "gauss"}, "distribution is 'gauss'; it tak"),
+        ({"name": "sparsify", "percent": 110}, r"percent is 110; it takes .*\[0, 100\]"),
+        ({"name": "quantise", "bits": 64}, r"bits is 64; it takes .*\[2, 53\]"),
         ({"name": "noise", "scale": 1e-3, "seed": 3}, "'seed' is no part of a setting"),
         ({"name": "noise", "scale": 1e-3, "parameters": []}, "'parameters' is no part of a sett"),
         ({"name": "dp_sgd", "clip": 1.0}, "'dp_sgd' replaces the client's training: call train_"),
@@ -207,6 +368,72 @@ def test_a_defence_of_the_update_that_works_in_place_spoils_no_delta(seen):
     finally:
         del records.DEFENCES["mine"]
     assert all(torch.equal(a, b) for a, b in zip(before, seen.delta))
+
+
+def scaled_update(update, *, factor=0.5):
+    return [factor * layer for layer in update]
+
+
+@pytest.mark.parametrize(
+    "function, about, message",
+    [
+        (scaled_update, {"acts_on": "update"}, "defence 'mine' takes no seed, and defend gives"),
+        (
+            lambda update: update[:-1],
+            {"acts_on": "update", "random": False},
+            "what defence 'mine' returned has shapes",
+        ),
+        (
+            lambda update: [layer.flatten() for layer in update],
+            {"acts_on": "update", "random": False},
+            "what defence 'mine' returned has shapes",
+        ),
+        (
+            lambda update: None,
+            {"acts_on": "update", "random": False},
+            "what defence 'mine' returned is None; it takes a Sequence",
+        ),
+        (
+            lambda update: [3] * len(update),
+            {"acts_on": "update", "random": False},
+            "what defence 'mine' returned is .*, and not 3 in it",
+        ),
+        (lambda weights: weights, {"random": False}, "defence 'mine' takes no parameters"),
+        (lambda weights, parameters: weights, {}, "defence 'mine' takes no seed"),
+        (
+            lambda weights, parameters: {"w": 3},
+            {"random": False},
+            "what defence 'mine' returned is a dict of 'w', no state dict",
+        ),
+        (
+            lambda weights, parameters: dict(list(weights.items())[1:]),
+            {"random": False},
+            "what defence 'mine' returned does not fit the model: it lacks",
+        ),
+    ],
+)
+def test_a_defence_that_is_none_is_told_so_in_a_sentence(seen, function, about, message):
+    records.defence("mine", **about)(function)
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            defenses.defend(seen, "mine")
+    finally:
+        del records.DEFENCES["mine"]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_knows_the_defaults_of_its_defence():
+    assert defenses.Setting("noise", {"scale": 1.0}).strength == {
+        "scale": 1.0,
+        "distribution": "laplace",
+        "clip": 0.2,
+    }
+    assert defenses.Setting("quantise").strength == {"bits": 8}
+
+
+def test_noise_that_overflows_is_no_bad_argument(seen):
+    with pytest.raises(FloatingPointError, match="what defence 'noise' returned overflows"):
+        defenses.defend(seen, "noise", scale=1e38)
 
 
 def test_clip_and_noise_bounds_the_update_and_adds_its_noise():
@@ -355,6 +582,31 @@ def test_dp_sgd_without_noise_and_clip_is_sgd(small, digit):
     assert private.image_shape == plain.image_shape and private.num_classes == plain.num_classes
     for name, expected in plain.weights_after.items():
         assert torch.allclose(private.weights_after[name], expected, atol=1e-6)
+
+
+def test_what_dp_sgd_cannot_train_it_names(digit):
+    norm = models.build("resnet18_bn", (1, 8, 8), 10, width=2, blocks=1).to(digit[0].device)
+    options = {"learning_rate": 0.1, "clip": 1.0, "noise_multiplier": 0.0}
+    with pytest.raises(ValueError, match="model has a layer that .* not take, such as batch norm"):
+        defenses.train_privately(norm, *digit, **options)
+
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.idle = torch.nn.Linear(64, 10), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(x.flatten(1))
+
+    model = Idle().to(digit[0].device)
+    with pytest.raises(ValueError, match="model does not use 'idle.weight'.*frozen"):
+        defenses.train_privately(model, *digit, **options)
+    model.idle.requires_grad_(False)
+    seen = defenses.train_privately(model, *digit, **options)
+    assert {n for n, layer in seen.delta_by_name.items() if layer.any()} == {
+        "head.weight",
+        "head.bias",
+    }
 
 
 def test_dp_sgd_clips_each_image_and_adds_its_noise(small):

@@ -134,6 +134,42 @@ def test_fedavg_is_the_weighted_mean_of_the_clients():
         torch.testing.assert_close(tensor.double(), expected)
 
 
+@pytest.mark.parametrize("number", range(1, 15))
+@pytest.mark.parametrize("size", [1, 3, 0.1])
+def test_the_mean_of_equals_is_each_of_them(number, size):
+    sent = {"w": torch.tensor([1 / 3, 7.0]), "count": torch.tensor(1), "on": torch.tensor(True)}
+    mean = federated.average([sent] * number, [size] * number)
+    torch.testing.assert_close(mean["w"], sent["w"], rtol=1e-7, atol=0)
+    assert mean["count"].item() == 1 and mean["count"].dtype == torch.int64
+    assert mean["on"].item() is True
+
+
+def test_counts_are_averaged_to_the_nearest():
+    sent = [{"n": torch.tensor(n)} for n in (2, 3, 9)]
+    assert federated.average(sent, [1, 1, 1])["n"] == 5  # 4.67
+    assert federated.average(sent, [3, 1, 0])["n"] == 2  # 2.25
+    assert federated.average(sent, [0, 0, 5])["n"] == 9
+
+
+@pytest.mark.parametrize(
+    "snapshots, sizes, message",
+    [
+        ([], [], "snapshots is .*; it takes at least one state dict"),
+        ([{}], [1], "snapshots is .*; it takes at least one state dict"),
+        ([{"w": torch.ones(2)}], [1, 2], r"sizes is \[1, 2\]; it takes a number for each of the 1"),
+        ([{"w": torch.ones(2)}] * 2, [1], r"sizes is \[1\]; it takes a number for each of the 2"),
+        ([{"w": torch.ones(2)}] * 2, [0, 0.0], "sizes is .* not all of them 0"),
+        ([{"w": torch.ones(2)}] * 2, [-1, 2], "sizes is .*, and not -1 in it"),
+        ([{"w": torch.ones(2)}] * 2, [1, float("nan")], "sizes is .*, and not nan in it"),
+        ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], [1, 1], r"snapshots\[1\] does not fit.*'w'"),
+        ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], [1, 1], r"snapshots\[1\]\['w'\] has shape"),
+    ],
+)
+def test_what_cannot_be_averaged_is_named(snapshots, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        federated.average(snapshots, sizes)
+
+
 def test_fedavg_learns():
     images, labels, *_ = data.load("digits", n=100)
     model = models.build("mlp", (1, 8, 8), 10, seed=0, init="default")
@@ -206,8 +242,19 @@ def test_an_observation_and_a_result_print_in_a_line(seen):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"labels": torch.tensor([10])}, "labels run from 10 to 10; the model has classes 0 to 9"),
         ({"labels": torch.tensor([1, 2])}, "labels has shape"),
-        ({"images": torch.zeros(1, 8, 8)}, "images has shape"),
-        ({"images": torch.full((1, 1, 8, 8), float("nan"))}, "images holds NaN"),
+        ({"images": torch.zeros(1, 8, 8)}, r"images is .*; it takes images \[N, C, H, W\]"),
+        ({"images": torch.full((1, 1, 8, 8), float("nan"))}, "images is .* and not NaN"),
+        ({"images": torch.full((1, 1, 8, 8), 255.0)}, r"images is .*\[0, 1\], and not from 255"),
+        ({"client_optimizer": torch.nn.Linear}, "client_optimizer is .* or a class of Optimizer"),
+        ({"client_optimizer": "adan"}, "client_optimizer 'adan' is unknown.*did you mean adam"),
+        (
+            {"optimizer_options": {"momentun": 0.9}},
+            "optimizer_options 'momentun' is unknown.*did you mean momentum",
+        ),
+        ({"optimizer_options": {"lr": 0.9}}, "optimizer_options 'lr' is unknown"),
+        ({"optimizer_options": {"momentum": -1}}, "optimizer_options is {'momentum': -1}; SGD ref"),
+        ({"optimizer_options": {"momentum": "a"}}, "optimizer_options is {'momentum': 'a'}; SGD"),
+        ({"transmitted": torch.int8}, "transmitted is torch.int8; it takes None or a dtype of flo"),
     ],
 )
 def test_bad_training_input_is_named(change, message):
@@ -220,6 +267,58 @@ def test_bad_training_input_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         federated.train_locally(model, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_and_labels_as_users_hold_them_are_one_training(dtype):
+    model = models.build("lenet", (1, 8, 8), 10, seed=3).to(dtype)
+    eight_bit = torch.arange(128, dtype=torch.uint8).reshape(2, 1, 8, 8)
+    images, labels = (eight_bit / 255).to(dtype), torch.tensor([3, 1])
+    expected = federated.train_locally(model, images, labels, learning_rate=0.1)
+    held = [
+        (eight_bit, labels.int()),
+        (eight_bit.numpy(), labels.numpy().astype("int32")),
+        (eight_bit.float() / 255, labels.to(torch.uint8)),
+        ((eight_bit.double() / 255).numpy(), [3, 1]),
+    ]
+    for pair in held:
+        seen = federated.train_locally(model, *pair, learning_rate=0.1)
+        for ours, theirs in zip(seen.delta, expected.delta):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+class Idle(torch.nn.Module):
+    """A frozen layer in front, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
+        self.head = torch.nn.Linear(16, 10)
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.first(x.flatten(1)).tanh())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_frozen_and_an_unused_layer_stay_and_the_rest_trains(digit, optimizer):
+    seen = federated.train_locally(
+        Idle().to(digit[0].device),
+        *digit,
+        learning_rate=0.1,
+        local_steps=2,
+        client_optimizer=optimizer,
+        optimizer_options={"weight_decay": 0.1},
+    )
+    moved = {name for name, layer in seen.delta_by_name.items() if layer.any()}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_a_model_that_cannot_train_says_so(digit):
+    model = Idle().to(digit[0].device).requires_grad_(False)
+    model.unused.requires_grad_(True)
+    with pytest.raises(ValueError, match="model has nothing to train"):
+        federated.train_locally(model, *digit, learning_rate=0.1)
 
 
 def test_a_client_that_diverges_says_so(small, digit):

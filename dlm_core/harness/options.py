@@ -62,7 +62,7 @@ class Option:
         """The training from ``seeds`` seeds."""
         return [replace(self.training, seed=seed) for seed in range(seeds)]
 
-    def shown_to(self, observer: str) -> Setting | None:
+    def shown_to(self, observer: defenses.Observer) -> Setting | None:
         """``shown``, to the "server" or on the "channel"; W_t is public where Δ is defended."""
         if self.shown is None or self.shown.record.acts_on != "snapshot":
             return self.shown
