@@ -20,7 +20,14 @@ RESOLVED = 3.0  # an output unit, root mean square
 MOVED = 1.5  # a single entry
 # χ²/N for which the noise model is taken to hold; violations give hundreds and more
 CHI2_RANGE = (0.3, 4.0)
-OWN = 4 * torch.finfo(torch.float64).eps ** 2 / 12
+# What no χ² tests: for two classes p - e_y is a multiple of (1, -1), whatever the label and the image.
+TWO_CLASSES = (
+    "with two classes it need not be one image, as a blend of several may explain the update too, "
+    "and η is that of a hard label: a smoothed one gives the same update at another η"
+)
+# Variance, relative to the square of an entry of Δ, of four roundings in float64: of the client's
+# product δ u and its step η g, of our prediction of it, and of the difference.
+FLOAT64 = 4 * torch.finfo(torch.float64).eps ** 2 / 12
 TINY = 1e-300  # keeps divisors from 0
 
 
@@ -114,22 +121,23 @@ class NoiseModel:
         of_weights = self.seen.rounding_variance
         zeros = [torch.zeros_like(r) for r in of_weights]
         eps = torch.finfo(next(model.parameters()).dtype).eps
-        finest = eps == torch.finfo(torch.float64).eps
-        coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
+        # what a client computed in float64 we have no finer arithmetic to measure it by
+        own = FLOAT64 if eps == torch.finfo(torch.float64).eps else 0.0
+        coarser = max(1.0, torch.finfo(transmitted).eps / eps) if transmitted else 1.0
         masks = pack(model, layers, trusted or [z == 0 for z in zeros])
         added = [e + z for e, z in zip(extra_variance or zeros, zeros)]
         matrices = (self.update, pack(model, layers, of_weights), pack(model, layers, added), masks)
         variances, keep = [], []
         for d, rounding, extra, mask in zip(*matrices):
             unit = d.square().mean(1, keepdim=True).sqrt()
+            # a weight of 0 has no size to be rounded at: that of its unit's update stands in
             rounding = coarser**2 * torch.where(rounding > 0, rounding, (eps * unit) ** 2 / 12)
             ulp = (12 * rounding).sqrt()
-            own = OWN * d.square() if finest else 0.0
             entry_resolved = d.abs() > MOVED * ulp
             unit_resolved = unit > RESOLVED * ulp
             dithered = extra > ulp.square()  # by a defence's noise
             keep.append(mask & (entry_resolved | unit_resolved | dithered))
-            variances.append(rounding + extra + own)
+            variances.append(rounding + extra + own * d.square())
         return variances, keep
 
 
