@@ -5,9 +5,14 @@ z = W x + b with ReLU, a client that trains on r images changes::
 
     Δ_W = Σ_i d_i x_iᵀ,   Δ_b = Σ_i d_i,   with d_i = 0 in every unit that image i leaves off.
 
-d_i is the trace of image i. Δ_W has rank r, so its singular vectors give U [m, r] with d_i ∝ U q_i
-for unknown q_i. Nearly every combination of columns of U has no zeros at all; the r of them with
-the most zeros are the traces. Δ_b fixes their lengths, and x follows by least squares.
+d_i is the trace of image i. Δ_W has rank r where neither images nor traces combine others, so its
+singular vectors give U [m, r] with d_i ∝ U q_i for unknown q_i. Nearly every combination of columns
+of U has no zeros at all; the r of them with the most zeros are the traces. Δ_b fixes their lengths,
+and x follows by least squares.
+
+Rank counts directions, not images: an image and its darker copy, or an image and black, share one,
+and what is found there is neither of them. One SGD step on what was found then does not explain the
+rest of the update, which is what χ² tests.
 
 SPEAR samples rows of U and takes null vectors, in time exponential in r, and is told gradients.
 Here the zeros are found by minimising ``Σ_units |u q|^½``, which goes on where sampling stops. What
@@ -27,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import check, records
-from dlm_core.beyond.rounding import CHI2_RANGE
+from dlm_core.beyond.rounding import CHI2_RANGE, TINY, TWO_CLASSES
 from dlm_core.beyond.stacks import REWRITE_HINT
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
@@ -42,7 +47,6 @@ STARTS = 200  # of the descent, in each round
 WIDTHS = [0.1 * 0.7**i for i in range(14)] + [10.0**-i for i in range(4, 11)]
 MOVES = 4  # of the images by their errors, to see what these do to g
 DEPENDENT = 1e-3  # length of a unit vector's part outside the others' span
-TINY = 1e-300
 MOST_COPIES = 100  # of one image in a batch
 
 
@@ -51,6 +55,7 @@ class Reason(StrEnum):
 
     EXPLAINED = "explained"
     UNTRACED = "explained, others without a trace"
+    OVERSTATED = "noise overstated"
     NOT_ONE_STEP = "not one step"
     UNMOVED = "unmoved"
     TOO_FEW_UNITS = "too few units"
@@ -64,7 +69,8 @@ class Traces(Evidence):
     Attributes
     ----------
     recovered
-        [B] whether the image's own ReLU pattern agrees with the units in which it left a trace.
+        [B] whether the zeros of the traces settle the image, or else its own ReLU pattern agrees
+        with the units in which it left a trace.
     agreement
         [B] the share of units in which it does; 0 for an image that was not found at all.
     image_error
@@ -72,12 +78,14 @@ class Traces(Evidence):
     num_recovered
         How many images were.
     rank
-        Of Δ_W: how many distinct images left a trace.
+        Of Δ_W, at most ``num_images``: how many directions it has. Several images may share one.
     units
         Of the first layer, that moved by more than rounding.
     chi2
         χ²/N of one SGD step on the recovered images against the noise, 1 where it holds; NaN where
         images are missing.
+    two_classes
+        Whether the network tells two classes apart, where χ² tests less.
     reason
         Why.
     """
@@ -89,6 +97,7 @@ class Traces(Evidence):
     rank: int
     units: int
     chi2: float
+    two_classes: bool
     reason: Reason
 
     @property
@@ -105,15 +114,22 @@ class Traces(Evidence):
         return f"{count}: {self._why()}"
 
     def _why(self) -> str:
-        explained = (
-            f"one SGD step on these images explains the update (chi2/N {self.chi2:.3g}, expected 1)"
-        )
+        found = f"chi2/N {self.chi2:.3g}, expected 1"
+        explained = f"one SGD step on these images explains the update ({found})"
+        if self.two_classes:
+            explained += f"; {TWO_CLASSES}"
         return {
             Reason.EXPLAINED: explained,
             Reason.UNTRACED: f"{explained}; the others left no trace",
+            Reason.OVERSTATED: (
+                f"one SGD step on these images is no worse than the noise assumed ({found}), which "
+                "was overstated, so nothing was tested: η is open, the labels are a guess"
+            ),
             Reason.NOT_ONE_STEP: (
-                "the first layer settles them, but it was not one SGD step "
-                f"(chi2/N {self.chi2:.3g}): η and labels are open"
+                f"it was not one SGD step on these images ({found}): η is open, the labels are a "
+                "guess. The zeros of the first layer's update single them out as its directions; "
+                "each is an image where no two images share one, as an image and its darker copy "
+                "or black do, and where no more images took part than directions"
             ),
             Reason.UNMOVED: "no unit of the first layer moved by more than rounding",
             Reason.TOO_FEW_UNITS: (
@@ -137,12 +153,13 @@ class Traces(Evidence):
     client="several images, a network that begins with Linear and ReLU",
     audited=3,
 )
+@check.arguments
 def recover_batch(
     seen: Observation,
     *,
-    num_images: int | None = None,
-    seed: int = 0,
-    max_rounds: int = 50,
+    num_images: check.Count | None = None,
+    seed: check.Whole = 0,
+    max_rounds: check.Count = 50,
 ) -> Reconstruction:
     """Recover the images of one client's update; and labels and learning rate, if it was one step.
 
@@ -151,12 +168,12 @@ def recover_batch(
     seen
         What the observer sees.
     num_images
-        B >= 1 where the observer knows it. None counts the images that left a trace: one that the
-        model already classified without error leaves none, and η scales with B.
+        B >= 1 where the observer knows it. None takes each direction of Δ_W for an image: one that
+        the model already classified without error leaves no trace, and η scales with B.
     seed
         Of the starts.
     max_rounds
-        Of the descent, at least 1; it ends when every image is verified.
+        Of the descent, at least 1; it ends when the zeros settle every trace.
 
     Returns
     -------
@@ -174,8 +191,6 @@ def recover_batch(
     Several local steps, momentum and mini-batches keep Δ_W of this form as long as units stay off,
     so images are recovered from them too.
     """
-    check.at_least("num_images", 1 if num_images is None else num_images, 1)
-    check.at_least("max_rounds", max_rounds, 1)
     began = time.perf_counter()
     with for_network(seen.model):
         outcome = _recover(seen, num_images, max_rounds, seed)
@@ -346,7 +361,8 @@ def _find_traces(
     """(traces [m, r], whether the zeros of every one of them settle it)."""
     for directions in _sparse_directions(mixture, max_rounds, seed):
         traces = _traces(mixture, directions, bias_update)
-        certain = bool((_margins(mixture, traces) > MARGIN).all())
+        settled = bool((_margins(mixture, traces) > MARGIN).all())
+        certain = settled and _differ(traces)
         if certain:
             break
     return traces, certain
@@ -464,6 +480,12 @@ def _margin(mixture: _Mixture, trace: torch.Tensor) -> float:
     return 1 - float(leverages.amax())
 
 
+def _differ(traces: torch.Tensor) -> bool:
+    """Whether no trace combines others: two that were fitted to the same zeros are one."""
+    unit = traces / traces.norm(dim=0).clamp(min=TINY)
+    return bool(torch.linalg.svdvals(unit)[-1] > DEPENDENT)
+
+
 def _patterns(
     moved: _MovedUnits, x: torch.Tensor, traces: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
@@ -501,29 +523,34 @@ def _explain(
     rank = len(x)
     images = x.reshape(-1, *seen.image_shape)
     labels, counts = _labels_and_counts(seen, images)
+    once = torch.arange(rank, device=x.device)
     if counts.sum() > (num_images or 10 * rank):
         counts = torch.ones_like(counts)
-    each = torch.repeat_interleave(torch.arange(rank, device=x.device), counts)
-    found = _Found(
-        images=images[each],
-        shown=torch.ones_like(each, dtype=torch.bool),
-        agreement=agreement[each],
-        error=error[each],
-        labels=labels[each],
-    )
+    each = torch.repeat_interleave(once, counts)
     rate, chi2 = _one_step(seen, images[each], labels[each], error[each])
+    low, high = CHI2_RANGE
+    one_step = rate > 0 and chi2 <= high
+    if not one_step and num_images is None:  # then nothing is known of copies either
+        each = once
     total = num_images or len(each)
-    rate *= total / len(each)  # an image without a trace has its share in the client's mean loss
     reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
-    one_step = not chi2 > CHI2_RANGE[1]
-    known_rate = one_step and not math.isnan(rate)
+    if not (one_step and chi2 > low):
+        reason = Reason.OVERSTATED if one_step else Reason.NOT_ONE_STEP
+    # an image without a trace has its share in the client's mean loss
+    rate *= total / len(each)
     return _Outcome(
-        reason=reason if one_step else Reason.NOT_ONE_STEP,
+        reason=reason,
         num_images=total,
         rank=rank,
         units=units,
-        found=found,
-        learning_rate=rate if known_rate else None,
+        found=_Found(
+            images=images[each],
+            shown=torch.ones_like(each, dtype=torch.bool),
+            agreement=agreement[each],
+            error=error[each],
+            labels=labels[each],
+        ),
+        learning_rate=rate if reason in (Reason.EXPLAINED, Reason.UNTRACED) else None,
         chi2=chi2,
     )
 
@@ -672,13 +699,14 @@ class _Outcome:
             rank=self.rank,
             units=self.units,
             chi2=self.chi2,
+            two_classes=seen.num_classes == 2,
             reason=self.reason,
         )
         return Reconstruction(
             images=canvas,
             labels=each("labels", -1, torch.int64),
             status=Status.CONVERGED if number == self.num_images else Status.STALLED,
-            vouched=recovered,
+            vouched=recovered & (self.reason is not Reason.UNSETTLED),
             evidence=evidence,
             client=ClientEstimate(learning_rate=self.learning_rate),
             seconds=time.perf_counter() - began,

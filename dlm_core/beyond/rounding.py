@@ -20,6 +20,14 @@ RESOLVED = 3.0  # an output unit, root mean square
 MOVED = 1.5  # a single entry
 # χ²/N for which the noise model is taken to hold; violations give hundreds and more
 CHI2_RANGE = (0.3, 4.0)
+# What no χ² tests: for two classes p - e_y is a multiple of (1, -1), whatever the label and the image.
+TWO_CLASSES = (
+    "with two classes it need not be one image, as a blend of several may explain the update too, "
+    "and η is that of a hard label: a smoothed one gives the same update at another η"
+)
+# Variance, relative to the square of an entry of Δ, of four roundings in float64: of the client's
+# product δ u and its step η g, of our prediction of it, and of the difference.
+FLOAT64 = 4 * torch.finfo(torch.float64).eps ** 2 / 12
 TINY = 1e-300  # keeps divisors from 0
 
 
@@ -83,7 +91,7 @@ class NoiseModel:
         eps = torch.finfo(torch.float32).eps
         scatter = [eps**2 * d.square().mean(1, keepdim=True) for d in self.update]
         each = zip(self.keep, self.variance, scatter)
-        return Weighting([k / (v + s) for k, v, s in each])
+        return Weighting([_precision(k, v + s) for k, v, s in each])
 
     def at(self, x: torch.Tensor, eta: float) -> Weighting:
         """The weights at image ``x`` [n] (what is longer is cut) and learning rate ``eta``."""
@@ -92,7 +100,7 @@ class NoiseModel:
         for keep, variance, layer in zip(self.keep, self.variance, arithmetic.layers):
             alone = variance + eta**2 * layer.variance
             # entries that share an error count as one
-            weight = keep / (alone + (layer.sharing - 1) * eta**2 * layer.variance)
+            weight = _precision(keep, alone + (layer.sharing - 1) * eta**2 * layer.variance)
             expected += float((weight * alone).sum())
             weights.append(weight)
         return Weighting(weights, arithmetic.delta_error_variance, expected)
@@ -113,21 +121,29 @@ class NoiseModel:
         of_weights = self.seen.rounding_variance
         zeros = [torch.zeros_like(r) for r in of_weights]
         eps = torch.finfo(next(model.parameters()).dtype).eps
-        coarser = torch.finfo(transmitted).eps / eps if transmitted else 1.0
+        # what a client computed in float64 we have no finer arithmetic to measure it by
+        own = FLOAT64 if eps == torch.finfo(torch.float64).eps else 0.0
+        coarser = max(1.0, torch.finfo(transmitted).eps / eps) if transmitted else 1.0
         masks = pack(model, layers, trusted or [z == 0 for z in zeros])
         added = [e + z for e, z in zip(extra_variance or zeros, zeros)]
         matrices = (self.update, pack(model, layers, of_weights), pack(model, layers, added), masks)
         variances, keep = [], []
         for d, rounding, extra, mask in zip(*matrices):
-            rounding = coarser**2 * rounding
-            ulp = (12 * rounding).sqrt()
             unit = d.square().mean(1, keepdim=True).sqrt()
+            # a weight of 0 has no size to be rounded at: that of its unit's update stands in
+            rounding = coarser**2 * torch.where(rounding > 0, rounding, (eps * unit) ** 2 / 12)
+            ulp = (12 * rounding).sqrt()
             entry_resolved = d.abs() > MOVED * ulp
             unit_resolved = unit > RESOLVED * ulp
             dithered = extra > ulp.square()  # by a defence's noise
             keep.append(mask & (entry_resolved | unit_resolved | dithered))
-            variances.append(rounding + extra)
+            variances.append(rounding + extra + own * d.square())
         return variances, keep
+
+
+def _precision(keep: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """1/σ² of the entries in use, 0 of the others, whose variance may be 0."""
+    return torch.where(keep, 1 / variance.clamp(min=TINY), 0.0)
 
 
 class LayerArithmetic(NamedTuple):
