@@ -2,6 +2,7 @@
 to a precision.
 """
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,48 @@ def load_weights(path: str | Path) -> StateDict:
     Raises
     ------
     ValueError
-        Where the file is absent, cannot be read, or holds anything but tensors.
+        Where the file is absent, cannot be read, holds anything but tensors, or would take more
+        memory than its own size: a compressed archive, a tensor of fewer numbers than it shows.
     """
     from safetensors.torch import load_file
 
+    snapshot = f"snapshot {str(path)!r}"
+    if _is_compressed(path):
+        raise ValueError(f"{snapshot} is a compressed archive, which torch.save never writes")
     try:
         if str(path).endswith(".safetensors"):
             weights = load_file(path)
         else:
             weights = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise ValueError(f"snapshot {str(path)!r} does not exist") from None
+        raise ValueError(f"{snapshot} does not exist") from None
     except Exception as error:
         raise ValueError(
-            f"snapshot {str(path)!r} cannot be read as weights ({type(error).__name__}); "
+            f"{snapshot} cannot be read as weights ({type(error).__name__}); "
             "it takes a .safetensors file, or a torch file that holds tensors alone"
         ) from None
-    return check_weights(f"snapshot {str(path)!r}", weights)
+    for name, w in check_weights(snapshot, weights).items():
+        if not _is_whole(w):
+            raise ValueError(
+                f"{snapshot} holds {name!r} as {check.shown(w)} of which it lacks numbers; "
+                "it takes tensors as a state dict has them, dense and contiguous"
+            )
+    return weights
+
+
+def _is_whole(w: torch.Tensor) -> bool:
+    """Whether every entry of a tensor is held: it is neither sparse nor expanded from fewer."""
+    if w.layout != torch.strided or w.device.type != "cpu":
+        return False
+    return w.numel() * w.element_size() <= w.untyped_storage().nbytes()
+
+
+def _is_compressed(path: str | Path) -> bool:
+    """Whether a file is an archive of compressed entries: a small one may grow without bound."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def check_weights(argument: str, weights: Any) -> StateDict:

@@ -264,16 +264,17 @@ class Leak:
 
 
 def psnrs(trials: Iterable[Trial]) -> dict[Trial, float]:
-    """Run the trials: PSNR in dB of each; an attack that returns no picture has failed, at 0 dB."""
+    """Run the trials: PSNR in dB of each; that of one without a picture is -inf, the worst."""
     plan = list(dict.fromkeys(trials))
-    return {each: record.get("psnr", 0.0) for each, record in zip(plan, sweeps.sweep(plan))}
+    return {each: record.get("psnr", -math.inf) for each, record in zip(plan, sweeps.sweep(plan))}
 
 
 def median(trials: Iterable[Trial], psnr: Mapping[Trial, float]) -> float:
-    """Median PSNR of the trials, in dB."""
+    """Median PSNR of the trials, in dB; -inf where it falls on one without a picture."""
     import pandas
 
-    return float(pandas.Series([psnr[trial] for trial in trials]).median())
+    middle = tables.quantile(pandas.Series([psnr[trial] for trial in trials]), 0.5)
+    return -math.inf if math.isnan(middle) else middle
 
 
 def strongest(

@@ -2,25 +2,31 @@
 the figures folder.
 """
 
-import ast
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import platform
+import secrets
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy
 
 from dlm_core import check, data, records
-from dlm_core.harness import figures, settings
-from dlm_core.harness.paths import REPOSITORY, home
+from dlm_core.harness import figures, settings, tables
+from dlm_core.harness.cells import parameters
+from dlm_core.harness.paths import REPOSITORY, home, in_checkout
 from dlm_core.observation import Observation
 
+NOTEBOOKS = REPOSITORY / "notebooks"
 PACKAGES = (
     "torch",
     "torchvision",
@@ -66,39 +72,90 @@ def start(notebook: str) -> "Report":
     ValueError
         Where there is no such notebook.
     """
-    folder_of_notebooks = REPOSITORY / "notebooks"
-    path = folder_of_notebooks / f"{notebook}.ipynb"
+    check.fitting("notebook", notebook, str)
+    path = NOTEBOOKS / f"{notebook}.ipynb"
     if not path.is_file():
-        check.one_of(
-            "notebook", notebook, [each.stem for each in folder_of_notebooks.glob("*.ipynb")]
-        )
+        check.one_of("notebook", notebook, sorted(each.stem for each in NOTEBOOKS.glob("*.ipynb")))
     frame = inspect.currentframe()
     assert frame is not None and frame.f_back is not None
     values = frame.f_back.f_globals
-    return Report(notebook, **{name: values[name] for name in parameters(path)})
+    names = parameters(path)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(
+            f"notebook {notebook!r} has parameters that are not set: {', '.join(missing)}; "
+            "run its cell of parameters first"
+        )
+    return Report(notebook, **{name: values[name] for name in names})
 
 
-def parameters(path: Path) -> dict[str, Any]:
-    """{name: default} of the cell tagged "parameters" of the notebook at ``path``."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+def catalogue(notebooks: Path = NOTEBOOKS) -> dict[str, dict[str, Any]]:
+    """{notebook name: its entry in profiles.toml}: the set it belongs to, each profile's
+    parameters.
+    """
+    path = notebooks / "profiles.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def values_of(entry: Mapping[str, Any], profile: str) -> dict[str, Any]:
+    """The values that a profile gives a notebook's parameters: those of quick, which names all that
+    any profile changes, and its own instead.
+    """
+    return {"profile": profile, **entry["quick"], **entry[profile]}
+
+
+def profile_of(notebook: str, values: Mapping[str, Any]) -> str | None:
+    """The profile that a run may be called by: that of its name, and what differs from it.
+
+    Parameters
+    ----------
+    notebook
+        Its name in notebooks/.
+    values
+        Of its parameters, "profile" among them.
+
+    Returns
+    -------
+    str or None
+        "paper"; "paper, but images = 1" where a value is not that of the profile.
+    """
+    profile, entry = values.get("profile"), catalogue().get(notebook)
+    if entry is None or profile not in entry:
+        return profile
+    wanted = {**parameters(NOTEBOOKS / f"{notebook}.ipynb"), **values_of(entry, profile)}
+    plain = records.plain
+    others = [n for n, v in values.items() if n in wanted and plain(v) != plain(wanted[n])]
+    if not others:
+        return profile
+    return f"{profile}, but {', '.join(f'{name} = {values[name]!r}' for name in others)}"
 
 
 class Report:
-    """The results of one run of one notebook; ``parameters`` are those of its parameters cell."""
+    """The results of one run of one notebook.
 
+    Parameters
+    ----------
+    notebook
+        Its name in notebooks/; the files' names begin with it.
+    parameters
+        Those of its parameters cell.
+
+    Raises
+    ------
+    ValueError
+        For a name that cannot be a file's, and where the folder cannot be written.
+    """
+
+    @check.arguments
     def __init__(self, notebook: str, **parameters: Any) -> None:
+        if not notebook or Path(notebook).name != notebook:
+            raise ValueError(f"notebook is {notebook!r}; it takes a name without folders")
         self.notebook, self.parameters = notebook, parameters
         self.claims: list[dict[str, str]] = []
         self.folder = folder()
         self.sentence = ""
 
+    @check.arguments
     def figure(self, figure: Any, alt: str, suffix: str = "") -> None:
         """Save a figure as PDF and PNG under the notebook's name, and show it.
 
@@ -111,29 +168,27 @@ class Report:
         suffix
             Added to the notebook's name, where it has several figures.
         """
-        stem = self.notebook + (f"_{suffix}" if suffix else "")
+        stem = self._stem(suffix)
         about = json.dumps({**self.provenance(), "alt": alt}, sort_keys=True)
-        figure.savefig(
-            self.folder / f"{stem}.png",
-            metadata={"Title": stem, "Description": about, "Software": None},
-        )
-        dates = {
-            "CreationDate": None,
-            "ModDate": None,
-        }  # the file depends on nothing but its content
-        figure.savefig(
-            self.folder / f"{stem}.pdf", metadata={"Title": stem, "Subject": about, **dates}
-        )
+        # The files depend on nothing but their content: neither on dates nor on software.
+        undated = {"CreationDate": None, "ModDate": None}
+        notes: dict[str, dict[str, Any]] = {
+            "png": {"Title": stem, "Description": about, "Software": None},
+            "pdf": {"Title": stem, "Subject": about, **undated},
+        }
+        files = {f"{stem}.{kind}": _drawn(figure, kind, note) for kind, note in notes.items()}
         figures.show(figure, alt)
-        self._record([f"{stem}.png", f"{stem}.pdf"], alt)
+        self._keep(files, alt)
 
-    def table(self, frame: Any, caption: str, suffix: str = "", digits: int = 2) -> Any:
+    @check.arguments
+    def table(self, frame: Any, caption: str, suffix: str = "", digits: check.Whole = 2) -> Any:
         """Save a table as CSV (six digits) and Markdown under the notebook's name.
 
         Parameters
         ----------
         frame
-            A pandas DataFrame.
+            A pandas DataFrame. Where it has the shares of ``sweeps.summarise``, the caption also
+            says how trials without a picture are counted.
         caption
             What it shows.
         suffix
@@ -146,30 +201,30 @@ class Report:
         pandas.io.formats.style.Styler
             The table, rounded, for display.
         """
-        stem = self.notebook + (f"_{suffix}" if suffix else "")
-        frame.to_csv(
-            self.folder / f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n"
-        )
+        stem = self._stem(suffix)
+        if {"success_20", "success_30"} & set(frame.columns):
+            caption = f"{caption}; {tables.WITHOUT_A_PICTURE}"
         shown = frame.copy()
         for column in shown.select_dtypes("float"):
             shown[column] = [
                 "" if value != value else f"{value:.{digits}f}" for value in shown[column]
             ]
-        lines = [
-            caption,
-            "",
-            _row(shown.columns),
-            _row(["---"] * shown.shape[1]),
-            *map(_row, shown.itertuples(index=False)),
-        ]
-        write_atomically(self.folder / f"{stem}.md", "\n".join(lines) + "\n")
-        self._record([f"{stem}.csv", f"{stem}.md"], caption)
-        return (
-            shown.style.hide(axis="index").set_caption(caption).set_uuid(stem)
-        )  # the same id each time
+        rule, rows = _row(["---"] * shown.shape[1]), map(_row, shown.itertuples(index=False))
+        page = [caption, "", _row(shown.columns), rule, *rows, ""]
+        as_csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        self._keep({f"{stem}.csv": as_csv, f"{stem}.md": "\n".join(page)}, caption)
+        # The same id each time.
+        return shown.style.hide(axis="index").set_caption(caption).set_uuid(stem)
 
+    @check.arguments
     def claim(
-        self, statement: str, holds: bool, evidence: str, *, source: str = "paper", cause: str = ""
+        self,
+        statement: str,
+        holds: bool | numpy.bool_,
+        evidence: str,
+        *,
+        source: Literal["paper", "ours"] = "paper",
+        cause: str = "",
     ) -> None:
         """Print and keep whether a statement holds.
 
@@ -178,7 +233,7 @@ class Report:
         statement
             In words.
         holds
-            Whether it does.
+            Whether it does: a bool, and nothing that merely counts as true.
         evidence
             The numbers that decide it.
         source
@@ -200,6 +255,7 @@ class Report:
             + (f"\n    likely cause: {kept['cause']}" if kept["cause"] else "")
         )
 
+    @check.arguments
     def setting(self, trials: Iterable[Any], *, n: str | None = None) -> Any:
         """Show, and keep beside the claims, the sentence that says what the ``trials`` have in
         common.
@@ -211,13 +267,12 @@ class Report:
 
     def finish(self) -> None:
         """Write the verdicts into claims.json and claims.md, beside those of other notebooks."""
-        entry: dict[str, Any] = {
-            self.notebook: {"profile": self.parameters.get("profile"), "claims": self.claims}
-        }
+        profile = profile_of(self.notebook, self.parameters)
+        entry: dict[str, Any] = {"profile": profile, "claims": self.claims}
         if self.sentence:
-            entry[self.notebook]["setting"] = self.sentence
+            entry["setting"] = self.sentence
         with shared(self.folder / "claims.json") as everything:
-            everything.update(entry)
+            everything[self.notebook] = entry
             write_atomically(self.folder / "claims.md", _claims_page(everything))
 
     def provenance(self) -> dict[str, Any]:
@@ -227,7 +282,7 @@ class Report:
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
-            "profile": self.parameters.get("profile"),
+            "profile": profile_of(self.notebook, self.parameters),
             "revision": revision(),
             "data": {name: data.digest(name) for name in data.NAMES},
             "versions": {
@@ -237,11 +292,28 @@ class Report:
             "machine": platform.machine(),
         }
 
-    def _record(self, files: Sequence[str], caption: str) -> None:
+    def _stem(self, suffix: str) -> str:
+        return self.notebook + (f"_{suffix}" if suffix else "")
+
+    def _keep(self, files: Mapping[str, str | bytes], caption: str) -> None:
+        """Write files together with what the manifest says of them: other processes may write the
+        same.
+        """
+        about = {"caption": caption, **self.provenance()}
         with shared(self.folder / "manifest.json") as manifest:
-            manifest.update({file: {"caption": caption, **self.provenance()} for file in files})
+            for name, content in files.items():
+                write_atomically(self.folder / name, content)
+                manifest[name] = about
 
 
+def _drawn(figure: Any, kind: str, notes: Mapping[str, Any]) -> bytes:
+    """A figure's file: "png" or "pdf"."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata=notes)
+    return file.getvalue()
+
+
+@check.arguments
 def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
     """Who knows what: a table of what every observer holds and what each attack is told besides,
     from its record.
@@ -263,7 +335,7 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
     )
     rows = [("any observer", holds)]
     for key in attacks:
-        check.one_of("attack", key, records.ATTACKS)
+        check.one_of("entry of attacks", key, records.ATTACKS)
         record = records.ATTACKS[key]
         rows.append(
             (record.title, f"and {', '.join(record.told)}" if record.told else "nothing more")
@@ -280,6 +352,9 @@ def revision() -> str:
     """The git revision, with "-dirty" where code or data differ from it; "unknown" outside a
     checkout.
     """
+    if not in_checkout():
+        # The folder of all packages may lie in another repository.
+        return "unknown"
     run: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
@@ -297,13 +372,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it, no other process that asks for the same file's lock goes on."""
+    from filelock import FileLock
+
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+@contextlib.contextmanager
 def shared(path: Path) -> Iterator[dict[str, Any]]:
     """The content of a JSON file that several notebooks add to: read, changed by the caller,
     written back, under a lock.
     """
-    from filelock import FileLock
-
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path):
         content = read_json(path)
         yield content
         write_atomically(
@@ -311,11 +393,18 @@ def shared(path: Path) -> Iterator[dict[str, Any]]:
         )
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole;
+    of several processes that write it, one is the last.
+    """
+    path = Path(path)
+    # A name of its own: a process, or another thread of this one, may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _row(cells: Iterable[Any]) -> str:

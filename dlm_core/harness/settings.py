@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dlm_core import records
+from dlm_core import check, data, records
 from dlm_core.harness.trials import Trial
 
 INITS = {"paper": "the paper's weights", "default": "PyTorch's initial weights"}
-SEARCH = ("optimizer", "coordinates", "dtype")  # options that make a search another than ours
+# Options that make a search another than ours.
+SEARCH = ("optimizer", "coordinates", "dtype")
 BASELINES = ("grey", "noise")
 
 
+@check.arguments
 def sentence(trials: Iterable[Any], *, n: str | None = None) -> str:
     """Return "Setting: LeNet with the paper's weights, CIFAR-100 (bundled), one image, …; n = …".
 
@@ -47,17 +49,26 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _networks(trials: list[Trial]) -> str:
-    names = _listed(records.NETWORKS[t.model].title for t in trials)
-    inits = _listed(INITS[t.model_options.get("init", "paper")] for t in trials)
+    """Networks of the same initial weights together: "LeNet or MLP with the paper's weights"."""
+    inits: dict[str, dict[str, None]] = {}
+    for t in trials:
+        init = INITS[t.model_options.get("init", "paper")]
+        inits.setdefault(records.NETWORKS[t.model].title, {})[init] = None
+    named: dict[frozenset[str], list[str]] = {}
+    for title, each in inits.items():
+        named.setdefault(frozenset(each), []).append(title)
+    texts = [f"{_listed(same)} with {_listed(inits[same[0]])}" for same in named.values()]
     trained = [t.trained for t in trials if t.trained]
-    return f"{names} with {inits}" + (
-        f", up to {max(trained)} rounds of training" if trained else ""
-    )
+    if trained:
+        texts.append(f"up to {max(trained)} rounds of training")
+    return ", ".join(texts)
 
 
 def _data(trials: list[Trial]) -> str:
-    titles = {key: record.title for key, record in records.DATA_SETS.items()}
-    return _listed(f"{titles.get(t.dataset, t.dataset)} ({t.source})" for t in trials)
+    return _listed(
+        records.DATA_SETS[t.dataset].title + (f" ({t.source})" if t.dataset in data.NAMES else "")
+        for t in trials
+    )
 
 
 def _images(trials: list[Trial]) -> str:
@@ -82,17 +93,26 @@ def _defences(trials: list[Trial]) -> str:
 
 def _labels(trials: list[Trial]) -> str:
     defaults = {"dlg": "optimised"}
-    how = {"given": "told", "inferred": "inferred", "optimised": "optimised"}
-    return "label " + _listed(
-        how[t.attack_options.get("labels", defaults.get(t.attack, "inferred"))] for t in trials
-    )
+    asked = [t.attack_options.get("labels", defaults.get(t.attack, "inferred")) for t in trials]
+    own = ("inferred", "optimised")
+    return "label " + _listed(each if each in own else "told" for each in asked)
+
+
+def _record(trial: Trial) -> records.Attack:
+    return records.ATTACKS[trial.attack]
 
 
 def _search(trials: list[Trial]) -> str:
-    ours = [t for t in trials if not set(SEARCH) & t.attack_options.keys()]
-    if len(ours) == len(trials):
-        return "our search"
-    return "our search and others that the tables name" if ours else "searches that the tables name"
+    searches = [t for t in trials if "max_evaluations" in _record(t).options]
+    others = [r.title for r in map(_record, trials) if "max_evaluations" not in r.options]
+    ours = [t for t in searches if not set(SEARCH) & t.attack_options.keys()]
+    texts = ["our search"] if ours else []
+    if len(ours) < len(searches):
+        texts.append(f"{'others' if ours else 'searches'} that the tables name")
+    # "exact, batch" and "exact, aware" are one kind
+    kinds = (title.split(",")[0] for title in others)
+    texts += ["exact recovery" if kind == "exact" else kind for kind in kinds]
+    return _listed(texts, " and ")
 
 
 def _count(trials: list[Trial]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from dlm_core import check
-from dlm_core.harness import registry
+from dlm_core.harness import registry, tables
 from dlm_core.harness.interrupts import kept_from_workers
 from dlm_core.harness.paths import home
 from dlm_core.records import plain
@@ -206,7 +207,8 @@ def _flat(trial: Any) -> dict[str, Any]:
     return row
 
 
-def summarise(frame: Any, by: Sequence[str]) -> Any:
+@check.arguments
+def summarise(frame: Any, by: str | Sequence[str]) -> Any:
     """Success, PSNR, SSIM and LPIPS per group of a table, as a pandas DataFrame.
 
     Parameters
@@ -214,22 +216,30 @@ def summarise(frame: Any, by: Sequence[str]) -> Any:
     frame
         As ``table`` returns it.
     by
-        Columns; each combination of their values has one row, in order of appearance.
+        Columns, or one; each combination of their values has one row, in order of appearance.
 
     Notes
     -----
+    n counts all trials, and every share and median is over all of them. One without a picture
+    (``tables.WITHOUT_A_PICTURE``) is a failure in the shares: its labels are wrong, too. In medians
+    and quartiles it is the worst; where one falls on such a trial, or between it and another, there
+    is a gap.
+
     success_20 and success_30 are shares with their 95 % Wilson interval (low, high); psnr, ssim and
     lpips are medians, with the quartiles of psnr; released_20 is the share that the released code's
-    PSNR of at least 20 would call a success.
+    PSNR of at least 20 would call a success. LPIPS is a gap where images are too small for it.
     """
     import pandas
     from scipy.stats import binomtest
 
+    by = [by] if isinstance(by, str) else list(by)
+    if not by:
+        raise ValueError("by is empty; it takes at least one column")
+    for name in by:
+        check.one_of("column of by", name, frame.columns)
     rows = []
-    for names, group in frame.groupby(list(by), sort=False, dropna=False):
-        psnr = group["psnr"].fillna(
-            float("-inf")
-        )  # a trial without a picture is a failure, not a gap
+    for names, group in frame.groupby(by, sort=False, dropna=False):
+        psnr = tables.psnrs(group)
         row = dict(zip(by, names)) | {"n": len(group)}
         for threshold in (20, 30):
             successes = int((psnr >= threshold).sum())
@@ -239,17 +249,13 @@ def summarise(frame: Any, by: Sequence[str]) -> Any:
                 f"low_{threshold}": interval.low,
                 f"high_{threshold}": interval.high,
             }
-        row |= {f"psnr_{q}": group["psnr"].quantile(q / 100) for q in (25, 50, 75)}
-        row |= {
-            name: group[name].astype(float).median() for name in ("ssim", "lpips", "released_psnr")
-        }
-        rows.append(
-            row
-            | {
-                "released_20": (group["released_psnr"] >= 20).mean(),
-                "labels_right": group["labels_right"].mean(),
-            }
-        )
+        row |= {f"psnr_{q}": tables.quantile(psnr, q / 100) for q in (25, 50, 75)}
+        for name, worst in (("ssim", -math.inf), ("lpips", math.inf), ("released_psnr", -math.inf)):
+            values = tables.column(group, name).where(psnr > -math.inf, worst)
+            row[name] = tables.quantile(values, 0.5, worst)
+        row["released_20"] = (tables.column(group, "released_psnr") >= 20).mean()
+        row["labels_right"] = tables.column(group, "labels_right").fillna(0).mean()
+        rows.append(row)
     return pandas.DataFrame(rows)
 
 

@@ -3,8 +3,18 @@ sentence.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import torch
+
+from dlm_core import check
+
+# How every share and every median counts a trial that ended without a picture, because its client
+# diverged or did not change, or the attack's equations are singular.
+WITHOUT_A_PICTURE = (
+    "a trial without a picture is a failure in the shares and the worst in the medians"
+)
 
 
 def where(frame: Any, **columns: Any) -> Any:
@@ -12,9 +22,10 @@ def where(frame: Any, **columns: Any) -> Any:
     are written as "__".
     """
     for name, value in columns.items():
-        column = frame[name.replace("__", ".")]
+        name = name.replace("__", ".")
+        check.one_of("column", name, frame.columns)
         several = isinstance(value, (list, tuple, set))
-        frame = frame[column.isin(list(value))] if several else frame[column == value]
+        frame = frame[frame[name].isin(list(value)) if several else frame[name] == value]
     return frame
 
 
@@ -32,53 +43,115 @@ def only(frame: Any, **columns: Any) -> Any:
     return rows.iloc[0]
 
 
+@check.arguments
 def success(frame: Any, threshold: float = 20.0) -> float:
     """Share of a table's trials that reach ``threshold`` dB; one without a picture is a failure."""
-    return float((frame["psnr"].fillna(-math.inf) >= threshold).mean())
+    return float((psnrs(frame) >= threshold).mean())
 
 
+@check.arguments
 def said(frame: Any, threshold: float = 20.0) -> str:
     """A table's trials in words: "40% of 10 at 20 dB, median 17.9 dB", or "not run" for none."""
     if not len(frame):
         return "not run"
-    psnr = frame["psnr"].fillna(-math.inf)
     share = f"{success(frame, threshold):.0%} of {len(frame)} at {threshold:g} dB"
-    return f"{share}, median {psnr.median():.1f} dB"
+    middle = quantile(psnrs(frame), 0.5)
+    return f"{share}, median {f'{middle:.1f} dB' if middle == middle else 'without a picture'}"
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def psnrs(frame: Any) -> Any:
+    """The PSNR in dB of each of a table's trials; that of one without a picture is -inf.
+
+    Raises
+    ------
+    ValueError
+        Where the table is none of trials, as ``sweeps.table`` makes it.
+    """
+    if "psnr" not in frame and "stop_reason" not in frame:
+        raise ValueError("frame has no column 'psnr'; it takes a table of trials")
+    return column(frame, "psnr").fillna(-math.inf)
+
+
+def column(frame: Any, name: str) -> Any:
+    """A column of numbers, gaps as NaN; a column that a table lacks, since none of its trials has a
+    picture, is all gaps.
+    """
+    import pandas
+
+    if name not in frame:
+        return pandas.Series(math.nan, index=frame.index)
+    return frame[name].astype(float)
+
+
+def quantile(values: Any, share: float, worst: float = -math.inf) -> float:
+    """A quantile among values of which some may be infinite; NaN where it falls on or beside one of
+    the ``worst``, which stands for a trial without a picture.
+
+    Parameters
+    ----------
+    values
+        A pandas Series.
+    share
+        0.5 for the median.
+    worst
+        Infinite.
+    """
+    low, high = (values.quantile(share, interpolation=side) for side in ("lower", "higher"))
+    if worst in (low, high):
+        return math.nan
+    return float(high if low == high or math.isinf(high) else values.quantile(share))
+
+
+@check.arguments
+def interval(values: Iterable[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % by Student's t; NaN for the limits of a single value."""
     from scipy import stats
 
-    mean = sum(values) / len(values)
-    if len(values) < 2:
+    numbers = check.fitting("values", list(values), list[check.Finite])
+    if not numbers:
+        raise ValueError("values is empty; it takes at least one number")
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) < 2:
         return mean, math.nan, math.nan
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    half = float(stats.sem(numbers) * stats.t.ppf(0.975, len(numbers) - 1))
     return mean, mean - half, mean + half
 
 
-def rms(tensors: Sequence[Any]) -> float:
-    """Root mean square over all entries of several tensors."""
+@check.arguments
+def rms(tensors: Sequence[torch.Tensor]) -> float:
+    """Root mean square over all entries of several tensors; NaN where there are none."""
     total = sum(float(t.double().square().sum()) for t in tensors)
-    return math.sqrt(total / sum(t.numel() for t in tensors))
+    count = sum(t.numel() for t in tensors)
+    return math.sqrt(total / count) if count else math.nan
 
 
 def per_image(frame: Any) -> Any:
-    """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean."""
-    images = frame.drop(columns="psnr").rename(columns={"psnrs": "psnr"})
-    return images.explode("psnr").astype({"psnr": float})
+    """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean. A
+    batch without a picture has as many rows as images.
+    """
+    counts = frame["num_images"] if "num_images" in frame else [1] * len(frame)
+    found = frame["psnrs"] if "psnrs" in frame else [None] * len(frame)
+    each = [
+        psnrs if isinstance(psnrs, list) else [math.nan] * count
+        for psnrs, count in zip(found, counts)
+    ]
+    images = frame.assign(psnrs=each).drop(columns="psnr", errors="ignore")
+    return images.rename(columns={"psnrs": "psnr"}).explode("psnr").astype({"psnr": float})
 
 
-def brief(values: Sequence[float], digits: int = 6) -> list[str]:
+@check.arguments
+def brief(values: Iterable[float], digits: check.Count = 6) -> list[str]:
     """Numbers as short as ``digits`` significant ones can be told, "0.03"; a gap as nothing."""
     return [f"{value:.{digits}g}" if value == value else "" for value in values]
 
 
-def listed(texts: Sequence[str], separator: str = "; ") -> str:
+@check.arguments
+def listed(texts: Iterable[str], separator: str = "; ") -> str:
     """Texts in a row; "none" where there are none."""
     return separator.join(texts) or "none"
 
 
+@check.arguments
 def spread(values: Any, unit: str = "dB") -> str:
     """A column in words: "41.3 ± 2.1 dB (n 10)", mean and standard deviation; or "not run"."""
     if not len(values):

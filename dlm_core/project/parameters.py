@@ -10,28 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dlm_core import check
+from dlm_core.harness.cells import TAG, assignments, cell_of, read
 
-TAG = "parameters"
-WIDTH = 88  # columns of a notebook's code
+__all__ = ["TAG", "WIDTH", "cell_of", "check_values", "given", "read", "write"]
 
-
-def cell_of(notebook: Mapping[str, Any]) -> Any:
-    """The one cell tagged "parameters" of a notebook, as nbformat reads it.
-
-    Raises
-    ------
-    ValueError
-        Where there is none, or more than one.
-    """
-    found = [cell for cell in notebook["cells"] if TAG in cell["metadata"].get("tags", [])]
-    if len(found) != 1:
-        raise ValueError(f"the notebook has {len(found)} cells tagged {TAG!r}; it takes one")
-    return found[0]
-
-
-def read(source: str) -> dict[str, Any]:
-    """{name: value} of the assignments in a cell's code."""
-    return {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
+# Columns of a notebook's code.
+WIDTH = 88
 
 
 def write(source: str, values: Mapping[str, Any]) -> str:
@@ -51,7 +35,7 @@ def write(source: str, values: Mapping[str, Any]) -> str:
         For a name that is not.
     """
     lines = source.encode().split(b"\n")  # ast counts bytes
-    present = _assignments(source)
+    present = assignments(source)
     for name in values:
         check.one_of("parameter", name, present)
     for name in sorted(values, key=lambda name: present[name].lineno, reverse=True):
@@ -117,15 +101,6 @@ def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str
                 f"parameter {name} of {notebook} is {value!r}; "
                 f"it takes {_kind(defaults[name])}, as {defaults[name]!r}"
             )
-
-
-def _assignments(source: str) -> dict[str, ast.expr]:
-    """{name: the node of its value} of a parameters cell."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node.value
-    return found
 
 
 def _literal(text: str) -> Any:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +42,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
     """{notebook name: its entry in notebooks/profiles.toml}: the set it belongs to and each
     profile's parameters.
     """
-    return tomllib.loads((NOTEBOOKS / "profiles.toml").read_text(encoding="utf-8"))
+    return report.catalogue(NOTEBOOKS)
 
 
 def choose(only: str | None = None, chosen_set: str = "paper") -> list[str]:
@@ -155,8 +154,7 @@ def values_of(name: str, profile: str) -> dict[str, Any]:
     """The values that a profile gives a notebook's parameters: those of quick, which names all that
     any profile changes, and its own instead.
     """
-    entry = catalogue()[name]
-    return {"profile": profile, **entry["quick"], **entry[profile]}
+    return report.values_of(catalogue()[name], profile)
 
 
 def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: str | None) -> Path:

@@ -1,12 +1,16 @@
 """What notebooks ask of their tables, and the sentence that says in which setting they hold."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 import torch
 
-from dlm_core.harness import report, settings, tables
+from dlm_core.harness import report, settings, sweeps, tables
 from dlm_core.harness.trials import Trial, repeated
 
 FRAME = pandas.DataFrame(
@@ -30,7 +34,7 @@ def test_rows_are_chosen_by_name():
 def test_a_trial_without_a_picture_is_a_failure():
     both = tables.where(FRAME, attack="dlm_plus")
     assert tables.success(both) == 0.5
-    assert tables.said(both).startswith("50% of 2 at 20 dB, median ")
+    assert tables.said(both) == "50% of 2 at 20 dB, median without a picture"
 
 
 def test_an_interval_is_student_s():
@@ -90,7 +94,7 @@ def test_who_knows_what_is_read_off_the_records():
     knows = dict(zip(shown["who"], shown["knows"]))
     assert knows["DLM+"] == "nothing more"
     assert "learning rate" in knows["DLG"] and "total-variation" in knows["IG"]
-    with pytest.raises(ValueError, match="attack 'dlgg' is unknown.*did you mean dlg"):
+    with pytest.raises(ValueError, match="entry of attacks 'dlgg' is unknown.*did you mean dlg"):
         report.knowledge(seen, ["dlgg"])
 
 
@@ -117,3 +121,236 @@ def test_numbers_texts_and_spreads_are_said_briefly():
     assert tables.spread(pandas.Series([40.0, 42.0])) == "41.0 ± 1.4 dB (n 2)"
     assert tables.spread(pandas.Series([40.0])) == "40.0 dB (n 1)"
     assert tables.spread(pandas.Series([], dtype=float)) == "not run"
+
+
+# --- trials without a picture
+
+
+def trials_of(*psnrs, **more):
+    """A table of trials as sweeps.table makes it; None stands for a client that diverged."""
+    rows = []
+    for psnr in psnrs:
+        row = {"name": "a", "stop_reason": "client diverged"}
+        if psnr is not None:
+            measured = {"psnr": psnr, "ssim": 0.5, "lpips": 0.1, "released_psnr": psnr + 10}
+            row |= {"stop_reason": "converged", "labels_right": True, **measured, **more}
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def test_a_trial_without_a_picture_counts_in_every_column_of_a_summary():
+    (row,) = sweeps.summarise(trials_of(25.0, 31.0, None, None), ["name"]).itertuples()
+    assert (row.n, row.success_20, row.success_30) == (4, 0.5, 0.25)
+    assert (row.released_20, row.labels_right) == (0.5, 0.5)
+    # between a picture and none there is no median, and none of what pictures alone have
+    assert all(math.isnan(x) for x in (row.psnr_25, row.psnr_50, row.ssim, row.lpips))
+    assert row.psnr_75 == 26.5
+    (row,) = sweeps.summarise(trials_of(10.0, 25.0, 31.0, None), ["name"]).itertuples()
+    assert row.psnr_50 == 17.5 and row.ssim == 0.5 and row.lpips == 0.1
+
+
+def test_a_summary_of_pictures_alone_is_pandas_own():
+    psnrs = [12.3, 45.6, 20.1, 33.3, 19.99]
+    (row,) = sweeps.summarise(trials_of(*psnrs), ["name"]).itertuples()
+    expected = pandas.Series(psnrs).quantile([0.25, 0.5, 0.75])
+    assert (row.psnr_25, row.psnr_50, row.psnr_75) == tuple(expected)
+
+
+def test_where_all_clients_diverged_there_is_a_row_of_failures():
+    frame = pandas.DataFrame([{"name": "a", "stop_reason": "client diverged"}] * 3)
+    (row,) = sweeps.summarise(frame, ["name"]).itertuples()
+    assert (row.n, row.success_20, row.released_20, row.labels_right) == (3, 0, 0, 0)
+    assert math.isnan(row.psnr_50) and math.isnan(row.lpips)
+    assert tables.success(frame) == 0 and tables.said(frame).startswith("0% of 3")
+    assert len(tables.per_image(frame)) == 3
+
+
+def test_infinite_psnrs_have_quartiles():
+    (row,) = sweeps.summarise(trials_of(math.inf, math.inf, math.inf), ["name"]).itertuples()
+    assert (row.psnr_25, row.psnr_50, row.psnr_75) == (math.inf,) * 3 and row.success_30 == 1
+    (row,) = sweeps.summarise(trials_of(20.0, 30.0, math.inf, math.inf), ["name"]).itertuples()
+    assert (row.psnr_25, row.psnr_50, row.psnr_75) == (27.5, math.inf, math.inf)
+    (row,) = sweeps.summarise(trials_of(None, math.inf, math.inf), ["name"]).itertuples()
+    assert math.isnan(row.psnr_25) and row.psnr_50 == math.inf
+
+
+def test_one_column_may_be_given_as_text():
+    frame = trials_of(25.0, 31.0)
+    assert sweeps.summarise(frame, "name").equals(sweeps.summarise(frame, ["name"]))
+    for wrong, message in (
+        ("nam", "column of by 'nam' is unknown.*did you mean name"),
+        (["name", "nam"], "column of by 'nam' is unknown"),
+        ([], "by is empty"),
+        (3, "by is 3; it takes a text or a Sequence of a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweeps.summarise(frame, wrong)
+    with pytest.raises(ValueError, match="frame has no column 'psnr'"):
+        sweeps.summarise(pandas.DataFrame({"name": ["a"], "accuracy": [0.9]}), "name")
+
+
+def test_a_batch_without_a_picture_has_a_row_for_each_of_its_images():
+    frame = pandas.DataFrame(
+        {"num_images": [2, 3], "psnr": [15.0, math.nan], "psnrs": [[10.0, 20.0], math.nan]}
+    )
+    images = tables.per_image(frame)
+    assert len(images) == 5 and images.psnr.isna().sum() == 3
+
+
+def test_a_table_of_shares_says_how_they_count_trials_without_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_FIGURES", str(tmp_path))
+    run = report.Report("91_works")
+    run.table(sweeps.summarise(trials_of(25.0, None), "name"), "Success")
+    run.table(pandas.DataFrame({"psnr": [25.0]}), "One number", "one")
+    said = "a trial without a picture is a failure in the shares and the worst in the medians"
+    assert (tmp_path / "91_works.md").read_text().splitlines()[0] == f"Success; {said}"
+    assert (tmp_path / "91_works_one.md").read_text().splitlines()[0] == "One number"
+
+
+# --- claims
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_FIGURES", str(tmp_path / "figures"))
+    return report.Report("91_works", profile="quick")
+
+
+@pytest.mark.parametrize(
+    "holds", [math.nan, "no", "", None, 1, 0.0, [], [False], numpy.array([True]), torch.ones(1)]
+)
+def test_a_verdict_is_a_bool_and_nothing_that_counts_as_true(run, holds):
+    with pytest.raises(ValueError, match="^holds is .*; it takes True or False"):
+        run.claim("it works", holds, "1 of 1")
+    assert run.claims == []
+
+
+@pytest.mark.parametrize("holds", [True, numpy.True_, pandas.Series([True]).all()])
+def test_a_bool_may_be_numpy_s(run, holds, capsys):
+    run.claim("it works", holds, "1 of 1", source="ours")
+    run.claim("it fails", not holds, "0 of 1", cause="on purpose")
+    assert [claim["verdict"] for claim in run.claims] == ["holds", "does not hold"]
+    assert "[holds] it works" in capsys.readouterr().out
+    run.finish()
+
+
+@pytest.mark.parametrize("source", ["abstract", "Paper", "", None])
+def test_a_claim_of_an_unknown_source_is_refused(run, source):
+    with pytest.raises(ValueError, match="source is .*; it takes 'paper' or 'ours'"):
+        run.claim("it works", True, "1 of 1", source=source)
+    assert run.claims == []
+
+
+def test_a_run_is_called_by_its_profile_only_where_it_has_the_profile_s_sizes():
+    wanted = report.values_of(report.catalogue()["03_dlg_needs_the_learning_rate"], "paper")
+    name = report.profile_of("03_dlg_needs_the_learning_rate", wanted)
+    assert name == "paper"
+    smoke = report.values_of(report.catalogue()["03_dlg_needs_the_learning_rate"], "smoke")
+    changed = {n: v for n, v in smoke.items() if v != wanted[n]}
+    name = report.profile_of("03_dlg_needs_the_learning_rate", {**smoke, "profile": "paper"})
+    assert name.startswith("paper, but ")
+    assert all(f"{n} = {v!r}" in name for n, v in changed.items() if n != "profile")
+    assert report.profile_of("no_such_notebook", {"profile": "mine"}) == "mine"
+    assert report.profile_of("03_dlg_needs_the_learning_rate", {"profile": "mine"}) == "mine"
+
+
+# --- files that several processes write
+
+WRITER = """
+import sys
+import pandas
+from dlm_core.harness import report
+run = report.Report(sys.argv[1], profile="quick")
+for i in range(40):
+    run.table(pandas.DataFrame({"number": range(200), "writer": sys.argv[2]}), sys.argv[2])
+run.claim("it works", True, "40 tables", source="ours")
+run.finish()
+"""
+
+
+def test_several_processes_may_write_the_same_files(tmp_path, environment):
+    folder = environment["DLM_FIGURES"]
+    names = ["91_one", "91_one", "92_two"]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, name, f"writer {number}"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for number, name in enumerate(names)
+    ]
+    assert [writer.communicate()[1] for writer in writers] == [""] * 3
+    assert [writer.returncode for writer in writers] == [0] * 3
+    manifest, claims = (report.read_json(Path(folder, f"{n}.json")) for n in ("manifest", "claims"))
+    assert set(manifest) == {f"{n}.{kind}" for n in set(names) for kind in ("csv", "md")}
+    assert set(claims) == set(names)
+    for name in set(names):
+        # of one writer, whole, and the manifest says which
+        frame = pandas.read_csv(Path(folder, f"{name}.csv"))
+        caption = Path(folder, f"{name}.md").read_text().splitlines()[0]
+        assert len(frame) == 200 and set(frame.writer) == {caption}
+        assert manifest[f"{name}.csv"]["caption"] == manifest[f"{name}.md"]["caption"] == caption
+    assert not list(Path(folder).glob("**/*.tmp"))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    report.write_atomically(tmp_path / "a.md", "old")
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_atomically(tmp_path / "a.md", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.md"]
+    assert (tmp_path / "a.md").read_text() == "old"
+
+
+# --- settings
+
+
+def test_networks_stand_with_the_weights_that_they_have():
+    default = {"init": "default"}
+    one_each = [Trial(model="lenet"), Trial(model="mlp", model_options=default)]
+    said = settings.sentence(one_each)
+    assert "LeNet with the paper's weights, MLP with PyTorch's initial weights, " in said
+    both = [*one_each, Trial(model="mlp"), Trial(model="lenet", model_options=default)]
+    both += [Trial(model="resnet18")]
+    said = settings.sentence(both)
+    assert "LeNet or MLP with the paper's weights or PyTorch's initial weights, " in said
+    assert ", ResNet-18 with the paper's weights, " in said
+
+
+@pytest.mark.parametrize(
+    "attacks, said",
+    [
+        (["dlm_plus"], "our search"),
+        (["exact"], "exact recovery"),
+        (["exact", "exact_batch"], "exact recovery"),
+        (["dlm_plus", "exact"], "our search and exact recovery"),
+    ],
+)
+def test_exact_recovery_is_no_search(attacks, said):
+    assert settings.sentence([Trial(name) for name in attacks]).endswith(
+        f", {said}; n = 1 image, 1 network, {len(attacks)} attack{'s' * (len(attacks) > 1)}."
+    )
+
+
+def test_labels_that_are_listed_are_told():
+    assert "label told" in settings.sentence([Trial(attack_options={"labels": [3]})])
+
+
+def test_only_bundled_sets_are_called_bundled(monkeypatch):
+    from dlm_core import records
+
+    mine = records.DataSet(key="mine", function=lambda: None, title="Mine")
+    monkeypatch.setitem(records.DATA_SETS, "mine", mine)
+    said = settings.sentence([Trial(dataset="mine"), Trial(dataset="digits")])
+    assert "Mine or digits (bundled), " in said
+
+
+def test_an_installed_copy_is_of_no_revision_whatever_repository_lies_around_it(monkeypatch):
+    monkeypatch.setattr(report, "in_checkout", lambda: False)
+    assert report.revision.__wrapped__() == "unknown"
