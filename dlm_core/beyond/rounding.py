@@ -20,7 +20,7 @@ RESOLVED = 3.0  # an output unit, root mean square
 MOVED = 1.5  # a single entry
 # χ²/N for which the noise model is taken to hold; violations give hundreds and more
 CHI2_RANGE = (0.3, 4.0)
-# What no χ² tests: for two classes p - e_y is a multiple of (1, -1), whatever the label and the image.
+# What no χ² tests: for two classes p - e_y is a multiple of (1, -1), whatever label and image are.
 TWO_CLASSES = (
     "with two classes it need not be one image, as a blend of several may explain the update too, "
     "and η is that of a hard label: a smoothed one gives the same update at another η"

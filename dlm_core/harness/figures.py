@@ -72,10 +72,12 @@ def look(key: str, kind: Kind | None = None) -> dict[str, Any]:
 
 
 def _record(key: str, kind: Kind | None) -> records.Attack | records.Defence:
-    tables = {"attack": records.ATTACKS, "defence": records.DEFENCES}
-    every: dict[str, records.Attack | records.Defence] = {}
-    for each in ("defence", "attack") if kind is None else (kind,):
-        every |= tables[each]
+    tables: dict[str | None, dict[str, Any]] = {
+        "attack": records.ATTACKS,
+        "defence": records.DEFENCES,
+        None: {**records.DEFENCES, **records.ATTACKS},
+    }
+    every = tables[kind]
     check.one_of("key", key, every)
     return every[key]
 
@@ -154,7 +156,7 @@ def _shown(image: torch.Tensor | None) -> torch.Tensor | None:
     # What a search overshoots has a mean within [0, 1], or pixels below 0 as well.
     if pixels.min() >= 0 and pixels.mean() > 1:
         raise ValueError(
-            f"rows holds an image of mean {pixels.mean():.3g}; it takes pixels in [0, 1], and those "
-            "of 0 to 255 divided by 255"
+            f"rows holds an image of mean {pixels.mean():.3g}; it takes pixels in [0, 1], "
+            "and those of 0 to 255 divided by 255"
         )
     return pixels.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3)
