@@ -200,7 +200,8 @@ def bundled_file(name: str) -> Path:
     digests: dict[str, str] = {}
     for entry in _manifest().values():
         digests |= entry["files"]
-    check.one_of("name", name, digests)
+    if name not in digests:
+        raise ValueError(f"name {name!r} is no file of the bundle, which manifest.json lists")
     path = _bundle() / name
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digests[name]:
         raise ValueError(

@@ -255,7 +255,7 @@ def test_steps_told_are_not_searched(seen):
         ({"num_images": 0}, "num_images is 0"),
         (
             {"num_images": 2, "labels": torch.tensor([0.5, 1.0])},
-            "labels has shape .* it takes 2 class indices",
+            "labels is a Tensor of shape .2,. and torch.float32; it takes class indices",
         ),
         (
             {"client_options": {"momentun": 0.9}},
