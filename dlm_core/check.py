@@ -243,7 +243,8 @@ def _container(value: Any, hint: Any, origin: type) -> Any:
     if isinstance(value, Mapping) and inner:
         names = [_inside(name, inner[0], hint) for name in value]
         taken = [_inside(each, inner[1], hint) for each in value.values()]
-        return dict(zip(names, taken)) if _differ(taken, value.values()) else value
+        differ = _differ(names, value) or _differ(taken, value.values())
+        return dict(zip(names, taken)) if differ else value
     if isinstance(value, Sequence) and inner:
         each_of = origin is tuple and inner[-1] is not Ellipsis
         if each_of and len(value) != len(inner):

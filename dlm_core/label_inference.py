@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dlm_core import check
-from dlm_core.observation import Observation, check_per_parameter
+from dlm_core.observation import TINY, Observation, check_per_parameter
 
 ROUNDS = 10  # of counts -> learning rate -> counts
 
@@ -115,7 +115,7 @@ def features(d_weight: torch.Tensor, d_bias: torch.Tensor) -> torch.Tensor:
 def _round_to(values: torch.Tensor, total: int) -> torch.Tensor:
     """Non-negative whole numbers that sum to ``total``, by largest remainder."""
     values = values.clamp(min=0)
-    values = values * (total / values.sum().clamp(min=1e-300))
+    values = values * (total / values.sum().clamp(min=TINY))
     whole = values.floor()
     short = int(total - whole.sum())
     whole[(values - whole).topk(short).indices] += 1

@@ -20,6 +20,9 @@ from dlm_core.threads import own_generator
 from dlm_core.weights import StateDict, check_finite, check_fit, check_weights
 
 
+TINY = 1e-300  # for a zero that is divided by, or whose logarithm is taken
+
+
 class Unchanged(ValueError):
     """The two snapshots are identical: nothing can leak."""
 
@@ -266,5 +269,5 @@ def check_per_parameter(seen: Observation, argument: str, given: Sequence[torch.
 @check.arguments
 def unit_in_last_place(weights: torch.Tensor) -> torch.Tensor:
     """The distance of each weight to the next number of its dtype, as float64."""
-    exponent = weights.abs().double().clamp(min=1e-300).log2().floor()
+    exponent = weights.abs().double().clamp(min=TINY).log2().floor()
     return torch.finfo(weights.dtype).eps * torch.exp2(exponent)

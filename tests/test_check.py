@@ -93,5 +93,5 @@ def test_options_are_checked_before_the_call():
 
 def test_a_function_may_be_left_out():
     assert check.fitting("defend", None, Callable[[int], str] | None) is None
-    with pytest.raises(ValueError, match="^defend is 3; it takes None or a Callable"):
+    with pytest.raises(ValueError, match="^defend is 3; it takes a Callable or None"):
         check.fitting("defend", 3, Callable[[int], str] | None)

@@ -254,7 +254,10 @@ def test_an_observation_and_a_result_print_in_a_line(seen):
         ({"optimizer_options": {"lr": 0.9}}, "optimizer_options 'lr' is unknown"),
         ({"optimizer_options": {"momentum": -1}}, "optimizer_options is {'momentum': -1}; SGD ref"),
         ({"optimizer_options": {"momentum": "a"}}, "optimizer_options is {'momentum': 'a'}; SGD"),
-        ({"transmitted": torch.int8}, "transmitted is torch.int8; it takes None or a dtype of flo"),
+        (
+            {"transmitted": torch.int8},
+            "transmitted is torch.int8; it takes a dtype of floating point or None",
+        ),
     ],
 )
 def test_bad_training_input_is_named(change, message):
