@@ -19,7 +19,6 @@ from dlm_core.arrays import ImageShape, Shape
 from dlm_core.threads import own_generator
 from dlm_core.weights import StateDict, check_finite, check_fit, check_weights
 
-
 TINY = 1e-300  # for a zero that is divided by, or whose logarithm is taken
 
 

@@ -277,7 +277,7 @@ class Defence(Record):
     leaves_out: bool = False
 
     by_place: ClassVar[int] = 1
-    supplied: ClassVar[tuple[str, ...]] = ("seed", "parameters")
+    supplied: ClassVar[tuple[str, ...]] = ("seed", "parameters", "images", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
