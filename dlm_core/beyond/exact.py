@@ -198,8 +198,10 @@ def recover(
     Notes
     -----
     Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open.
-    Where it is a single layer
-    that offers too few for its own input, DLM+ provides the start.
+    Where it is a single layer that offers too few for its own input, DLM+ provides the start.
+
+    With two classes the update fixes η times the slope of the loss, whatever the loss: η is that of
+    cross-entropy with a hard label, and goes without an error, as no χ² tests it.
 
     Small images that convolutions overdetermine feel errors of the client's arithmetic that the
     noise model leaves out: at η of 0.1 and more the fit ends some dB below its bound there, at 110
