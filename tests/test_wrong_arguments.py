@@ -51,7 +51,10 @@ def scene():
         noise=noise,
         defended=noise.defend(seen, 0),
         of_adam=federated.train_locally(
-            model, images[:1], labels[:1], learning_rate=1e-3, client_optimizer="adam"
+            *(model, images[:1], labels[:1]),
+            learning_rate=1e-3,
+            client_optimizer="adam",
+            optimizer_options={"eps": 1e-4},  # at 1e-8 its features show their signs alone
         ),
         clients=[(images[:1], labels[:1]), (images[1:], labels[1:])],
         trial=Trial("grey", dataset="digits"),
@@ -189,6 +192,7 @@ VALID: dict[str, Callable] = {
         **{"rounds": [s.defended, s.defended], "defence": s.noise, **s.search}
     },
     "signlike.interval_dlm": lambda s: {"seen": s.of_adam, **s.search},
+    "signlike.read": lambda s: {"seen": s.of_adam},
     "signlike.sign_dlm": lambda s: {"seen": s.of_adam, "total_variation": 0.0, **s.search},
     "recognise.recognise": lambda s: {"seen": s.seen},
     "recognise.linear_step": lambda s: {"seen": s.seen},
@@ -283,6 +287,7 @@ BY_NAME: dict[str, list] = {
     "hidden": [0, 1.5],
     "width": [0, 1.5],
     "blocks": [0, 1.5],
+    "transmitted": [torch.int8],
     "sizes": [[], [1], [0, 0], [-1, 2], [NAN, 1], ["a", 1]],
     "snapshots": [[], [{}], ["a", "b"]],
     "clients": [[], [1, 2]],

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class Reason(StrEnum):
 
     EXPLAINED = "explained"
     UNTRACED = "explained, others without a trace"
-    OVERSTATED = "noise overstated"
+    UNTESTED = "untested"
     NOT_ONE_STEP = "not one step"
     UNMOVED = "unmoved"
     TOO_FEW_UNITS = "too few units"
@@ -116,14 +117,16 @@ class Traces(Evidence):
     def _why(self) -> str:
         found = f"chi2/N {self.chi2:.3g}, expected 1"
         explained = f"one SGD step on these images explains the update ({found})"
+        if self.chi2 <= CHI2_RANGE[0]:
+            explained += "; the noise was overstated, and with it the errors"
         if self.two_classes:
             explained += f"; {TWO_CLASSES}"
         return {
             Reason.EXPLAINED: explained,
             Reason.UNTRACED: f"{explained}; the others left no trace",
-            Reason.OVERSTATED: (
-                f"one SGD step on these images is no worse than the noise assumed ({found}), which "
-                "was overstated, so nothing was tested: η is open, the labels are a guess"
+            Reason.UNTESTED: (
+                "the noise that is assumed would explain the whole update, so nothing was tested "
+                f"({found}): η is open, the labels are a guess"
             ),
             Reason.NOT_ONE_STEP: (
                 f"it was not one SGD step on these images ({found}): η is open, the labels are a "
@@ -527,17 +530,18 @@ def _explain(
     if counts.sum() > (num_images or 10 * rank):
         counts = torch.ones_like(counts)
     each = torch.repeat_interleave(once, counts)
-    rate, chi2 = _one_step(seen, images[each], labels[each], error[each])
-    low, high = CHI2_RANGE
-    one_step = rate > 0 and chi2 <= high
+    step = _one_step(seen, images[each], labels[each], error[each])
+    most = CHI2_RANGE[1]
+    one_step = step.rate > 0 and step.chi2 <= most
+    tested = step.chi2_of_noise > most
     if not one_step and num_images is None:  # then nothing is known of copies either
         each = once
     total = num_images or len(each)
     reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
-    if not (one_step and chi2 > low):
-        reason = Reason.OVERSTATED if one_step else Reason.NOT_ONE_STEP
+    if not (one_step and tested):
+        reason = Reason.NOT_ONE_STEP if tested else Reason.UNTESTED
     # an image without a trace has its share in the client's mean loss
-    rate *= total / len(each)
+    rate = step.rate * (total / len(each))
     return _Outcome(
         reason=reason,
         num_images=total,
@@ -550,8 +554,8 @@ def _explain(
             error=error[each],
             labels=labels[each],
         ),
-        learning_rate=rate if reason in (Reason.EXPLAINED, Reason.UNTRACED) else None,
-        chi2=chi2,
+        learning_rate=rate if one_step and tested else None,
+        chi2=step.chi2,
     )
 
 
@@ -587,10 +591,18 @@ def _features_and_outputs(
     return entered[0], p
 
 
+class _Step(NamedTuple):
+    """η of one SGD step on the batch, its χ²/N, and that of no step at all: of noise alone."""
+
+    rate: float
+    chi2: float
+    chi2_of_noise: float
+
+
 def _one_step(
     seen: Observation, images: torch.Tensor, labels: torch.Tensor, error: torch.Tensor
-) -> tuple[float, float]:
-    """(η, χ²/N) of one SGD step on the batch: Δ against η g by weighted least squares.
+) -> _Step:
+    """Δ against η g by weighted least squares.
 
     A weight that stayed where it was is censored, and left out.
     """
@@ -608,8 +620,8 @@ def _one_step(
 
     rate = dot(update, g) / dot(g, g)
     rest = [d - rate * p for d, p in zip(update, g)]
-    moved = sum(int((d != 0).sum()) for d in update)
-    return rate, dot(rest, rest) / max(1, moved)
+    moved = max(1, sum(int((d != 0).sum()) for d in update))
+    return _Step(rate, dot(rest, rest) / moved, dot(update, update) / moved)
 
 
 def _gradients(

@@ -18,12 +18,12 @@ from enum import StrEnum
 
 import torch
 
-from dlm_core import attacks, check, label_inference, records
+from dlm_core import arrays, attacks, check, label_inference, records
 from dlm_core.beyond import information, recursion, rounding, stacks
 from dlm_core.beyond.likelihood import GaussNewton, Point, Problem, Start
-from dlm_core.beyond.rounding import CHI2_RANGE, NoiseModel
+from dlm_core.beyond.rounding import CHI2_RANGE, TWO_CLASSES, NoiseModel
 from dlm_core.observation import Observation
-from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction
+from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
 from dlm_core.threads import for_network
 
 __all__ = ["CHI2_RANGE", "Fit", "Grade", "bound", "recover"]
@@ -32,18 +32,26 @@ IMPLAUSIBLE = 100.0  # χ²/N of the features' fit above which the image is not 
 FEW_STEPS = 3  # of the fit where no number of them could determine the image
 
 
+class Singular(ValueError, torch.linalg.LinAlgError):
+    """Too little of the update is left to solve for the image."""
+
+
 class Grade(StrEnum):
     """How far a fit can be trusted."""
 
     DETERMINED = "determined"
     OVERSTATED = "determined, noise overstated"
     PARTLY = "partly determined"
+    UNSETTLED = "unsettled"
     REFUTED = "not to be trusted"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Evidence):
     """The evidence of exact recovery: how well one step explains Δ, and what it leaves open.
+
+    That there was one image is an assumption. χ² refutes it where another client's update differs;
+    with two classes it need not.
 
     Attributes
     ----------
@@ -64,6 +72,8 @@ class Fit(Evidence):
         How far to trust the image.
     counted
         Whether ``identifiable`` was computed, and is not just the number of equations.
+    two_classes
+        Whether the network tells two classes apart, where χ² tests less.
     """
 
     chi2: float
@@ -73,38 +83,59 @@ class Fit(Evidence):
     directions: int
     grade: Grade
     counted: bool
+    two_classes: bool
 
     @property
     def explains(self) -> Explains:
         """All of the update where the image is determined, nothing where the assumptions fail."""
         if self.grade is Grade.REFUTED:
             return Explains.LITTLE
-        return Explains.PARTLY if self.grade is Grade.PARTLY else Explains.FULLY
+        in_part = (Grade.PARTLY, Grade.UNSETTLED)
+        return Explains.PARTLY if self.grade in in_part else Explains.FULLY
 
     @property
     def verdict(self) -> str:
         """The grade with its numbers, and what follows."""
+        said = self._said()
+        tested = self.grade is Grade.REFUTED or not self.two_classes
+        return said if tested else f"{said}; {TWO_CLASSES}"
+
+    def _said(self) -> str:
         found = f"chi2/N {self.chi2:.3g}, expected 1"
         if self.grade is Grade.REFUTED:
             return (
-                "not to be trusted: one SGD step on one image does not explain the update "
-                f"({found}); several local steps, a batch, momentum, Adam, noise or sparsification "
-                "would. The image may be shown all the same, the numbers beside it are wrong; "
+                "not to be trusted: one SGD step on this image does not explain the update "
+                f"({found}); several local steps, a batch, another loss, momentum, Adam, noise, "
+                "sparsification or an update hardly above rounding would, or an image that the fit "
+                "did not reach. "
+                "The image may be shown all the same, the errors beside it are wrong; "
                 "dlm_plus assumes less, interval_dlm is for Adam and its kin"
             )
-        if self.grade is Grade.PARTLY:
-            most = "" if self.counted else "at most "
+        most = "" if self.counted else "at most "
+        fixed = f"{most}{self.identifiable} of {self.directions} directions in image space"
+        if self.grade is Grade.UNSETTLED:
             return (
-                f"partly determined ({found}): the update fixes {most}{self.identifiable} of "
-                f"{self.directions} directions in image space; "
+                f"unsettled: the fit ended before its image explained the update ({found}), which "
+                "speaks neither for one SGD step on one image nor against it. The layers have "
+                f"equations for {fixed}; the image may be near the client's, its errors are unknown"
+            )
+        if self.grade is Grade.PARTLY:
+            few = "; so low, the noise was overstated or too little moved" * self._overstated
+            return (
+                f"partly determined ({found}{few}): the update fixes {fixed}; "
                 "along the others the image shows a prior, not the client's image"
             )
         if self.grade is Grade.OVERSTATED:
             return f"determined, but the noise was overstated ({found}), and with it the errors"
+        one = "if it was one image, " * self.two_classes
         return (
             f"determined: one SGD step on this image explains the update ({found}); "
-            f"{self.bound_psnr:.1f} dB are possible"
+            f"{one}{self.bound_psnr:.1f} dB are possible"
         )
+
+    @property
+    def _overstated(self) -> bool:
+        return self.chi2 <= CHI2_RANGE[0]
 
 
 @records.attack(
@@ -120,14 +151,15 @@ class Fit(Evidence):
     seeded=False,
     audited=2,
 )
+@check.arguments
 def recover(
     seen: Observation,
     *,
     weight_decay: bool = False,
-    trusted: Sequence[torch.Tensor] | None = None,
-    extra_variance: Sequence[torch.Tensor | float] | None = None,
-    transmitted: torch.dtype | None = None,
-    max_steps: int = 40,
+    trusted: rounding.Masks | None = None,
+    extra_variance: rounding.Variances | None = None,
+    transmitted: rounding.Precision | None = None,
+    max_steps: check.Whole = 40,
 ) -> Reconstruction:
     """Recover image, label and learning rate from one client's single SGD step on a single image.
 
@@ -141,8 +173,8 @@ def recover(
         One boolean tensor per parameter, False for coordinates to ignore (sparsified ones); None
         trusts all.
     extra_variance
-        One tensor or number per parameter: variance of noise added to Δ beyond rounding (a
-        defence's).
+        One tensor or number per parameter, at least 0: variance of noise added to Δ beyond rounding
+        (a defence's).
     transmitted
         Precision that the weights were rounded to on their way, where coarser than the one they are
         held in.
@@ -153,55 +185,59 @@ def recover(
     Returns
     -------
     Reconstruction
-        Its evidence is a ``Fit``.
+        Its evidence is a ``Fit``. Of the client it tells nothing where that refutes one step on one
+        image, and no error of η where χ² does not test it.
 
     Raises
     ------
     ValueError
         For a model that is not a stack of supported layers, naming the layer; for arguments out of
         range.
-    torch.linalg.LinAlgError
-        Where too little of the update is left to solve for the image.
+    Singular
+        Where too little of the update is left to solve for the image: a ValueError, too.
 
     Notes
     -----
     Where the layers offer fewer equations than there are pixels, DLM+ chooses what they leave open.
-    Where it is a single layer
-    that offers too few for its own input, DLM+ provides the start.
+    Where it is a single layer that offers too few for its own input, DLM+ provides the start.
+
+    With two classes the update fixes η times the slope of the loss, whatever the loss: η is that of
+    cross-entropy with a hard label, and goes without an error, as no χ² tests it.
 
     Small images that convolutions overdetermine feel errors of the client's arithmetic that the
     noise model leaves out: at η of 0.1 and more the fit ends some dB below its bound there, at 110
     dB and more.
     """
-    check.at_least("max_steps", max_steps, 0)
-    rounding.check_counts(seen, trusted=trusted, extra_variance=extra_variance)
+    rounding.check_entries(seen, trusted=trusted, extra_variance=extra_variance)
     began = time.perf_counter()
     with for_network(seen.model):
         layers = stacks.stack(seen.model, seen.image_shape)
         label = label_inference.infer(seen, trusted=trusted)[0]
         noise = NoiseModel(seen, layers, label, trusted, extra_variance, transmitted)
         problem = Problem(layers, label, noise.update, noise.guess(), weight_decay)
+        try:
+            fit, evidence, client = _fit(seen, problem, noise, trusted, max_steps)
+        except torch.linalg.LinAlgError:
+            every = sum(w.numel() for w in problem.weights)
+            in_use = sum(int((w > 0).sum()) for w in problem.weights)
+            raise Singular(
+                f"weights_after leaves too little to solve for the image: {in_use} of {every} "
+                "weights moved by more than their rounding and are trusted"
+            ) from None
+    return Reconstruction(
+        images=fit.point.x[: evidence.directions].reshape(1, *seen.image_shape),
+        labels=label[None],
+        status=fit.status,
+        vouched=torch.tensor([evidence.grade is Grade.DETERMINED], device=fit.point.x.device),
+        evidence=evidence,
+        client=client,
+        seconds=time.perf_counter() - began,
+    )
 
-        features = _fit_features(problem, max_steps)
-        plausible = features.losses[-1] < IMPLAUSIBLE
-        steps = max_steps if plausible else min(1, max_steps)
-        equations = recursion.count_equations(layers)
-        enough = equations >= layers[0].size
-        if enough and _walkable(problem):
-            image = _walk_down(problem, features)
-        else:
-            image = attacks.dlm_plus(seen, trusted=trusted, labels=label[None]).images.flatten()
-            problem = replace(problem, mean=image)
-            steps = steps if enough else min(steps, FEW_STEPS)
 
-        start = Start(_with_errors(layers, image), features.point.eta, features.point.decay)
-        fit = GaussNewton(problem, start, weigh=noise.at).run(steps)
-        evidence, rate_error = _judge(seen.image_shape, fit, equations, plausible)
-    return _result(seen, label, fit, evidence, rate_error, time.perf_counter() - began)
-
-
+@check.arguments
 def bound(
-    seen: Observation, images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+    seen: Observation, images: arrays.Images, labels: arrays.Labels, learning_rate: check.Positive
 ) -> float:
     """Return the Cramér-Rao bound at a known image, as PSNR in dB (data range 1), η granted.
 
@@ -224,12 +260,13 @@ def bound(
         For a model that is not a stack of supported layers; for arguments of another shape or out
         of range.
     """
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
     if tuple(images.shape) != (1, *seen.image_shape):
         allowed = [1, *seen.image_shape]
         raise ValueError(f"images has shape {list(images.shape)}; the bound takes one, {allowed}")
     if tuple(labels.shape) != (1,):
         raise ValueError(f"labels has shape {list(labels.shape)}; the bound takes one, [1]")
+    if labels[0] >= seen.num_classes:
+        raise ValueError(f"labels is [{int(labels[0])}]; the model has {seen.num_classes} classes")
     with for_network(seen.model):
         layers = stacks.stack(seen.model, seen.image_shape)
         x = _with_errors(layers, images.double().flatten())
@@ -243,6 +280,43 @@ def bound(
                 f"{information.LARGEST}"
             )
         return _psnr(curvature.variance)
+
+
+def _fit(
+    seen: Observation,
+    problem: Problem,
+    noise: NoiseModel,
+    trusted: rounding.Masks | None,
+    max_steps: int,
+) -> tuple[GaussNewton, Fit, ClientEstimate]:
+    """(the fit of the image, its evidence, what it says of the client)."""
+    layers = problem.layers
+    features = _fit_features(problem, max_steps)
+    plausible = features.losses[-1] < IMPLAUSIBLE
+    steps = max_steps if plausible else min(1, max_steps)
+    equations = recursion.count_equations(layers)
+    enough = equations >= layers[0].size
+    if enough and _walkable(problem):
+        image = _walk_down(problem, features)
+    else:
+        found = attacks.dlm_plus(seen, trusted=trusted, labels=problem.label[None])
+        image = found.images.flatten()
+        problem = replace(problem, mean=image)
+        steps = steps if enough else min(steps, FEW_STEPS)
+
+    start = Start(_with_errors(layers, image), features.point.eta, features.point.decay)
+    fit = GaussNewton(problem, start, weigh=noise.at).run(steps)
+    evidence, rate_error = _judge(seen, fit, equations, plausible)
+    if evidence.grade is Grade.REFUTED:
+        return fit, evidence, ClientEstimate()
+    tested = evidence.grade is not Grade.UNSETTLED and not evidence.two_classes
+    client = ClientEstimate(
+        learning_rate=fit.point.eta,
+        learning_rate_error=rate_error if tested else None,
+        local_steps=1,
+        weight_decay=fit.point.decay if problem.decays else None,
+    )
+    return fit, evidence, client
 
 
 def _fit_features(problem: Problem, max_steps: int) -> GaussNewton:
@@ -307,11 +381,11 @@ def _with_errors(layers: Sequence[stacks.Layer], x: torch.Tensor) -> torch.Tenso
 
 
 def _judge(
-    shape: Sequence[int], fit: GaussNewton, equations: int, plausible: bool
+    seen: Observation, fit: GaussNewton, equations: int, plausible: bool
 ) -> tuple[Fit, float]:
     """(the evidence, the standard error of η)."""
     point, curvature = fit.point, fit.final_curvature
-    n = math.prod(shape)
+    n = math.prod(seen.image_shape)
     equations = min(equations, n)
     coupled = curvature.solve(point.cross)
     scale_covariance = torch.linalg.inv(point.scale - point.cross.T @ coupled)
@@ -325,17 +399,20 @@ def _judge(
         undetermined = curvature.ridge * float(curvature.variance.sum())
         identifiable = min(equations, round(n - undetermined))
     chi2 = point.chi2 / _degrees_of_freedom(point, identifiable)
+    # where equations are few the fit is short, and led by a prior
+    cut_short = fit.status is Status.BUDGET or equations < n
     explained = plausible and CHI2_RANGE[0] < chi2 < CHI2_RANGE[1]
     evidence = Fit(
         losses=fit.losses,
         loss=fit.losses[-1],
         chi2=chi2,
         bound_psnr=_psnr(variance) if explained else math.nan,
-        pixel_error=variance.sqrt().reshape(shape),
+        pixel_error=variance.sqrt().reshape(seen.image_shape),
         identifiable=identifiable,
         directions=n,
-        grade=_grade(chi2, plausible, identifiable < n, equations < n),
+        grade=_grade(chi2, plausible, identifiable < n, cut_short),
         counted=curvature.variance is not None,
+        two_classes=seen.num_classes == 2,
     )
     return evidence, point.eta * math.sqrt(abs(float(scale_covariance[0, 0])))
 
@@ -345,42 +422,17 @@ def _degrees_of_freedom(point: Point, identifiable: int) -> float:
     return max(1.0, point.expected - identifiable - len(point.scale))
 
 
-def _grade(chi2: float, plausible: bool, open_directions: bool, few_equations: bool) -> Grade:
+def _grade(chi2: float, plausible: bool, open_directions: bool, cut_short: bool) -> Grade:
     low, high = CHI2_RANGE
-    if not plausible or (chi2 >= high and not few_equations):
+    if not plausible:
         return Grade.REFUTED
+    if not chi2 < high:  # a fit that was still under way refutes nothing
+        return Grade.UNSETTLED if cut_short else Grade.REFUTED
     if open_directions:
         return Grade.PARTLY
-    return Grade.DETERMINED if low < chi2 < high else Grade.OVERSTATED
+    return Grade.DETERMINED if low < chi2 else Grade.OVERSTATED
 
 
 def _psnr(variance: torch.Tensor) -> float:
     """In dB, for data of range 1, at this variance of each pixel."""
     return -10 * math.log10(float(variance.mean()))
-
-
-def _result(
-    seen: Observation,
-    label: torch.Tensor,
-    fit: GaussNewton,
-    evidence: Fit,
-    rate_error: float,
-    seconds: float,
-) -> Reconstruction:
-    point = fit.point
-    n = math.prod(seen.image_shape)
-    client = ClientEstimate(
-        learning_rate=point.eta,
-        learning_rate_error=rate_error,
-        local_steps=1,
-        weight_decay=point.decay,
-    )
-    return Reconstruction(
-        images=point.x[:n].reshape(1, *seen.image_shape),
-        labels=label[None],
-        status=fit.status,
-        vouched=torch.tensor([evidence.grade is Grade.DETERMINED]),
-        evidence=evidence,
-        client=client,
-        seconds=seconds,
-    )

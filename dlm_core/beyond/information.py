@@ -296,9 +296,8 @@ def _own_expanded(
     weighted = by_channel * u.reshape(channels, places, -1)  # [O, C, K, L]
     Y = (weighted.transpose(2, 3).flatten(1, 2) @ P).reshape(outputs, channels, -1, P.shape[2])
     Y = Y.transpose(1, 2).reshape(len(B), -1)  # [O·L, C·P]
-    half = layer.back(
-        layer.back(A).T / 2 + Y.T @ B
-    )  # the first term of (9) is halved, as it comes twice
+    # the first term of (9) is halved, as it comes twice
+    half = layer.back(layer.back(A).T / 2 + Y.T @ B)
     M = half + half.T
     add_by_channel(M, layer, P, weights)  # D
     return M

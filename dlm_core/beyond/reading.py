@@ -13,13 +13,14 @@ that ε follows, and the magnitudes that were too large to be read.
 Nothing here searches: ``signlike`` has the attack that does, on what is read.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from dlm_core import label_inference
+from dlm_core import check, label_inference
 from dlm_core.observation import Observation
 
 NEAR = 0.9  # of the largest |Δ|: what the full step is first sought among; decay spreads it
@@ -29,6 +30,12 @@ ROUNDS = 3  # of bounds -> features -> learning rate, decay and ε -> bounds
 ERROR = 1e-3  # relative, of the gradients that the features imply, as far as it matters for η and λ
 DECAYS = 1e-5  # λ from which weights are rounded twice, as they shrink perhaps to a doubled ulp
 ARITHMETIC = 6  # units in the last place that the client's own computation of r may be off
+
+NO_SUCH_STEP = (
+    "either it is not one step of Adam, AdamW or RMSprop at full precision, or gradients so far "
+    "above ε that they show their signs alone. This does not mean that nothing leaks: unrolled_dlm "
+    "with client 'adam' assumes less"
+)
 
 Bounds = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -52,7 +59,7 @@ class Reading:
         Share of the coordinates whose magnitude is read to 10 %.
     misfit
         Median relative deviation of the last bias's gradient, as read, from what its features say:
-        well below 0.01 where the update is one such step.
+        well below 0.01 where the update is one such step; with two classes it tests nothing.
     label
         [1], the class.
     """
@@ -67,6 +74,7 @@ class Reading:
     label: torch.Tensor
 
 
+@check.arguments
 def read(seen: Observation) -> Reading:
     """Read one step of a sign-like optimizer on one image.
 
@@ -83,15 +91,16 @@ def read(seen: Observation) -> Reading:
     Raises
     ------
     ValueError
-        Where the last layer's features are not all readable: then it was no such step, or the
-        weights were rounded too coarsely.
+        Where the last layer's features are not all readable, or no η and ε explain them: then it
+        was no such step, or the weights were rounded too coarsely.
     """
     label = label_inference.infer(seen)
     update = _Update.of(seen)
     constants = update.full_step()
     for _ in range(ROUNDS):
         last = _last_layer(seen, label, update.bounds(constants), constants)
-        constants = update.refitted(seen, last, constants)
+        constants = _possible(constants._replace(eps=last.eps))
+        constants = _possible(update.refitted(seen, last, constants))
     low, high = update.bounds(constants)
     share = _share_read(low, high)
     weight, bias = (seen.parameter_names.index(name) for name in seen.head.names)
@@ -115,6 +124,17 @@ class _Constants(NamedTuple):
     rate: float
     decay: float
     eps: float
+
+
+def _possible(constants: _Constants) -> _Constants:
+    """The same; ValueError where an optimizer cannot have had them, as found where it was none."""
+    rate, _, eps = constants
+    if 0 < rate < math.inf and 0 < eps < math.inf:
+        return constants
+    raise ValueError(
+        f"weights_after is explained by no η and ε above 0 (η {rate:.3g}, ε {eps:.3g}): "
+        f"{NO_SUCH_STEP}"
+    )
 
 
 @dataclass(frozen=True)
@@ -199,9 +219,7 @@ def _last_layer(
     if not features.known.all():
         raise ValueError(
             f"weights_after lets {int(features.known.sum())} of {len(features.known)} features of "
-            "the last layer be read; either it is not one step of Adam, AdamW or RMSprop at full "
-            "precision, or gradients so far above ε that they show their signs alone. This does "
-            "not mean that nothing leaks: unrolled_dlm with client 'adam' assumes less"
+            f"the last layer be read: {NO_SUCH_STEP}"
         )
     one_hot = F.one_hot(label[0], seen.num_classes).double()
     bias_gradient = (weight @ features.h + bias).softmax(0) - one_hot

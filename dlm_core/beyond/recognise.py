@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dlm_core import label_inference
+from dlm_core import check, label_inference
 from dlm_core.beyond import reading
 from dlm_core.observation import Observation
 
@@ -36,7 +36,7 @@ class Recognition:
     optimizer
         "sgd" (with or without momentum), "sgd with decay", "adam", "adamw", "rmsprop"; or "several
         steps" where one step of none of these on one image explains the update. A batch looks so
-        too, and too coarse a rounding.
+        too, and too coarse a rounding. With two classes a batch may look like one image.
     learning_rate
         η: of a full step, for the sign-like; with momentum, what it scales η to.
     weight_decay
@@ -77,6 +77,7 @@ class LinearStep(NamedTuple):
     rounding: float
 
 
+@check.arguments
 def recognise(seen: Observation) -> Recognition:
     """Name the optimizer behind one local step on one image, from an Observation alone.
 
@@ -122,6 +123,7 @@ def _sign_like(seen: Observation, share: float) -> Recognition:
     )
 
 
+@check.arguments
 def linear_step(seen: Observation) -> LinearStep:
     """Read η and λ of one linear step off the last layer's update.
 
@@ -132,7 +134,8 @@ def linear_step(seen: Observation) -> LinearStep:
 
     Notes
     -----
-    The gradient of the layer's weight is of rank one, so λ is what W explains beside that.
+    The gradient of the layer's weight is of rank one, so λ is what W explains beside that. With two
+    classes it is so for any batch and loss, and η is that of one image with a hard label.
     """
     head = seen.head
     weight, bias = head.layer.weight.detach().double(), head.layer.bias.detach().double()

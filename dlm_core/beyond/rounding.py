@@ -5,11 +5,12 @@ Per layer one matrix [O, I + 1], or [O, I] without a bias, as in ``stacks``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from dlm_core import check
 from dlm_core.beyond.recursion import Tensors, signals
 from dlm_core.beyond.stacks import Layer
 from dlm_core.federated import loss as training_loss
@@ -29,6 +30,51 @@ TWO_CLASSES = (
 # product δ u and its step η g, of our prediction of it, and of the difference.
 FLOAT64 = 4 * torch.finfo(torch.float64).eps ** 2 / 12
 TINY = 1e-300  # keeps divisors from 0
+
+
+class Boolean:
+    """The rule of ``Masks``."""
+
+    def check(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask, where it is of True and False."""
+        if mask.dtype != torch.bool:
+            raise check.Wrong(str(self))
+        return mask
+
+    def __str__(self) -> str:
+        return "of True and False"
+
+
+class NotNegative:
+    """The rule of ``Variances`` for tensors."""
+
+    def check(self, variance: torch.Tensor) -> torch.Tensor:
+        """The variance, where all of it is finite and at least 0."""
+        if variance.is_complex() or not (variance.isfinite() & (variance >= 0)).all():
+            raise check.Wrong(str(self))
+        return variance
+
+    def __str__(self) -> str:
+        return "finite, at least 0"
+
+
+class FloatingPoint:
+    """The rule of ``Precision``."""
+
+    def check(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype, where it is one of real floating point."""
+        if not dtype.is_floating_point:
+            raise check.Wrong(str(self))
+        return dtype
+
+    def __str__(self) -> str:
+        return "of floating point, such as torch.bfloat16"
+
+
+# Of one entry per parameter, in annotations.
+Masks = Sequence[Annotated[torch.Tensor, Boolean()]]
+Variances = Sequence[check.NonNegative | Annotated[torch.Tensor, NotNegative()]]
+Precision = Annotated[torch.dtype, FloatingPoint()]
 
 
 @dataclass(frozen=True)
@@ -75,8 +121,8 @@ class NoiseModel:
         seen: Observation,
         layers: Sequence[Layer],
         label: torch.Tensor,
-        trusted: Sequence[torch.Tensor] | None = None,
-        extra_variance: Sequence[torch.Tensor | float] | None = None,
+        trusted: Masks | None = None,
+        extra_variance: Variances | None = None,
         transmitted: torch.dtype | None = None,
     ) -> None:
         self.seen, self.layers, self.label = seen, layers, label
@@ -107,8 +153,8 @@ class NoiseModel:
 
     def _transmitted(
         self,
-        trusted: Sequence[torch.Tensor] | None,
-        extra_variance: Sequence[torch.Tensor | float] | None,
+        trusted: Masks | None,
+        extra_variance: Variances | None,
         transmitted: torch.dtype | None,
     ) -> tuple[Tensors, Tensors]:
         """(what of each entry's variance is known without the image, which entries to use).
@@ -124,11 +170,14 @@ class NoiseModel:
         # what a client computed in float64 we have no finer arithmetic to measure it by
         own = FLOAT64 if eps == torch.finfo(torch.float64).eps else 0.0
         coarser = max(1.0, torch.finfo(transmitted).eps / eps) if transmitted else 1.0
-        masks = pack(model, layers, trusted or [z == 0 for z in zeros])
-        added = [e + z for e, z in zip(extra_variance or zeros, zeros)]
-        matrices = (self.update, pack(model, layers, of_weights), pack(model, layers, added), masks)
+        every = [z == 0 for z in zeros]
+        used = [t.to(e.device) & e for t, e in zip(trusted or every, every)]
+        on = self.update[0].device
+        extra = [e.to(on) if isinstance(e, torch.Tensor) else e for e in extra_variance or zeros]
+        added = [e + z for e, z in zip(extra, zeros)]
+        packed = [pack(model, layers, each) for each in (of_weights, added, used)]
         variances, keep = [], []
-        for d, rounding, extra, mask in zip(*matrices):
+        for d, rounding, extra, mask in zip(self.update, *packed):
             unit = d.square().mean(1, keepdim=True).sqrt()
             # a weight of 0 has no size to be rounded at: that of its unit's update stands in
             rounding = coarser**2 * torch.where(rounding > 0, rounding, (eps * unit) ** 2 / 12)
@@ -270,9 +319,28 @@ def pack(model: nn.Module, layers: Sequence[Layer], tensors: Sequence[torch.Tens
     return matrices
 
 
-def check_counts(seen: Observation, **given: Sequence[Any] | None) -> None:
-    """Raise ValueError unless each argument that is given has one entry per parameter."""
-    count = len(seen.parameter_names)
-    for name, entries in given.items():
-        if entries is not None and len(entries) != count:
-            raise ValueError(f"{name} has {len(entries)} entries; the model has {count} parameters")
+def check_entries(seen: Observation, **given: Sequence[Any] | None) -> None:
+    """Raise ValueError unless each argument that is given has one entry per parameter, and its
+    tensors the parameters' shapes, or what is broadcast to them.
+    """
+    parameters = [(name, p.shape) for name, p in seen.model.named_parameters()]
+    for argument, entries in given.items():
+        if entries is None:
+            continue
+        if len(entries) != len(parameters):
+            raise ValueError(
+                f"{argument} has {len(entries)} entries; the model has {len(parameters)} parameters"
+            )
+        for (name, shape), entry in zip(parameters, entries):
+            if not _broadcasts(torch.as_tensor(entry).shape, shape):
+                raise ValueError(
+                    f"{argument} has a tensor of shape {list(entry.shape)} for the parameter "
+                    f"{name!r}, whose shape is {list(shape)}"
+                )
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False

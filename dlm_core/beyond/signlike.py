@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dlm_core import objectives, records
+from dlm_core import check, objectives, records
 from dlm_core.beyond.reading import Reading, read
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
@@ -30,6 +30,7 @@ Tensors = Sequence[torch.Tensor]
     audited=1,
 )
 @records.passes_on_to(reconstruct)
+@check.arguments
 def interval_dlm(seen: Observation, **options: Any) -> Reconstruction:
     """DLM on bounds: an image whose gradient lies where ``read`` says it does.
 
@@ -63,7 +64,10 @@ def interval_dlm(seen: Observation, **options: Any) -> Reconstruction:
     client="one step of Adam, AdamW or RMSprop",
 )
 @records.passes_on_to(reconstruct)
-def sign_dlm(seen: Observation, *, total_variation: float = 0.1, **options: Any) -> Reconstruction:
+@check.arguments
+def sign_dlm(
+    seen: Observation, *, total_variation: check.NonNegative = 0.1, **options: Any
+) -> Reconstruction:
     """What the signs of Δ below the last layer say alone: the attack without ``read``.
 
     Parameters

@@ -1,5 +1,6 @@
 """Exact recovery against known truth: small networks, whose every figure is checked in seconds."""
 
+import copy
 import dataclasses
 from collections import Counter
 from functools import cached_property
@@ -8,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dlm_core import federated, models
+from dlm_core import data, federated, models
 from dlm_core.beyond import exact, information, likelihood, recursion, rounding, stacks
 from dlm_core.federated import train_locally
 from dlm_core.observation import Observation
-from dlm_core.results import Status
+from dlm_core.results import ClientEstimate, Status
 
 SHAPE, CLASSES, LABEL = (1, 8, 8), 10, torch.tensor([3])
 
@@ -86,6 +87,17 @@ def test_float64_snapshots_are_recovered_to_float64():
     assert found.learning_rate == pytest.approx(0.01, rel=1e-13)
     assert mean_square(found.images - images) < 1e-24
     assert found.bound_psnr > 240
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_float64_client_with_the_weights_of_pytorch_is_determined(index):
+    """Where the client computes as finely as the attacker, the attacker's own arithmetic counts."""
+    images, labels, *_ = data.load("cifar100", indices=[index])
+    model = models.build("mlp", (3, 32, 32), 100, seed=index, init="default").double()
+    found = exact.recover(train_locally(model, images.double(), labels, learning_rate=0.01))
+    assert found.verdict.startswith("determined:")
+    assert found.chi2 == pytest.approx(1, abs=0.2)
+    assert mean_square(found.images - images) < 1e-31
 
 
 def test_noise_model_chi_square_and_spread_of_the_estimates_match_the_bound():
@@ -233,6 +245,60 @@ def test_violated_assumptions_are_said_so(number, training):
     assert found.bound_psnr != found.bound_psnr  # NaN: no claim
 
 
+def test_of_a_client_that_is_refuted_nothing_is_told():
+    seen = train_locally(lenet(), picture(), LABEL, learning_rate=0.01, local_steps=2)
+    found = exact.recover(seen, weight_decay=True)
+    assert found.grade is exact.Grade.REFUTED and not found.vouched.any()
+    assert found.client == ClientEstimate()
+
+
+def test_weight_decay_is_told_only_where_it_was_asked_for():
+    seen = train_locally(lenet(), picture(), LABEL, learning_rate=0.01)
+    assert exact.recover(seen).weight_decay is None
+    assert exact.recover(seen, weight_decay=True).weight_decay == pytest.approx(0, abs=1e-6)
+
+
+def smoothed(model, images, labels, learning_rate, smoothing):
+    """What one SGD step on smoothed labels sends."""
+    client, before = copy.deepcopy(model), model.state_dict()
+    nn.functional.cross_entropy(client(images), labels, label_smoothing=smoothing).backward()
+    after = {
+        name: (w - learning_rate * p.grad).detach()
+        for (name, p), w in zip(client.named_parameters(), before.values())
+    }
+    return federated.observe(model, before, after, SHAPE)
+
+
+@pytest.mark.parametrize("name", ["lenet", "mlp"])
+def test_with_two_classes_a_rate_has_no_error_and_the_verdict_says_what_is_assumed(name):
+    """A smoothed label gives the update of a hard one at another η: no residual can tell."""
+    model = models.build(name, SHAPE, 2)
+    found = exact.recover(smoothed(model, picture(), torch.tensor([1]), 0.01, smoothing=0.1))
+    assert 0.3 < found.chi2 < 4 and abs(found.learning_rate / 0.01 - 1) > 0.05
+    assert found.learning_rate_error is None
+    assert "η is that of a hard label" in found.verdict
+    hard = exact.recover(train_locally(model, picture(), torch.tensor([1]), learning_rate=0.01))
+    assert hard.learning_rate == pytest.approx(0.01, rel=1e-6)
+    assert hard.learning_rate_error is None and "hard label" in hard.verdict
+
+
+def test_with_more_classes_a_smoothed_label_is_refuted():
+    model = models.build("mlp", SHAPE, 3)
+    found = exact.recover(smoothed(model, picture(), torch.tensor([1]), 0.01, smoothing=0.1))
+    assert found.verdict.startswith("not to be trusted") and "another loss" in found.verdict
+
+
+def test_softmax_regression_with_two_classes_is_not_said_to_show_one_image():
+    """Its update has rank one for any batch: what is found is a blend."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    images = torch.cat([picture(seed=i) for i in range(4)])
+    labels = torch.tensor([0, 1, 1, 0])
+    found = exact.recover(train_locally(model, images, labels, learning_rate=0.01))
+    assert 0.3 < found.chi2 < 4
+    assert "if it was one image" in found.verdict and "need not be one image" in found.verdict
+    assert found.learning_rate_error is None
+
+
 def defended(seen, change):
     return dataclasses.replace(
         seen, weights_after={name: change(w) for name, w in seen.weights_after.items()}
@@ -255,6 +321,34 @@ def test_sparsified_coordinates_can_be_left_out():
     sparse = defended(seen, lambda w: torch.where(w.abs() > w.abs().median(), w, 0))
     assert exact.recover(sparse).verdict.startswith("not to be trusted")
     found = exact.recover(sparse, trusted=[w != 0 for w in sparse.weights_after.values()])
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+
+
+@pytest.mark.parametrize("init", ["default", "paper"])
+@pytest.mark.parametrize("build", ["mlp", "lenet"])
+def test_sparsified_weights_and_biases_can_be_left_out_of_any_network(build, init):
+    """A bias of 0 that is left out has no variance: 0 divided by 0 spoiled all the others."""
+    images = picture()
+    seen = train_locally(
+        models.build(build, SHAPE, CLASSES, init=init), images, LABEL, learning_rate=0.1
+    )
+    sparse = defended(seen, lambda w: torch.where(w.abs() > w.abs().median(), w, 0))
+    found = exact.recover(sparse, trusted=[w != 0 for w in sparse.weights_after.values()])
+    assert torch.equal(eight_bit(found.images), eight_bit(images))
+    assert found.learning_rate == pytest.approx(0.1, rel=1e-4)
+
+
+def test_weights_of_zero_at_the_start_and_black_pixels_are_no_exact_observations():
+    """A pruned network, biases of 0, units that are off: weights that are 0 before and after."""
+    images = picture()
+    images[..., :3] = 0.0
+    model = models.build("mlp", SHAPE, CLASSES, init="default")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand(p.shape, generator=generator) < 0.5 if p.ndim > 1 else 0.0)
+    found = exact.recover(train_locally(model, images, LABEL, learning_rate=0.1))
+    assert found.verdict.startswith("determined")
     assert torch.equal(eight_bit(found.images), eight_bit(images))
 
 
@@ -287,6 +381,64 @@ def test_too_few_equations_are_completed_by_dlm_plus():
     found = exact.recover(train_locally(few_equations(), images, LABEL, learning_rate=0.1))
     assert found.identifiable <= 2 * 28 + 32
     assert found.verdict.startswith("partly determined")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_few_equations_a_fit_that_explains_nothing_determines_nothing(dtype):
+    """The linear layers are those of one step; the convolution's update is twice as long."""
+    images, model = picture((3, 8, 8)).to(dtype), few_equations().to(dtype)
+    seen = train_locally(model, images, LABEL, learning_rate=0.1)
+    after = dict(seen.weights_after)
+    after["0.weight"] = 2 * after["0.weight"] - seen.model.state_dict()["0.weight"]
+    found = exact.recover(dataclasses.replace(seen, weights_after=after))
+    assert found.chi2 > 1e6
+    assert found.grade is exact.Grade.UNSETTLED and not found.vouched.any()
+    assert found.verdict.startswith("unsettled: the fit ended before its image explained")
+    assert found.learning_rate_error is None
+
+
+def test_a_fit_that_was_cut_short_refutes_nothing():
+    seen = train_locally(lenet(), picture(), LABEL, learning_rate=0.01)
+    assert exact.recover(seen, max_steps=0).grade is exact.Grade.UNSETTLED
+    assert exact.recover(seen).grade is exact.Grade.DETERMINED
+
+
+def test_an_update_of_a_few_units_of_rounding_is_a_sentence():
+    model = models.build("mlp", SHAPE, CLASSES, init="paper")
+    tiny = train_locally(model, picture(), LABEL, learning_rate=1e-9)
+    with pytest.raises(ValueError, match="leaves too little to solve for the image: "):
+        exact.recover(tiny)
+    with pytest.raises(torch.linalg.LinAlgError):  # which a trial records as its status
+        exact.recover(tiny)
+    for learning_rate in (1e-7, 1e-8):
+        for name in ("lenet", "mlp"):
+            network = models.build(name, SHAPE, CLASSES, init="paper")
+            seen = train_locally(network, picture(), LABEL, learning_rate=learning_rate)
+            try:
+                found = exact.recover(seen)
+            except ValueError as error:
+                assert "too little" in str(error)
+            else:
+                assert found.chi2 < 4 or not found.vouched.any()
+
+
+def test_a_chi_square_far_below_one_is_said_in_every_branch():
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("mlp", SHAPE, CLASSES, init="default")
+    found = exact.recover(train_locally(model, images, labels, learning_rate=1e-9))
+    assert found.chi2 < 0.3
+    assert "so low, the noise was overstated" in found.verdict
+    assert found.bound_psnr != found.bound_psnr and not found.vouched.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (3, 1, 16), (1, 1, 1)])
+@pytest.mark.parametrize("build", ["lenet", "mlp"])
+def test_images_one_pixel_high_or_wide(build, shape):
+    images = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
+    model = models.build(build, shape, CLASSES, init="default")
+    found = exact.recover(train_locally(model, images, LABEL, learning_rate=0.01))
+    assert found.verdict.startswith("determined")
+    assert mean_square(found.images - images) < 1e-8
 
 
 class Own(nn.Module):
@@ -453,6 +605,10 @@ def test_where_nothing_is_better_a_fresh_curvature_ends_the_fit_and_a_used_one_i
     "change, words",
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"images": 255 * picture()}, "pixels in"),
+        ({"labels": torch.tensor([10])}, "the model has 10 classes"),
         ({"images": picture((3, 8, 8))}, r"images has shape \[1, 3, 8, 8\]"),
         ({"labels": torch.tensor([1, 2])}, r"labels has shape \[2\]"),
     ],
@@ -470,3 +626,29 @@ def test_a_list_that_does_not_fit_the_parameters_is_refused(argument):
     seen = train_locally(mlp(), picture(), LABEL, learning_rate=0.01)
     with pytest.raises(ValueError, match=f"{argument} has 1 entries; the model has 4 parameters"):
         exact.recover(seen, **{argument: [torch.ones(1, dtype=torch.bool)]})
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"extra_variance": [-1e-10] * 4}, "extra_variance .* not -1e-10 in it"),
+        ({"extra_variance": [float("nan")] * 4}, "extra_variance .* not nan in it"),
+        ({"extra_variance": [torch.tensor([-1.0])] * 4}, "extra_variance"),
+        ({"extra_variance": [torch.ones(3)] * 4}, r"extra_variance has a tensor of shape \[3\]"),
+        ({"trusted": [torch.ones(())] * 4}, "trusted"),
+        ({"trusted": [torch.ones(7) > 0] * 4}, r"trusted has a tensor of shape \[7\]"),
+        ({"transmitted": torch.int8}, "transmitted is torch.int8"),
+        ({"weight_decay": 5e-4}, "weight_decay is 0.0005; it takes True or False"),
+    ],
+)
+def test_what_cannot_be_of_a_client_is_refused(given, words):
+    seen = train_locally(mlp(), picture(), LABEL, learning_rate=0.01)
+    with pytest.raises(ValueError, match=words):
+        exact.recover(seen, **given)
+
+
+def test_a_transmission_finer_than_the_weights_adds_no_precision():
+    seen = train_locally(mlp(), picture(), LABEL, learning_rate=0.01)
+    plain = exact.recover(seen)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(plain.images, exact.recover(seen, transmitted=dtype).images)
