@@ -2,7 +2,7 @@
 
 Bundled files are checked against the SHA-256 digests in data/manifest.json, archives of full sets
 against their MD5. A set of your own is a function without arguments that returns all its images
-[N, C, H, W] in [0, 1] and their labels [N]:
+[N, C, H, W], in [0, 1] or of 8 bits, and their labels [N]:
 
     @records.data_set("mine", title="Mine", image_shape=(1, 28, 28), num_classes=10)
     def mine(): ...

@@ -17,7 +17,7 @@ from torch import nn
 from dlm_core import check
 from dlm_core.arrays import ImageShape, Shape
 from dlm_core.threads import own_generator
-from dlm_core.weights import StateDict, check_finite, check_fit, check_weights
+from dlm_core.weights import StateDict, check_finite, check_fit
 
 TINY = 1e-300  # for a zero that is divided by, or whose logarithm is taken
 
@@ -85,7 +85,6 @@ class Observation:
     num_classes: check.Count
 
     def __post_init__(self) -> None:
-        check_weights("weights_after", self.weights_after)
         check.fields(self)
         before = self.model.state_dict()
         check_fit("weights_after", self.weights_after, before)

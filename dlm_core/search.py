@@ -159,7 +159,7 @@ def reconstruct(
             variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
             floor, descent = seen.rounding_share, math.inf if resume else DESCENT
             objective = partial(problem.evaluate, to_images=to_images)
-            search = _Search(variables, objective, rule, floor, descent, keep_every, target.k)
+            search = _Search(variables, objective, rule, floor, descent, keep_every, target.k_at)
             search.run(optimizer)
             searches.append((search, to_images))
             if search.status is Status.CONVERGED:
@@ -192,11 +192,13 @@ class _Target:
         opposite = [-layer * start for layer in self.update]
         self.unit = float(self._distance_from(opposite, one)) / 4
 
-    def k(self, variables: Mapping[str, torch.Tensor]) -> float | None:
+    def scale(self, variables: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """A trained scale at ``variables``, else None."""
-        if not self.trained:
-            return None
-        return float(self.trained.start * variables["growth"].detach())
+        return self.trained.start * variables["growth"] if self.trained else None
+
+    def k_at(self, variables: Mapping[str, torch.Tensor]) -> float | None:
+        """The same as a number for the trace."""
+        return self.trained.start * float(variables["growth"].detach()) if self.trained else None
 
     def misfit(
         self, g: Tensors, variables: Mapping[str, torch.Tensor]
@@ -207,9 +209,9 @@ class _Target:
         return distance, distance.detach() / (self.unit * grown)
 
     def _distance_from(self, g: Tensors, variables: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if not self.trained:
-            return self.distance(g, self.update)
-        return self.distance(g, self.update, self.trained.start * variables["growth"])
+        scale = self.scale(variables)
+        own = () if scale is None else (scale,)
+        return self.distance(g, self.update, *own)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ def _start(seen, coordinates, target, known, num_images, numbers, generator):
 
 
 def _result(search: "_Search", to_images, target: _Target, known, seconds: float) -> Reconstruction:
-    k = target.k(search.best)
+    scale = target.scale(search.best)
+    k = None if scale is None else float(scale)
     # A factor that has not settled, or collapsed to nothing, is no learning rate.
     settled = search.status is Status.CONVERGED
     rate = 1 / k if settled and k is not None and k > 0 else None

@@ -5,14 +5,28 @@ to a precision.
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from dlm_core import check
 from dlm_core.arrays import Precision
 
-StateDict = dict[str, torch.Tensor]
+
+class OfTensors:
+    """The rule of ``StateDict``."""
+
+    def convert(self, value: Any) -> Any:
+        """The state dict, as it is."""
+        if _holds_tensors(value):
+            return value
+        raise check.Wrong(f"{self}; load_weights reads a file of one")
+
+    def __str__(self) -> str:
+        return "a state dict of tensors"
+
+
+StateDict = Annotated[dict[str, torch.Tensor], OfTensors()]
 
 
 @check.arguments
@@ -79,7 +93,7 @@ def _is_compressed(path: str | Path) -> bool:
 
 def check_weights(argument: str, weights: Any) -> StateDict:
     """Return ``weights``; raise ValueError unless they are a state dict of tensors alone."""
-    if isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if _holds_tensors(weights):
         return weights
     kind = type(weights).__name__
     if isinstance(weights, dict):
@@ -87,6 +101,10 @@ def check_weights(argument: str, weights: Any) -> StateDict:
     raise ValueError(
         f"{argument} is a {kind}, no state dict of tensors; load_weights reads a file of one"
     )
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(w, torch.Tensor) for w in value.values())
 
 
 def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:

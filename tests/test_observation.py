@@ -94,7 +94,7 @@ def test_a_head_that_shares_its_weights_is_found(client):
         ({"num_classes": 7}, "num_classes is 7; the model has 10 classes"),
         ({"num_classes": "10"}, "num_classes is '10'; it takes a whole number"),
         ({"model": None}, "model is None; it takes a Module"),
-        ({"weights_after": 3}, "weights_after is a int, no state dict"),
+        ({"weights_after": 3}, "weights_after is 3; it takes a state dict of tensors"),
     ],
 )
 def test_an_observation_is_of_its_network(client, wrong, message):

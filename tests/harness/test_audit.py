@@ -134,7 +134,7 @@ def test_weights_that_are_no_state_dict_are_refused(tmp_path):
     nested = {"epoch": 3, "model": {"w": torch.zeros(1)}}
     with pytest.raises(ValueError, match="before is a dict of 'epoch', 'model', no state dict"):
         audit(nested, nested, out=tmp_path / "found.png")
-    with pytest.raises(ValueError, match="before is a str, no state dict .*load_weights"):
+    with pytest.raises(ValueError, match="before is 'a.pt'; it takes a state dict .*load_weights"):
         federated.observe(models.build("lenet"), "a.pt", "b.pt", (3, 32, 32))
 
 
