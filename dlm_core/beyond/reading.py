@@ -132,8 +132,8 @@ def _possible(constants: _Constants) -> _Constants:
     if 0 < rate < math.inf and 0 < eps < math.inf:
         return constants
     raise ValueError(
-        f"weights_after is explained by no η and ε above 0 (η {rate:.3g}, ε {eps:.3g}): "
-        f"{NO_SUCH_STEP}"
+        "weights_after lets no η and ε above 0 be read off the features of the last layer "
+        f"(η {rate:.3g}, ε {eps:.3g}): {NO_SUCH_STEP}"
     )
 
 

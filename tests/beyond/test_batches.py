@@ -1,6 +1,7 @@
 """Exact recovery of batches against known truth, on small networks."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def client(
         images,
         labels,
     )
+
+
+def picture():
+    return torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(5))
 
 
 def errors(found, images):
@@ -192,6 +197,75 @@ def test_the_same_signal_from_two_images_is_not_taken_for_a_recovery():
     assert not (found.recovered[order] & (error > 0.01)).any()
 
 
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("init", ["default", "paper"])
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_where_rounding_drowns_the_zeros_no_image_stands_for_two(size, init, learning_rate):
+    """Two traces that were fitted to the same zeros are one: their difference is noise."""
+    seen, images, labels = client(size, init=init, learning_rate=learning_rate)
+    found = batches.recover_batch(seen, max_rounds=5)
+    if found.learning_rate is None:
+        assert "one SGD step on these images explains" not in found.verdict
+        return
+    order, error = errors(found, images)
+    assert torch.equal(found.labels[order], labels)
+    assert found.learning_rate == pytest.approx(learning_rate, rel=0.02)
+    assert (error < 3 * found.image_error[order]).all() and error.max() < 0.1
+
+
+def test_a_mixture_that_the_zeros_do_not_settle_is_vouched_for_by_nothing():
+    seen, *_ = client(6, hidden=40)
+    found = batches.recover_batch(seen, num_images=6, max_rounds=1)
+    assert found.reason is batches.Reason.UNSETTLED
+    assert not found.vouched.any()
+
+
+def test_an_image_and_black_share_a_direction_and_are_not_said_to_be_images():
+    images = torch.cat([picture(), torch.zeros(1, *SHAPE)])
+    seen, *_ = client(2, images=images, labels=[3, 4])
+    found = batches.recover_batch(seen)
+    assert found.rank == 1
+    assert "not one SGD step on these images" in found.verdict
+    assert "no two images share one" in found.verdict and "settles" not in found.verdict
+    assert found.learning_rate is None
+
+
+def test_chi_square_is_judged_from_both_sides(monkeypatch):
+    seen, *_ = client(3)
+    monkeypatch.setattr(batches, "CHI2_RANGE", (2.0, 4.0))
+    low = batches.recover_batch(seen)
+    assert low.chi2 < 2 and "the noise was overstated" in low.verdict
+    assert low.learning_rate == pytest.approx(0.01, rel=1e-4)
+    monkeypatch.setattr(batches, "CHI2_RANGE", (0.3, 0.4))
+    high = batches.recover_batch(seen)
+    assert "not one SGD step" in high.verdict and high.learning_rate is None
+    # noise that explains the update without any step
+    monkeypatch.setattr(batches, "CHI2_RANGE", (0.3, math.inf))
+    vacuous = batches.recover_batch(seen)
+    assert "nothing was tested" in vacuous.verdict and vacuous.learning_rate is None
+    monkeypatch.setattr(batches, "CHI2_RANGE", (math.nan, math.nan))
+    assert batches.recover_batch(seen).learning_rate is None
+
+
+def test_with_two_classes_the_verdict_says_what_is_assumed():
+    model = models.build("mlp", SHAPE, 2, hidden=100, init="default")
+    seen = train_locally(model, picture(), torch.tensor([1]), learning_rate=0.01)
+    found = batches.recover_batch(seen)
+    assert found.verdict.startswith("1 of 1 images recovered: one SGD step")
+    assert "need not be one image" in found.verdict and "hard label" in found.verdict
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (3, 1, 16)])
+def test_images_one_pixel_high_or_wide(shape):
+    images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1))
+    model = models.build("mlp", shape, CLASSES, hidden=100, init="default")
+    found = batches.recover_batch(
+        train_locally(model, images, torch.tensor([1, 2, 3]), learning_rate=0.01)
+    )
+    assert errors(found, images)[1].max() < 1e-4
+    assert found.learning_rate == pytest.approx(0.01, rel=1e-4)
+
+
 def test_noise_added_by_a_defence_is_not_taken_for_images():
     seen, images, _ = client(4)
     draws = torch.Generator().manual_seed(0)
@@ -274,6 +348,12 @@ def test_unsupported_layers_are_named(model, words):
 def test_counts_are_checked(argument):
     with pytest.raises(ValueError, match=f"{argument} is 0"):
         batches.recover_batch(client(2)[0], **{argument: 0})
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_the_seed_is_checked(seed):
+    with pytest.raises(ValueError, match="seed is"):
+        batches.recover_batch(client(2)[0], seed=seed)
 
 
 def test_the_threads_of_the_caller_are_restored_and_change_no_bit():

@@ -80,6 +80,32 @@ def test_what_was_rounded_too_coarsely_or_no_such_step_is_refused(images):
         signlike.read(client(images, 0, "adam", {}, 1e-3, transmitted=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("learning_rate, eps", [(1e-3, 0.1), (1e-3, 1e5), (0.1, 0.1), (0.1, 1e8)])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_a_step_that_is_not_like_a_sign_is_a_sentence(optimizer, learning_rate, eps, dtype):
+    """With a large ε the step is linear in the gradient, and no η and ε can be read."""
+    digits = data.load("digits", n=3)
+    for index in range(3):
+        one = slice(index, index + 1)
+        seen = federated.train_locally(
+            models.build("mlp", (1, 8, 8), 10, seed=index).to(dtype),
+            digits.images[one].to(dtype),
+            digits.labels[one],
+            learning_rate=learning_rate,
+            client_optimizer=optimizer,
+            optimizer_options={"eps": eps},
+        )
+        found = recognise.recognise(seen)
+        try:
+            read = signlike.read(seen)
+        except ValueError as error:
+            assert "not one step of Adam" in str(error)
+            assert found.optimizer not in ("adam", "adamw", "rmsprop")
+        else:
+            assert read.learning_rate > 0 and 0 < read.eps < math.inf
+
+
 def test_the_attack_on_bounds_sees_more_than_the_signs_do(images):
     seen = client(images, 1, "adam", {}, 1e-3)
     bounds = signlike.interval_dlm(seen, max_evaluations=80)
