@@ -203,12 +203,12 @@ VALID: dict[str, Callable] = {
     "protocols.ring": lambda s: {"peer": 0, "size": 3},
     "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
     "utility.Training": lambda s: {
-        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": 1, "clip": 1.0},
+        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": None, "clip": 1.0},
         "noise_multiplier": 1.0,
     },
     "utility.Federation": lambda s: {
         **{"defence": s.noise, "dataset": "digits", "model": "lenet", "model_options": {}},
-        **{"num_clients": 2, "num_rounds": 1, "seed": 0},
+        **{"num_clients": 2, "num_rounds": 1, "client": {"learning_rate": 0.1}, "seed": 0},
     },
     "tables.interval": lambda s: {"values": [1.0, 2.0, 3.0]},
     "report.start": lambda s: {"notebook": "00_quickstart"},
