@@ -196,10 +196,15 @@ VALID: dict[str, Callable] = {
         **{"seen": s.of_mlp, "num_images": 2, "seed": 0, "max_rounds": 1}
     },
     "protocols.fedsgd": lambda s: protocol(s, num_rounds=1),
-    "protocols.aggregate": lambda s: protocol(s, curious=False),
-    "protocols.rounds": lambda s: protocol(s, num_rounds=1),
+    "protocols.aggregate": lambda s: protocol(s, curious=False, defend=None),
+    "protocols.rounds": lambda s: protocol(s, num_rounds=1, defend=None),
     "protocols.gossip": lambda s: protocol(s, turn=0, accomplice=False, private=False),
-    "protocols.two_hops": lambda s: protocol(s, attack="grey"),
+    "protocols.two_hops": lambda s: protocol(s, clients=2 * s.clients, attack="exact"),
+    "protocols.others": lambda s: {"mean": s.update, "own": s.update, "number": 2.0},
+    "protocols.exchange": lambda s: {
+        **{"starts": [s.model, s.model], "clients": s.clients, "learning_rate": 0.05},
+        "num_rounds": 1,
+    },
     "protocols.ring": lambda s: {"peer": 0, "size": 3},
     "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
     "utility.Training": lambda s: {
@@ -264,6 +269,8 @@ BY_NAME: dict[str, list] = {
     "turn": [-1, 0.5],
     "peer": [-1, 7, 0.5],
     "size": [1, 0.5],
+    "number": [1, 0.5, NAN, INF],
+    "starts": [[], ["a", "b"]],
     "trained": [-1, 0.5],
     "index": [-1, 0.5],
     "n": [0, -1, 1.5],
