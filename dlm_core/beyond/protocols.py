@@ -223,7 +223,7 @@ def data_parallel(
         federated.num_classes_of(model, images, labels)
     clients = [(for_model(images, model), labels) for images, labels in clients]
     with tempfile.TemporaryDirectory() as folder:
-        task = (model, clients, learning_rate, num_rounds, timeout)
+        task = (model, clients, learning_rate, num_rounds, timeout, _has_unused(model, clients[0]))
         torch.save(task, Path(folder) / "task")
         _run(len(clients), folder, timeout)
         weights, mean, own = torch.load(Path(folder) / "seen", weights_only=True)
@@ -231,6 +231,14 @@ def data_parallel(
     model.load_state_dict(weights)
     update = others(mean, own, len(clients)) if curious else mean
     return _moved(model, update, clients[0][0].shape[1:])
+
+
+def _has_unused(model: nn.Module, client: Client) -> bool:
+    """Whether a parameter is to be trained on which the scores do not hang."""
+    model, (images, labels) = copy.deepcopy(model), client
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = federated.loss(model(images), labels)
+    return any(g is None for g in torch.autograd.grad(loss, trained, allow_unused=True))
 
 
 def _run(number: int, folder: str, timeout: float) -> None:
@@ -277,7 +285,7 @@ def _work(rank: int, size: int, folder: str) -> None:
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ["GLOO_SOCKET_IFNAME"] = loopback
     task = torch.load(Path(folder) / "task", weights_only=False)  # written by data_parallel
-    model, clients, learning_rate, num_rounds, timeout = task
+    model, clients, learning_rate, num_rounds, timeout, unused = task
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -286,17 +294,17 @@ def _work(rank: int, size: int, folder: str) -> None:
         timeout=timedelta(seconds=timeout),
     )
     images, labels = clients[rank]
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model, find_unused_parameters=unused)
     sgd = torch.optim.SGD(model.parameters(), lr=learning_rate)
     for _ in range(num_rounds):
         before = copy.deepcopy(model.state_dict())
-        own = torch.autograd.grad(federated.loss(model(images), labels), list(model.parameters()))
+        own = [g.detach() for g in objectives.gradient(model, federated.loss, images, labels)]
         sgd.zero_grad()
         federated.loss(parallel(images), labels).backward()
         sgd.step()
     if rank == size - 1:
-        mean = [p.grad for p in model.parameters()]
-        torch.save((before, mean, list(own)), Path(folder) / "seen")
+        mean = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        torch.save((before, mean, own), Path(folder) / "seen")
     distributed.destroy_process_group()
 
 
@@ -416,7 +424,8 @@ def _unmixed(
     assert found.learning_rate is not None  # ``two_hops`` refuses other attacks
     peer = copy.deepcopy(model).double()
     peer.load_state_dict(between[1])
-    gradients = objectives.gradient(peer, federated.loss, found.images, found.labels)
+    images = for_model(found.images, peer)
+    gradients = objectives.gradient(peer, federated.loss, images, found.labels)
     sent = dict(between[1])
     for (name, own), g in zip(peer.named_parameters(), gradients):
         mixed = between[2][name].double() + found.learning_rate * g.detach()

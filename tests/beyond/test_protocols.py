@@ -5,11 +5,12 @@ What their observers hold is the gradient, the mean or the mixture that mathemat
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dlm_core import data, defenses, federated, metrics, models, objectives, records
+from dlm_core import attacks, data, defenses, federated, metrics, models, objectives, records
 from dlm_core.beyond import adaptive, exact, normalisation, protocols
 
 
@@ -130,6 +131,40 @@ def test_an_aggregate_of_defended_clients_is_that_of_what_they_send(model, clien
     other = protocols.aggregate(model, clients[:2], curious=True, defend=defend, learning_rate=0.5)
     assert_update(other, sent[0].delta, atol=1e-6)
     assert "defend" in records.PROTOCOLS["aggregate"].options
+
+
+def idle():
+    """A network with a frozen layer, and with a parameter that is never used."""
+    flatten, first, head = torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 10)
+    network = torch.nn.Sequential(flatten, first.requires_grad_(False), torch.nn.Tanh(), head)
+    network.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    return network
+
+
+def told_the_first(seen):
+    """An attack of an omniscient listener, on the peer between."""
+    image, label = data.load("digits", n=5)[:2]
+    found = attacks.grey(seen)
+    client = replace(found.client, learning_rate=0.5)
+    return replace(found, images=image[4:], labels=label[4:], client=client)
+
+
+@pytest.mark.parametrize(
+    "key, options",
+    [
+        ("fedsgd", {"num_rounds": 2}),
+        ("aggregate", {"curious": True}),
+        ("rounds", {"num_rounds": 2}),
+        ("gossip", {"turn": 1, "accomplice": True}),
+        ("two_hops", {"attack": told_the_first}),
+        ("data_parallel", {"num_rounds": 2}),
+    ],
+)
+def test_every_protocol_lives_with_a_frozen_and_an_unused_layer(clients, key, options):
+    seen = records.PROTOCOLS[key].function(idle(), clients, learning_rate=0.5, **options)
+    for each in seen if isinstance(seen, list) else [seen]:
+        moved = {name for name, layer in each.delta_by_name.items() if layer.abs().max() > 1e-6}
+        assert moved == {"3.weight", "3.bias"}
 
 
 BAD = {
