@@ -106,6 +106,8 @@ def train_locally(
     client = copy.deepcopy(model)
     stepper = _stepper(kind, client, learning_rate, optimizer_options or {})
     seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
+    if transmitted is None:
+        return seen
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 
 

@@ -35,10 +35,15 @@ def gradient(
     Returns
     -------
     tuple of torch.Tensor
-        One tensor per parameter, itself differentiable in images and labels.
+        One tensor per parameter, itself differentiable in images and labels; zeros for one that is
+        frozen or unused.
     """
     value = loss(model(images), labels)
-    return torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(value, trained, create_graph=True, allow_unused=True))
+    gradients = [next(found) if p.requires_grad else None for p in parameters]
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters))
 
 
 def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:

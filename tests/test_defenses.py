@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from dlm_core import attacks, defenses, federated, label_inference, models, records
 from dlm_core.beyond import adaptive
+from dlm_core.harness.trials import Trial
+from dlm_core.harness.utility import Federation
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 0.0, "distribution": "gaussian"}])
@@ -302,7 +304,18 @@ def test_a_setting_is_a_value_of_its_content():
     assert setting != defenses.Setting("noise", {"scale": 0.2}, observer="server", repeats=2)
 
 
-@pytest.mark.parametrize("take", [defenses.Setting.of, "dlm_plus", "recover", "combined"])
+def of_federation(defence):
+    return Federation(defence=defence)
+
+
+def of_trial(defence):
+    return Trial("aware_dlm_plus", defence=defence)
+
+
+AWARE = ["dlm_plus", "recover", "combined", "unrolled_dlm"]
+
+
+@pytest.mark.parametrize("take", [defenses.Setting.of, of_federation, of_trial, *AWARE])
 @pytest.mark.parametrize(
     "defence, message",
     [
@@ -322,7 +335,7 @@ def test_a_setting_is_a_value_of_its_content():
         ({"name": "noise", "scale": 1e-3, "seed": 3}, "'seed' is no part of a setting"),
         ({"name": "noise", "scale": 1e-3, "parameters": []}, "'parameters' is no part of a sett"),
         ({"name": "dp_sgd", "clip": 1.0}, "'dp_sgd' replaces the client's training: call train_"),
-        ("noise", "defence is 'noise'; it takes a Setting or a dict with a name"),
+        ("noise", "defence is 'noise'; it takes a Setting or a "),
     ],
 )
 def test_a_misspelt_defence_is_an_error_and_never_no_noise(seen, take, defence, message):
@@ -331,7 +344,8 @@ def test_a_misspelt_defence_is_an_error_and_never_no_noise(seen, take, defence, 
             take(defence)
         else:
             given = [seen, seen] if take == "combined" else seen
-            getattr(adaptive, take)(given, defence=defence)
+            told = {"learning_rate": 0.1, "local_steps": 2} if take == "unrolled_dlm" else {}
+            getattr(adaptive, take)(given, defence=defence, **told)
     assert "\n" not in str(caught.value)
 
 

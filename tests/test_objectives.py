@@ -86,3 +86,19 @@ def test_total_variation():
     assert objectives.total_variation(torch.full((1, 3, 4, 4), 0.7)) == 0
     stripes = torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(1, 1, 4, 4)
     assert objectives.total_variation(stripes) == 1
+
+
+def test_the_gradient_of_a_frozen_and_of_an_unused_parameter_is_zero():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    network.register_parameter("unused", torch.nn.Parameter(torch.ones(5)))
+    x, y = torch.randn(1, 3, requires_grad=True), torch.tensor([1])
+    full = objectives.gradient(network, F.cross_entropy, x, y)
+    network[0].requires_grad_(False)
+    found = objectives.gradient(network, F.cross_entropy, x, y)
+    names = [name for name, _ in network.named_parameters()]
+    for name, g, whole in zip(names, found, full, strict=True):
+        frozen = name.startswith("0.") or name == "unused"
+        assert torch.equal(g, torch.zeros_like(g) if frozen else whole) and g.shape == whole.shape
+    loss = objectives.normalised_distance(found, [torch.ones_like(g) for g in full])
+    (slope,) = torch.autograd.grad(loss, x)
+    assert slope.isfinite().all() and slope.any()

@@ -169,9 +169,9 @@ VALID: dict[str, Callable] = {
     "normalisation.batch_statistics": lambda s: {"seen": s.of_norm},
     "normalisation.local_batches": lambda s: {"seen": s.of_norm},
     "unrolled.unrolled_dlm": lambda s: search(
-        s, client="sgd", client_options={}, local_steps=1, max_steps=2, batch_size=1
+        s, client_optimizer="sgd", optimizer_options={}, local_steps=1, batch_size=1
     ),
-    "unrolled.next_steps": lambda s: {"losses": {1: 0.1}, "max_steps": 4, "finest": 1.0},
+    "unrolled.next_steps": lambda s: {"losses": {1: 0.1}, "max_local_steps": 4, "finest": 1.0},
     "exact.recover": lambda s: {
         **{"seen": s.seen, "weight_decay": False, "transmitted": None, "max_steps": 0},
         "trusted": [torch.ones_like(d) > 0 for d in s.update],
@@ -200,19 +200,24 @@ VALID: dict[str, Callable] = {
         **{"seen": s.of_mlp, "num_images": 2, "seed": 0, "max_rounds": 1}
     },
     "protocols.fedsgd": lambda s: protocol(s, num_rounds=1),
-    "protocols.aggregate": lambda s: protocol(s, curious=False),
-    "protocols.rounds": lambda s: protocol(s, num_rounds=1),
+    "protocols.aggregate": lambda s: protocol(s, curious=False, defend=None),
+    "protocols.rounds": lambda s: protocol(s, num_rounds=1, defend=None),
     "protocols.gossip": lambda s: protocol(s, turn=0, accomplice=False, private=False),
-    "protocols.two_hops": lambda s: protocol(s, attack="grey"),
+    "protocols.two_hops": lambda s: protocol(s, clients=2 * s.clients, attack="exact"),
+    "protocols.others": lambda s: {"mean": s.update, "own": s.update, "number": 2.0},
+    "protocols.exchange": lambda s: {
+        **{"starts": [s.model, s.model], "clients": s.clients, "learning_rate": 0.05},
+        "num_rounds": 1,
+    },
     "protocols.ring": lambda s: {"peer": 0, "size": 3},
     "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
     "utility.Training": lambda s: {
-        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": 1, "clip": 1.0},
+        **{"learning_rate": 0.1, "local_steps": 1, "batch_size": None, "clip": 1.0},
         "noise_multiplier": 1.0,
     },
     "utility.Federation": lambda s: {
         **{"defence": s.noise, "dataset": "digits", "model": "lenet", "model_options": {}},
-        **{"num_clients": 2, "num_rounds": 1, "seed": 0},
+        **{"num_clients": 2, "num_rounds": 1, "client": {"learning_rate": 0.1}, "seed": 0},
     },
     "tables.interval": lambda s: {"values": [1.0, 2.0, 3.0]},
     "report.start": lambda s: {"notebook": "00_quickstart"},
@@ -259,6 +264,7 @@ BY_NAME: dict[str, list] = {
     "weight": [-1.0, NAN, INF],
     "local_steps": [0, -1, 1.5, NAN],
     "max_steps": [-1, 1.5, NAN],
+    "max_local_steps": [0, -1, 1.5, NAN],
     "max_rounds": [-1, 1.5],
     "batch_size": [0, -1, 1.5],
     "num_rounds": [0, -1, 1.5],
@@ -267,6 +273,8 @@ BY_NAME: dict[str, list] = {
     "turn": [-1, 0.5],
     "peer": [-1, 7, 0.5],
     "size": [1, 0.5],
+    "number": [1, 0.5, NAN, INF],
+    "starts": [[], ["a", "b"]],
     "trained": [-1, 0.5],
     "index": [-1, 0.5],
     "n": [0, -1, 1.5],
@@ -298,8 +306,7 @@ BY_NAME: dict[str, list] = {
     "finest": [NAN],
     "defence": ["sparsity", {}, {"name": "sparsity"}, {"name": "noise", "scal": 1}],
     "options": [{"no_such": 1}],
-    "optimizer_options": [{"no_such": 1}],
-    "client_options": [{"no_such": 1}],
+    "optimizer_options": [{"no_such": 1}, {"momentum": "a"}, {"momentum": -1.0}],
     "model_options": [{"no_such": 1}],
     "attack_options": [{"no_such": 1}],
     "trusted": [[], [torch.ones(2) > 0]],
@@ -349,9 +356,13 @@ FINE = {
     ("models.", "num_classes", "7"),
     # what is no number is no success
     ("metrics.success", "psnr_value", "nan"),
-    # any tensors can be rounded
-    ("weights.rounded", "weights", "{}"),
-    ("weights.rounded", "weights", "{'0.weight': tensor([0., 0.])}"),
+    # any weights can be rounded and defended, those of no network as well
+    *(("weights.rounded", "weights", each) for each in ("{}", "{'0.weight': tensor([0., 0.])}")),
+    *(("defenses.", "weights", each) for each in ("{}", "{'0.weight': tensor([0., 0.])}")),
+    # no defence is told as None or as nothing
+    ("adaptive.combined", "defence", "{}"),
+    # the name that an argument goes by
+    *(("clients.step_of", "argument", each) for each in ("'clients'", "''")),
 }
 ANYTHING = object()  # of no type that anything takes
 
@@ -371,9 +382,7 @@ def wrong_values(name, value, hint):
     elif isinstance(value, torch.Tensor):
         yield from ("x", *TENSORS.get(name, lambda _: [])(value))
     elif name in WEIGHTS:
-        yield from ({"0.weight": 3}, [1])
-        # A function of weights alone takes those of any network, and of none.
-        yield from () if name == "weights" else ({}, {"0.weight": torch.zeros(2)})
+        yield from ({}, {"0.weight": 3}, {"0.weight": torch.zeros(2)}, [1])
     elif isinstance(value, (Mapping, Sequence)):
         yield from (3, "x", *BY_NAME.get(name, []))
     else:
@@ -415,6 +424,8 @@ def outcome(key, name, arguments):
         clear = isinstance(error, (ValueError, TypeError, OSError)) and "\n" not in said
         words = [name, name.replace("_", " "), name.removesuffix("s")]
         words += [WORDS[key][name]] if name in WORDS.get(key, ()) else []
+        if isinstance(arguments[name], Mapping):  # or what is wrong in it
+            words += [str(inner) for inner in arguments[name]]
         if clear and any(word in said for word in words):
             return None
         return f"raw {type(error).__name__}: {said[:150]!r}"

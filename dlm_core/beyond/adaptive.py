@@ -6,6 +6,7 @@ them. Which coordinates a sparsified snapshot or update keeps need not be told: 
 it.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from dlm_core import attacks, check, objectives, records
+from dlm_core.arrays import Labels
 from dlm_core.beyond import clients, exact
 from dlm_core.defenses import Setting
 from dlm_core.observation import Observation
@@ -37,7 +39,8 @@ Told = Setting | Mapping[str, Any]
     several=False,
     seeded=False,
 )
-@records.passes_on_to(exact.recover)
+@records.passes_on_to(exact.recover, fixed=["trusted", "extra_variance"])
+@check.arguments
 def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstruction:
     """``exact.recover`` without what the defence zeroed, under the noise that it adds.
 
@@ -66,9 +69,14 @@ def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstructi
     marker="P",
     client="one step of SGD, with momentum or not, defended",
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["distance"])
+@check.arguments
 def dlm_plus(
-    seen: Observation, *, defence: Told, total_variation: float | None = None, **options: Any
+    seen: Observation,
+    *,
+    defence: Told,
+    total_variation: check.NonNegative | None = None,
+    **options: Any,
 ) -> Reconstruction:
     """DLM+ without what the defence zeroed, all other coordinates weighted by their noise.
 
@@ -89,7 +97,7 @@ def dlm_plus(
     if not any(variances):
         trusted, prior = setting.kept(seen), total_variation or 0.0
         return attacks.dlm_plus(seen, trusted=trusted, total_variation=prior, **options)
-    weights = [variance**-0.5 for variance in variances]
+    weights = _weights(variances)
     if total_variation is None:
         total_variation = _prior(seen, weights)
     distance = objectives.weighted(objectives.normalised_distance, weights)
@@ -105,9 +113,15 @@ def dlm_plus(
     client="several local steps of plain SGD, defended",
 )
 @check.renamed(steps="local_steps")
-@records.passes_on_to(dlm_plus)
+@records.passes_on_to(dlm_plus, fixed=["update_of"])
+@check.arguments
 def unrolled_dlm(
-    seen: Observation, *, defence: Told, learning_rate: float, local_steps: int, **options: Any
+    seen: Observation,
+    *,
+    defence: Told,
+    learning_rate: check.Positive,
+    local_steps: check.Count,
+    **options: Any,
 ) -> Reconstruction:
     """``dlm_plus`` on a simulated SGD client.
 
@@ -122,9 +136,7 @@ def unrolled_dlm(
     **options
         Of ``dlm_plus``.
     """
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
-    check.at_least("local_steps", local_steps, 1)
-    client = partial(clients.update, learning_rate=learning_rate, local_steps=local_steps)
+    client = partial(clients.simulate, learning_rate=learning_rate, local_steps=local_steps)
     return dlm_plus(seen, defence=defence, update_of=client, **options)
 
 
@@ -137,28 +149,52 @@ def unrolled_dlm(
     client="one step of SGD a round on the same image, several rounds, defended by noise",
     several=False,
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["distance", "update_of"])
+@check.arguments
 def combined(
-    rounds: Sequence[Observation], *, defence: Told | None, **options: Any
+    rounds: Sequence[Observation],
+    *,
+    defence: Told | None,
+    labels: str | Labels = "inferred",
+    total_variation: check.NonNegative | None = None,
+    **options: Any,
 ) -> Reconstruction:
     """DLM+ on several rounds of one client with the same image: the sum of its objectives.
 
     Parameters
     ----------
     rounds
-        One Observation each. Each is normalised by itself, so that no learning rate or clipping
-        need be shared. The label is read off the sum of their updates, and the prior is that of
-        ``dlm_plus`` for their mean.
+        One Observation each, at least one, of one architecture. Each is normalised by itself, so
+        that no learning rate or clipping need be shared.
     defence
-        Told, with its strength: one that adds noise; None or {} for no defence.
+        Told, with its strength: one that leaves nothing out; None or {} for no defence.
+    labels
+        Of ``search.reconstruct``; "inferred" reads it off the sum of the updates.
+    total_variation
+        Of ``search.reconstruct``. None sets that of ``dlm_plus`` for the mean of the rounds.
     **options
         Of ``search.reconstruct``.
+
+    Raises
+    ------
+    ValueError
+        For rounds that do not fit each other, and for a defence that zeroes entries.
     """
+    check.at_least("number of rounds", len(rounds), 1)
+    shapes = [[layer.shape for layer in each.delta] for each in rounds]
+    if any(each != shapes[0] for each in shapes):
+        raise ValueError("rounds holds Observations of networks of different architecture")
     size = len(rounds[0].delta)
     weights, prior = [[1.0] * size] * len(rounds), 0.0
-    if defence:
-        setting = Setting.of(defence)
-        weights = [[v**-0.5 for v in setting.noise_variance(each)] for each in rounds]
+    setting = Setting.of(defence) if defence else None
+    if setting is not None and setting.record.leaves_out:
+        raise ValueError(
+            f"defence {setting.name!r} zeroes entries, which combined cannot leave out: "
+            "dlm_plus can, round by round"
+        )
+    variances = [setting.noise_variance(each) if setting else [0.0] for each in rounds]
+    if all(any(each) for each in variances):
+        weights = [_weights(each) for each in variances]
         prior = len(rounds) / sum(1 / _prior(each, w) for each, w in zip(rounds, weights))
 
     def update_of(models, loss, images, labels):
@@ -172,15 +208,17 @@ def combined(
             total = total + between(g[part], d[part])
         return total
 
-    none = torch.zeros_like(rounds[0].head.delta_bias)
-    label = sum((each.head.delta_bias for each in rounds), start=none).argmin()[None]
-    settings = {"labels": label, "total_variation": prior, **options}
+    if isinstance(labels, str) and labels == "inferred":
+        none = torch.zeros_like(rounds[0].head.delta_bias)
+        labels = sum((each.head.delta_bias for each in rounds), start=none).argmin()[None]
+    prior = prior if total_variation is None else total_variation
+    settings = {"labels": labels, "total_variation": prior, **options}
     return reconstruct(_joined(rounds), distance, update_of=update_of, **settings)
 
 
 def _joined(rounds: Sequence[Observation]) -> Observation:
     """One Observation of a model that is the list of all, parameters round by round."""
-    models = _Models(each.model for each in rounds)
+    models = _Models(copy.deepcopy(each.model) for each in rounds)  # parameters of its own each
     after = {
         f"{turn}.{name}": tensor
         for turn, each in enumerate(rounds)
@@ -195,6 +233,14 @@ class _Models(nn.ModuleList):
     def forward(self, images: torch.Tensor) -> Any:
         """As the first model's."""
         return self[0](images)
+
+
+def _weights(variances: Sequence[float]) -> list[float]:
+    """1/σ of each parameter's entries. What has no noise among noise, such as a layer of zeros that
+    is quantised, counts like what has least.
+    """
+    least = min(variance for variance in variances if variance > 0)
+    return [max(variance, least) ** -0.5 for variance in variances]
 
 
 def _prior(seen: Observation, weights: Sequence[float]) -> float:

@@ -5,9 +5,9 @@ gradient, state, rate, **options) -> (weight, state)``, with the names, defaults
 operations of ``torch.optim``. The state before the first step is None.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -15,10 +15,13 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dlm_core import check, federated, records
+from dlm_core.arrays import Images, Labels
+from dlm_core.observation import find_head
 
 CHECKPOINT_FROM = 100  # steps: from here on memory is worth up to twice the time
 
 Rate = torch.Tensor | float
+Decay = Annotated[float, check.Range(0, 1, open_high=True)]  # of a moving average
 Step = Callable[..., tuple[torch.Tensor, Any]]
 
 
@@ -28,10 +31,10 @@ def sgd(
     state: torch.Tensor | None,
     rate: Rate,
     *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
+    momentum: check.NonNegative = 0.0,
+    dampening: check.Finite = 0.0,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: check.NonNegative = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SGD with heavy-ball or Nesterov momentum; the buffer starts as the first gradient.
 
@@ -64,9 +67,9 @@ def adam(
     state: tuple[torch.Tensor, torch.Tensor, int] | None,
     rate: Rate,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    betas: Sequence[Decay] = (0.9, 0.999),
+    eps: check.NonNegative = 1e-8,
+    weight_decay: check.NonNegative = 0.0,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
     """Adam (Kingma and Ba 2015), weight decay as part of the gradient.
 
@@ -101,9 +104,9 @@ def adamw(
     state: tuple[torch.Tensor, torch.Tensor, int] | None,
     rate: Rate,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    betas: Sequence[Decay] = (0.9, 0.999),
+    eps: check.NonNegative = 1e-8,
+    weight_decay: check.NonNegative = 1e-2,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
     """AdamW (Loshchilov and Hutter 2019): Adam on weights that shrink by ηλ in each step.
 
@@ -129,9 +132,9 @@ def rmsprop(
     state: torch.Tensor | None,
     rate: Rate,
     *,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    alpha: Decay = 0.99,
+    eps: check.NonNegative = 1e-8,
+    weight_decay: check.NonNegative = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSprop (Hinton 2012). Its first step is ``η g/(√(1-α) |g| + ε)``.
 
@@ -160,6 +163,7 @@ for _key, _step in OPTIMIZERS.items():  # federated has a record of each, with i
     records.add(replace(federated.CLIENT_OPTIMIZERS[_key], step=_step))
 
 
+@check.arguments
 def step_of(argument: str, key: str) -> Step:
     """The differentiable step of a registered client optimizer.
 
@@ -187,15 +191,16 @@ def step_of(argument: str, key: str) -> Step:
     options="optimizer_options",
     optimizer="client_optimizer",
 )
+@check.arguments
 def update(
     model: nn.Module,
     loss: Callable[..., torch.Tensor],
-    images: torch.Tensor,
+    images: Images,
     labels: torch.Tensor,
     *,
-    learning_rate: Rate,
-    local_steps: int = 1,
-    batch_size: int | None = None,
+    learning_rate: torch.Tensor | check.Positive,
+    local_steps: check.Count = 1,
+    batch_size: check.Count | None = None,
     client_optimizer: Step = sgd,
     optimizer_options: Mapping[str, Any] | None = None,
     checkpointed: bool | None = None,
@@ -209,7 +214,7 @@ def update(
     loss
         (logits, labels) -> scalar.
     images
-        [N, C, H, W].
+        [N, C, H, W] in [0, 1].
     labels
         [N] class indices or [N, K] distributions.
     learning_rate
@@ -230,9 +235,50 @@ def update(
     Returns
     -------
     list of torch.Tensor
-        One per parameter, differentiable in images, soft labels and rate.
-        ``federated.train_locally`` is the same without that.
+        One per parameter, differentiable in images, soft labels and rate; zeros for a parameter
+        that is frozen or unused. ``federated.train_locally`` is the same without that.
+
+    Raises
+    ------
+    ValueError
+        For arguments out of range, and for images and labels that do not fit the model.
     """
+    if not labels.is_floating_point():
+        federated.num_classes_of(model, images, check.fitting("labels", labels, Labels))
+    elif labels.shape != (len(images), find_head(model, images.shape[1:])[1].out_features):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and {labels.dtype}; "
+            f"it takes {len(images)} class indices, or a distribution over the classes for each"
+        )
+    check_options("optimizer_options", client_optimizer, optimizer_options or {})
+    return simulate(
+        model,
+        loss,
+        images,
+        labels,
+        learning_rate=learning_rate,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        client_optimizer=client_optimizer,
+        optimizer_options=optimizer_options,
+        checkpointed=checkpointed,
+    )
+
+
+def simulate(
+    model: nn.Module,
+    loss: Callable[..., torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    learning_rate: Rate,
+    local_steps: int = 1,
+    batch_size: int | None = None,
+    client_optimizer: Step = sgd,
+    optimizer_options: Mapping[str, Any] | None = None,
+    checkpointed: bool | None = None,
+) -> list[torch.Tensor]:
+    """``update`` without its checks, for the inner loop of a search, whose images may be any."""
     names, weights = zip(*model.named_parameters())
     batch_size = len(images) if batch_size is None else batch_size
     options = optimizer_options or {}
@@ -245,9 +291,14 @@ def update(
             batch = positions % len(images)
             images, labels = images[batch], labels[batch]
         value = loss(functional_call(model, dict(zip(names, weights)), images), labels)
-        gradients = torch.autograd.grad(value, weights, create_graph=True)
-        of_each = zip(weights, gradients, states)
-        stepped = [client_optimizer(w, g, state, rate, **options) for w, g, state in of_each]
+        trained = [w for w in weights if w.requires_grad]
+        found = iter(torch.autograd.grad(value, trained, create_graph=True, allow_unused=True))
+        # Like torch.optim, it leaves alone what has no gradient: a frozen or an unused layer.
+        gradients = [next(found) if w.requires_grad else None for w in weights]
+        stepped = [
+            (w, state) if g is None else client_optimizer(w, g, state, rate, **options)
+            for w, g, state in zip(weights, gradients, states)
+        ]
         return tuple(zip(*stepped))
 
     if checkpointed is None:
@@ -260,6 +311,23 @@ def update(
         else:
             weights, states = step(*arguments)
     return [a - b for a, b in zip(before, weights)]
+
+
+def check_options(argument: str, step: Step, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that an optimizer's step does not take, or not so.
+
+    Parameters
+    ----------
+    argument
+        Name of the argument that the options came as, for the error.
+    step
+        Of the form of those of this module.
+    options
+        Its keyword arguments.
+    """
+    for name in options:
+        check.one_of(argument, name, records.keyword_names(step))
+    check.named(step, options)
 
 
 def _root(square: torch.Tensor) -> torch.Tensor:

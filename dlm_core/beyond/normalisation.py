@@ -25,6 +25,7 @@ Tensors = Sequence[torch.Tensor]
 Statistics = dict[str, list[torch.Tensor]]
 
 
+@check.arguments
 def local_batches(seen: Observation) -> dict[str, int]:
     """E, the number of batches that the client took, as each batch-norm layer counted them.
 
@@ -37,23 +38,30 @@ def local_batches(seen: Observation) -> dict[str, int]:
     -------
     dict of str to int
         {layer's name: E > 0}. Layers that counted nothing (eval mode, or no running statistics) are
-        left out.
+        left out, and those whose statistics never move (a momentum of 0).
     """
     found = {}
-    for name, layer in seen.model.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
-            after = int(seen.weights_after[_key(name, "num_batches_tracked")])
-            steps = after - _tracked_before(layer)
-            if steps > 0:
-                found[name] = steps
+    for name, layer in _tracking(seen).items():
+        steps = int(seen.weights_after[_key(name, "num_batches_tracked")]) - _tracked_before(layer)
+        if steps > 0 and layer.momentum != 0:
+            found[name] = steps
     return found
 
 
-def _batches(layer: Any) -> int:
-    """How many batches a batch-norm layer has seen."""
-    return int(layer.num_batches_tracked)
+def _tracking(seen: Observation) -> dict[str, _BatchNorm]:
+    """The batch-norm layers that keep running statistics."""
+    named = seen.model.named_modules()
+    layers = {name: layer for name, layer in named if isinstance(layer, _BatchNorm)}
+    return {name: layer for name, layer in layers.items() if layer.track_running_stats}
 
 
+def _has_moved(seen: Observation, name: str, layer: _BatchNorm) -> bool:
+    before = layer.running_mean
+    assert before is not None  # ``track_running_stats`` is asked first
+    return not torch.equal(seen.weights_after[_key(name, "running_mean")].to(before), before)
+
+
+@check.arguments
 def batch_statistics(seen: Observation) -> Statistics:
     """What entered each batch-norm layer, as mean and variance of its channels.
 
@@ -103,6 +111,7 @@ def moments(x: torch.Tensor) -> list[torch.Tensor]:
     return [x.mean(rest), x.var(rest)]
 
 
+@check.arguments
 def gradient_and_statistics(names: Sequence[str]) -> Callable[..., list[torch.Tensor]]:
     """``objectives.gradient``, followed by moments of layers' inputs, from the same pass.
 
@@ -137,8 +146,9 @@ def gradient_and_statistics(names: Sequence[str]) -> Callable[..., list[torch.Te
     return update_of
 
 
+@check.arguments
 def matched(
-    distance: Callable[..., torch.Tensor], targets: Mapping[str, Tensors], weight: float
+    distance: Callable[..., torch.Tensor], targets: Mapping[str, Tensors], weight: check.NonNegative
 ) -> Callable[..., torch.Tensor]:
     """``distance`` of the gradient, plus the mean relative squared error of the statistics.
 
@@ -178,12 +188,13 @@ def matched(
     assumes=("that the client took one batch",),
     client="one step of SGD, a network with batch normalisation in train mode",
 )
-@records.passes_on_to(search.reconstruct)
+@records.passes_on_to(search.reconstruct, fixed=["update_of"])
+@check.arguments
 def reconstruct(
     seen: Observation,
     distance: Callable[..., torch.Tensor] = objectives.normalised_distance,
     *,
-    weight: float = 1e3,
+    weight: check.NonNegative = 1e3,
     **options: Any,
 ) -> Reconstruction:
     """``search.reconstruct`` that matches the client's batch statistics too.
@@ -205,13 +216,15 @@ def reconstruct(
     ValueError
         Where the client sent no statistics of a batch.
     """
-    check.in_range("weight", weight, 0, float("inf"))
     targets = batch_statistics(seen)
     if not targets:
-        raise ValueError(
-            "seen holds no batch statistics: no batch-norm layer of the model moved its "
-            "running mean"
+        moved = [name for name, layer in _tracking(seen).items() if _has_moved(seen, name, layer)]
+        why = (
+            f"{moved[0]!r} moved its running mean, but counts no batch, so that they cannot be told"
+            if moved
+            else "no batch-norm layer of the model moved its running mean"
         )
+        raise ValueError(f"seen holds no batch statistics: {why}")
     joint = matched(distance, targets, weight)
     update_of = gradient_and_statistics(list(targets))
     return search.reconstruct(seen, joint, update_of=update_of, **options)

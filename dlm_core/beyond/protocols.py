@@ -7,7 +7,7 @@ former.
 """
 
 import copy
-import math
+import importlib
 import os
 import socket
 import subprocess
@@ -17,25 +17,32 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlm_core import check, federated, records
+from dlm_core import check, federated, objectives, records
+from dlm_core.arrays import for_model
+from dlm_core.federated import Client
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
-from dlm_core.weights import StateDict
+from dlm_core.weights import StateDict, held_as
 
-Client = tuple[torch.Tensor, torch.Tensor]
 Tensors = Sequence[torch.Tensor]
+Defend = Callable[[Observation, int, int], Observation]
 
 
 @records.protocol("fedsgd", title="FedSGD")
 @check.renamed(lr="learning_rate", number="num_rounds")
+@check.arguments
 def fedsgd(
-    model: nn.Module, clients: Sequence[Client], *, learning_rate: float, num_rounds: int = 1
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    learning_rate: check.Positive,
+    num_rounds: check.Count = 1,
 ) -> Observation:
     """FedSGD (McMahan et al. 2017): clients send their gradients, and the server steps.
 
@@ -44,7 +51,7 @@ def fedsgd(
     model
         With the weights of the start.
     clients
-        (images, labels) of each.
+        (images, labels) of each, at least one.
     learning_rate
         η > 0 of the server, which steps by η times the mean of the gradients.
     num_rounds
@@ -56,8 +63,7 @@ def fedsgd(
         What the server sees of the first client in the last round: (W_t, W_t - g), a step of
         rate 1, known.
     """
-    check.at_least("num_rounds", num_rounds, 1)
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
+    check.at_least("number of clients", len(clients), 1)
     for _ in range(num_rounds):
         seen = [federated.train_locally(model, *client, learning_rate=1.0) for client in clients]
         sent = [each.delta for each in seen]
@@ -69,13 +75,19 @@ def fedsgd(
 
 @records.protocol("aggregate", title="aggregate", defended=True)
 @records.passes_on_to(federated.train_locally)
+@check.arguments
 def aggregate(
-    model: nn.Module, clients: Sequence[Client], *, curious: bool = False, **training: Any
+    model: nn.Module,
+    clients: Sequence[Client],
+    *,
+    curious: bool = False,
+    defend: Defend | None = None,
+    **training: Any,
 ) -> Observation:
     """One round of FedAvg of which only the mean of the clients' weights is seen.
 
-    That is secure aggregation, or a global model. With equal sizes, one step and one η, it is a
-    step on the joint batch.
+    That is secure aggregation, or a global model: each client counts by its number of images. With
+    one step and one η, it is a step on the joint batch.
 
     Parameters
     ----------
@@ -84,7 +96,9 @@ def aggregate(
     clients
         (images, labels) of each.
     curious
-        Whether the observer is the last client, who subtracts its own part.
+        Whether the observer is the last client of two or more, who subtracts its own part.
+    defend
+        As in ``federated.rounds``.
     **training
         Of ``federated.train_locally``.
 
@@ -93,15 +107,20 @@ def aggregate(
     Observation
         Of the mean of all, or of the others' mean.
     """
-    ((after, seen),) = federated.rounds(model, clients, num_rounds=1, **training)
+    check.at_least("number of clients", len(clients), 2 if curious else 1)
+    ((after, seen),) = federated.rounds(model, clients, num_rounds=1, defend=defend, **training)
     shape = seen[0].image_shape
     everyone = federated.observe(model, model.state_dict(), after.state_dict(), shape)
     if not curious:
         return everyone
-    return _moved(model, others(everyone.delta, seen[-1].delta, len(clients)), shape)
+    sizes = [len(labels) for _, labels in clients]
+    return _moved(model, others(everyone.delta, seen[-1].delta, sum(sizes) / sizes[-1]), shape)
 
 
-def others(mean: Tensors, own: Tensors, number: int) -> list[torch.Tensor]:
+@check.arguments
+def others(
+    mean: Tensors, own: Tensors, number: Annotated[float, check.Range(1, open_low=True)]
+) -> list[torch.Tensor]:
     """The mean update of the others.
 
     Parameters
@@ -111,21 +130,23 @@ def others(mean: Tensors, own: Tensors, number: int) -> list[torch.Tensor]:
     own
         That of the one among them who asks.
     number
-        How many they are, at least 2.
+        How many of its size they are, itself included: all images over its own.
     """
-    check.at_least("number", number, 2)
+    if [layer.shape for layer in mean] != [layer.shape for layer in own]:
+        raise ValueError("mean and own are updates of networks of different architecture")
     return [(number * a.double() - b.double()) / (number - 1) for a, b in zip(mean, own)]
 
 
 @records.protocol("rounds", title="several rounds", defended=True)
 @records.passes_on_to(federated.train_locally)
 @check.renamed(number="num_rounds")
+@check.arguments
 def rounds(
     model: nn.Module,
     clients: Sequence[Client],
     *,
-    num_rounds: int,
-    defend: Callable[[Observation, int, int], Observation] | None = None,
+    num_rounds: check.Count,
+    defend: Defend | None = None,
     **training: Any,
 ) -> list[Observation]:
     """Several rounds of FedAvg, as its server sees the first client.
@@ -135,7 +156,7 @@ def rounds(
     model
         With the weights of the start.
     clients
-        (images, labels) of each.
+        (images, labels) of each, at least one.
     num_rounds
         How many, at least 1.
     defend
@@ -154,14 +175,15 @@ def rounds(
 
 @records.protocol("data_parallel", title="data-parallel")
 @check.renamed(lr="learning_rate", number="num_rounds")
+@check.arguments
 def data_parallel(
     model: nn.Module,
     clients: Sequence[Client],
     *,
-    learning_rate: float,
+    learning_rate: check.Positive,
     curious: bool = True,
-    num_rounds: int = 1,
-    timeout: float = 300,
+    num_rounds: check.Count = 1,
+    timeout: check.Positive = 300,
 ) -> Observation:
     """Synchronous data-parallel SGD: a process for each client, gradients averaged over gloo.
 
@@ -196,11 +218,12 @@ def data_parallel(
     RuntimeError
         Where a worker failed. No process outlives the call.
     """
-    check.at_least("num_rounds", num_rounds, 1)
     check.at_least("number of clients", len(clients), 2)
-    check.in_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
+    for images, labels in clients:
+        federated.num_classes_of(model, images, labels)
+    clients = [(for_model(images, model), labels) for images, labels in clients]
     with tempfile.TemporaryDirectory() as folder:
-        task = (model, clients, learning_rate, num_rounds, timeout)
+        task = (model, clients, learning_rate, num_rounds, timeout, _has_unused(model, clients[0]))
         torch.save(task, Path(folder) / "task")
         _run(len(clients), folder, timeout)
         weights, mean, own = torch.load(Path(folder) / "seen", weights_only=True)
@@ -208,6 +231,14 @@ def data_parallel(
     model.load_state_dict(weights)
     update = others(mean, own, len(clients)) if curious else mean
     return _moved(model, update, clients[0][0].shape[1:])
+
+
+def _has_unused(model: nn.Module, client: Client) -> bool:
+    """Whether a parameter is to be trained on which the scores do not hang."""
+    model, (images, labels) = copy.deepcopy(model), client
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = federated.loss(model(images), labels)
+    return any(g is None for g in torch.autograd.grad(loss, trained, allow_unused=True))
 
 
 def _run(number: int, folder: str, timeout: float) -> None:
@@ -254,7 +285,7 @@ def _work(rank: int, size: int, folder: str) -> None:
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ["GLOO_SOCKET_IFNAME"] = loopback
     task = torch.load(Path(folder) / "task", weights_only=False)  # written by data_parallel
-    model, clients, learning_rate, num_rounds, timeout = task
+    model, clients, learning_rate, num_rounds, timeout, unused = task
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -263,28 +294,29 @@ def _work(rank: int, size: int, folder: str) -> None:
         timeout=timedelta(seconds=timeout),
     )
     images, labels = clients[rank]
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model, find_unused_parameters=unused)
     sgd = torch.optim.SGD(model.parameters(), lr=learning_rate)
     for _ in range(num_rounds):
         before = copy.deepcopy(model.state_dict())
-        own = torch.autograd.grad(federated.loss(model(images), labels), list(model.parameters()))
+        own = [g.detach() for g in objectives.gradient(model, federated.loss, images, labels)]
         sgd.zero_grad()
         federated.loss(parallel(images), labels).backward()
         sgd.step()
     if rank == size - 1:
-        mean = [p.grad for p in model.parameters()]
-        torch.save((before, mean, list(own)), Path(folder) / "seen")
+        mean = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        torch.save((before, mean, own), Path(folder) / "seen")
     distributed.destroy_process_group()
 
 
 @records.protocol("gossip", title="gossip")
 @check.renamed(lr="learning_rate")
+@check.arguments
 def gossip(
     model: nn.Module,
     clients: Sequence[Client],
     *,
-    learning_rate: float,
-    turn: int = 0,
+    learning_rate: check.Positive,
+    turn: check.Whole = 0,
     accomplice: bool = False,
     private: bool = False,
 ) -> Observation:
@@ -317,24 +349,27 @@ def gossip(
     common start, and where there are no more than three peers; a guess otherwise.
     """
     size = len(clients)
+    check.at_least("number of clients", size, 2)
     starts = [shuffled(model, peer) if private else model for peer in range(size)]
     messages = exchange(starts, clients, learning_rate=learning_rate, num_rounds=turn + 1)
     heard = {*ring(size - 1, size), *([1] if accomplice else [])}
     before, after = messages[turn][0], messages[turn + 1][0]
     mixed = _mean(messages[turn], [peer for peer in ring(0, size) if peer in heard])
     step = {
-        name: (w.double() + after[name].double() - mixed[name]).to(w) for name, w in before.items()
+        name: held_as(w.double() + after[name].double() - mixed[name], w)
+        for name, w in before.items()
     }
     return federated.observe(model, before, step, clients[0][0].shape[1:])
 
 
 @records.protocol("two_hops", title="two hops")
 @check.renamed(lr="learning_rate")
+@check.arguments
 def two_hops(
     model: nn.Module,
     clients: Sequence[Client],
     *,
-    learning_rate: float,
+    learning_rate: check.Positive,
     attack: str | Callable[[Observation], Reconstruction] = "exact",
 ) -> Observation:
     """The same ring, and a listener two hops from the first peer, whom it never hears.
@@ -363,7 +398,8 @@ def two_hops(
     """
     check.at_least("number of clients", len(clients), 4)
     if isinstance(attack, str):
-        check.one_of("attack", attack, records.ATTACKS)  # those of the modules imported so far
+        importlib.import_module("dlm_core.beyond.exact")  # the default; others as they are imported
+        check.one_of("attack", attack, records.ATTACKS)
         attack = records.ATTACKS[attack]
     starts = [model] * len(clients)
     messages = exchange(starts, clients, learning_rate=learning_rate, num_rounds=2)
@@ -388,22 +424,23 @@ def _unmixed(
     assert found.learning_rate is not None  # ``two_hops`` refuses other attacks
     peer = copy.deepcopy(model).double()
     peer.load_state_dict(between[1])
-    loss = federated.loss(peer(found.images), found.labels)
-    gradients = torch.autograd.grad(loss, list(peer.parameters()))
+    images = for_model(found.images, peer)
+    gradients = objectives.gradient(peer, federated.loss, images, found.labels)
     sent = dict(between[1])
     for (name, own), g in zip(peer.named_parameters(), gradients):
-        mixed = between[2][name].double() + found.learning_rate * g
+        mixed = between[2][name].double() + found.learning_rate * g.detach()
         sent[name] = (3 * mixed - own.detach() - listener[name].double()).to(sent[name])
     return sent
 
 
 @check.renamed(lr="learning_rate", number="num_rounds")
+@check.arguments
 def exchange(
     starts: Sequence[nn.Module],
     clients: Sequence[Client],
     *,
-    learning_rate: float,
-    num_rounds: int,
+    learning_rate: check.Positive,
+    num_rounds: check.Count,
 ) -> list[list[StateDict]]:
     """D-PSGD (Lian et al. 2017, algorithm 1) on a ring.
 
@@ -425,8 +462,9 @@ def exchange(
     list of list of state dict
         The messages [num_rounds + 1][peer], each sent to both neighbours.
     """
-    check.at_least("num_rounds", num_rounds, 1)
     check.at_least("number of clients", len(clients), 2)
+    if len(starts) != len(clients):
+        raise ValueError(f"starts has {len(starts)} models; it takes one for each client")
     messages = [[model.state_dict() for model in starts]]
     for _ in range(num_rounds):
         before, sent = messages[-1], []
@@ -443,12 +481,16 @@ def exchange(
 def _plus_step(mixed: StateDict, before: StateDict, after: StateDict) -> StateDict:
     """``mixed`` moved as ``before`` was to ``after``, in its precision."""
     return {
-        name: (mixed[name] + after[name].double() - w.double()).to(w) for name, w in before.items()
+        name: held_as(mixed[name] + after[name].double() - w.double(), w)
+        for name, w in before.items()
     }
 
 
-def ring(peer: int, size: int) -> list[int]:
-    """The peer and its neighbours, ascending, on a ring of ``size``."""
+@check.arguments
+def ring(peer: check.Whole, size: Annotated[int, check.Range(2)]) -> list[int]:
+    """The peer and its neighbours, ascending, on a ring of ``size`` >= 2."""
+    if peer >= size:
+        raise ValueError(f"peer is {peer}; a ring of size {size} has peers 0 to {size - 1}")
     return sorted({(peer + step) % size for step in (-1, 0, 1)})
 
 
@@ -460,7 +502,8 @@ def _mean(snapshots: Sequence[StateDict], members: Sequence[int]) -> StateDict:
     }
 
 
-def shuffled(model: nn.Module, seed: int) -> nn.Module:
+@check.arguments
+def shuffled(model: nn.Module, seed: check.Whole) -> nn.Module:
     """A copy with the entries of each parameter in another order."""
     model, draws = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():

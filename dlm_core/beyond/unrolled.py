@@ -20,6 +20,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from dlm_core import check, label_inference, objectives, records
+from dlm_core.arrays import Labels
 from dlm_core.beyond import clients
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
@@ -51,17 +52,25 @@ Search = Callable[..., Reconstruction]
     client="several local steps; takes a minute or more",
     audited=5,
 )
-@check.renamed(steps="local_steps")
-@records.passes_on_to(reconstruct)
+@check.renamed(
+    steps="local_steps",
+    client="client_optimizer",
+    client_options="optimizer_options",
+    max_steps="max_local_steps",
+)
+@records.passes_on_to(reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale"])
+@check.arguments
 def unrolled_dlm(
     seen: Observation,
     *,
-    client: str = "sgd",
-    client_options: Mapping[str, Any] | None = None,
-    local_steps: int | None = None,
-    max_steps: int = 64,
-    batch_size: int | None = None,
-    max_evaluations: int = 400,
+    client_optimizer: str = "sgd",
+    optimizer_options: Mapping[str, Any] | None = None,
+    local_steps: check.Count | None = None,
+    max_local_steps: check.Count = 64,
+    batch_size: check.Count | None = None,
+    num_images: check.Count = 1,
+    labels: str | Labels = "inferred",
+    max_evaluations: check.Count = 400,
     **options: Any,
 ) -> Reconstruction:
     """DLM+ on a simulated client: the image, the learning rate and the number of local steps.
@@ -71,16 +80,18 @@ def unrolled_dlm(
     seen
         What the observer sees. Told: the kind of optimizer and its options, but not the learning
         rate; E only if given.
-    client
+    client_optimizer
         Key of ``records.CLIENT_OPTIMIZERS``, one with a ``step``.
-    client_options
+    optimizer_options
         Its further arguments, e.g. {"momentum": 0.9}.
     local_steps
         E >= 1; None searches it.
-    max_steps
+    max_local_steps
         Largest E that is tried, at least 1.
     batch_size
         Images per local step, at least 1, taken in order; None takes all in each.
+    num_images, labels
+        Of ``search.reconstruct``.
     max_evaluations
         Of each search at the E that fits best, at least 1; the searches for E take forty each.
     **options
@@ -100,24 +111,13 @@ def unrolled_dlm(
     -----
     Where the steps hardly change the gradient only η·E is determined, and E is the first that fits.
     """
-    step = clients.step_of("client", client)
-    _check_options(client, step, client_options)
-    num_images = options.get("num_images", 1)
-    counts = {
-        "local_steps": 1 if local_steps is None else local_steps,
-        "max_steps": max_steps,
-        "max_evaluations": max_evaluations,
-        "batch_size": 1 if batch_size is None else batch_size,
-        "num_images": num_images,
-    }
-    for name, value in counts.items():
-        check.at_least(name, value, 1)
-    labels = options.get("labels", "inferred")
+    step = clients.step_of("client_optimizer", client_optimizer)
+    clients.check_options("optimizer_options", step, optimizer_options or {})
     head_steps = 1 if local_steps == 1 else HEAD_STEPS
     known = known_labels(seen, labels, num_images, local_steps=head_steps)
-    labels = labels if known is None else known
-    settings = {"tolerance": TOLERANCE, **options, "labels": labels}
-    simulated = _Client(step, client_options, batch_size)
+    told = {"num_images": num_images, "labels": labels if known is None else known}
+    settings = {"tolerance": TOLERANCE, **options, **told}
+    simulated = _Client(step, optimizer_options, batch_size)
 
     def search(
         steps: int,
@@ -133,17 +133,8 @@ def unrolled_dlm(
         if local_steps is not None:
             searches = [search(local_steps)]
         else:
-            searches = find_steps(search, max_steps)
-    return _joined(searches, client)
-
-
-def _check_options(client: str, step: clients.Step, given: Mapping[str, Any] | None) -> None:
-    takes = records.keyword_names(step)
-    for name in given or {}:
-        if name not in takes:
-            raise ValueError(
-                f"client_options has {name!r}; client {client!r} takes {', '.join(takes)}"
-            )
+            searches = find_steps(search, max_local_steps)
+    return _joined(searches, client_optimizer)
 
 
 def _steps(found: Reconstruction) -> int:
@@ -159,7 +150,7 @@ def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
     evidence = replace(
         best.evidence,
         losses=[loss for each in searches for loss in each.losses],
-        tried=[(_steps_of(each), each.loss) for each in searches],
+        tried=[(_steps(each), each.loss) for each in searches],
     )
     return replace(
         best,
@@ -169,7 +160,13 @@ def _joined(searches: Sequence[Reconstruction], client: str) -> Reconstruction:
     )
 
 
-def next_steps(losses: Mapping[int, float], max_steps: int, finest: float = math.inf) -> int | None:
+@check.renamed(max_steps="max_local_steps")
+@check.arguments
+def next_steps(
+    losses: Mapping[check.Count, float],
+    max_local_steps: check.Count,
+    finest: float = math.inf,
+) -> int | None:
     """The number of local steps to try next, given the losses of those tried so far.
 
     It is twice the best E until that is worse, then halfway to the nearest E tried on either side,
@@ -180,20 +177,25 @@ def next_steps(losses: Mapping[int, float], max_steps: int, finest: float = math
     losses
         {E: lowest loss}, at least one; the first of equals counts as the best. An infinite loss
         marks an E that need not be tried.
-    max_steps
+    max_local_steps
         Largest E that may be tried.
     finest
-        Neighbours closer than E/``finest`` are left out.
+        Neighbours closer than E/``finest`` are left out; at least 1.
 
     Returns
     -------
     int or None
         None where no E is left.
     """
+    if not losses or not finest >= 1:
+        raise ValueError(
+            f"losses is {check.shown(losses)} and finest {finest}; they take one or more, "
+            "and a number of at least 1"
+        )
     best = min(losses, key=lambda steps: losses[steps])
     above = min((steps for steps in losses if steps > best), default=3 * best)
     below = max((steps for steps in losses if steps < best), default=0)
-    halfway_up = min((best + above) // 2, max_steps)
+    halfway_up = min((best + above) // 2, max_local_steps)
     halfway_down = (best + below + 1) // 2
     for steps in (halfway_up, halfway_down):
         if steps not in losses and abs(steps - best) * finest >= best:
@@ -201,7 +203,8 @@ def next_steps(losses: Mapping[int, float], max_steps: int, finest: float = math
     return None
 
 
-def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
+@check.renamed(max_steps="max_local_steps")
+def find_steps(search: Search, max_local_steps: int) -> list[Reconstruction]:
     """Search for E: all searches made, in their order.
 
     Parameters
@@ -209,7 +212,7 @@ def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
     search
         Makes one: (E, the search to go on from or None, evaluations=…, patience=…), of which the
         last two bound it.
-    max_steps
+    max_local_steps
         Largest E that is tried.
 
     Notes
@@ -217,14 +220,15 @@ def find_steps(search: Search, max_steps: int) -> list[Reconstruction]:
     A first climb over E goes by short searches. Then the best E is searched at full length, and its
     neighbours but one shortly from where that ended, until E stays or the loss hardly falls.
     """
-    first = min(FIRST, max_steps)
+    first = min(FIRST, max_local_steps)
     searches = [search(first, patience=HURRY)]
-    best = _climb(search, searches, {first: searches[0].loss}, max_steps, FINEST)
+    best = _climb(search, searches, {first: searches[0].loss}, max_local_steps, FINEST)
     while best.status is not Status.CONVERGED and len(searches) < MOST:
-        here, loss = _steps_of(best), best.loss
+        here, loss = _steps(best), best.loss
         searches.append(search(here, best))
-        losses = {here: _best(searches).loss, max(here - 2, 0): math.inf, here + 2: math.inf}
-        best = _climb(search, searches, losses, max_steps)
+        two_away = (steps for steps in (here - 2, here + 2) if steps > 0)
+        losses = {here: _best(searches).loss, **dict.fromkeys(two_away, math.inf)}
+        best = _climb(search, searches, losses, max_local_steps)
         if _steps(best) == here or best.loss > LOWER * loss:
             break
     return searches
@@ -234,12 +238,12 @@ def _climb(
     search: Search,
     searches: list[Reconstruction],
     losses: dict[int, float],
-    max_steps: int,
+    max_local_steps: int,
     finest: float = math.inf,
 ) -> Reconstruction:
     """Search shortly at every E that ``next_steps`` names, add to ``searches``, return the best."""
     while (best := _best(searches)).status is not Status.CONVERGED:
-        steps = next_steps(losses, max_steps, finest)
+        steps = next_steps(losses, max_local_steps, finest)
         if steps is None:
             break
         searches.append(search(steps, best, evaluations=SHORT, patience=HURRY))
@@ -250,12 +254,6 @@ def _climb(
 def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
     """The first of lowest loss."""
     return min(searches, key=lambda each: each.loss)
-
-
-def _steps_of(found: Reconstruction) -> int:
-    """E of a search, which assumed one."""
-    assert found.local_steps is not None
-    return found.local_steps
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ class _Client:
         local_steps: int,
     ) -> list[torch.Tensor]:
         """Its Δ."""
-        return clients.update(
+        return clients.simulate(
             model,
             training_loss,
             images,
@@ -341,8 +339,7 @@ def _first_rate(
     features = label_inference.features(d_weight, d_bias)[None]
     labels = options["labels"]
     if not isinstance(labels, torch.Tensor):  # to be optimised along with the images
-        num_images = options.get("num_images", 1)
-        labels = label_inference.infer(seen, num_images, local_steps=steps)
+        labels = label_inference.infer(seen, options["num_images"], local_steps=steps)
     counts = torch.bincount(labels, minlength=seen.num_classes).double()
     shares = counts[None] / len(labels)
     slope = (layer(features).detach().softmax(1) - shares)[0]

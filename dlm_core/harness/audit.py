@@ -95,7 +95,7 @@ def audit(
     options: dict[str, dict[str, Any]] = {
         "exact": {"transmitted": coarse},
         "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client": client or kin},
+        "unrolled_dlm": {"client_optimizer": client or kin},
     }
     results, ranks = {}, {}
     for name in names:

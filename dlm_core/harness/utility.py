@@ -2,19 +2,19 @@
 it sends.
 """
 
+import functools
 import itertools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlm_core import check, data, defenses, federated, models, records
 from dlm_core.defenses import Setting
 from dlm_core.harness.keys import result_key
-from dlm_core.observation import Observation
+from dlm_core.observation import Observation, Unchanged
 from dlm_core.records import Options, typed
 from dlm_core.threads import one_thread
 
@@ -35,25 +35,20 @@ class Training:
         Of ``defenses.train_privately``; None for training without it.
     """
 
-    learning_rate: float = 0.3
-    local_steps: int = 3
-    batch_size: int | None = None
-    clip: float | None = None
-    noise_multiplier: float | None = None
+    learning_rate: check.Positive = 0.3
+    local_steps: check.Count = 3
+    batch_size: check.Count | None = None
+    clip: check.Positive | None = None
+    noise_multiplier: check.NonNegative | None = None
 
     def __post_init__(self) -> None:
-        check.in_range("learning_rate", self.learning_rate, 0, math.inf, open_low=True)
-        check.at_least("local_steps", self.local_steps, 1)
-        check.at_least("batch_size", 1 if self.batch_size is None else self.batch_size, 1)
+        check.fields(self)
         if (self.clip is None) != (self.noise_multiplier is None):
             raise ValueError("clip and noise_multiplier go together: DP-SGD takes both")
-        if self.clip is not None:
-            check.in_range("clip", self.clip, 0, math.inf, open_low=True)
-            check.in_range("noise_multiplier", self.noise_multiplier, 0, math.inf)
-            if self.batch_size is not None:
-                raise ValueError(
-                    f"batch_size is {self.batch_size}; DP-SGD takes all images in each step: None"
-                )
+        if self.private and self.batch_size is not None:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; DP-SGD takes all images in each step: None"
+            )
 
     @property
     def private(self) -> bool:
@@ -75,13 +70,14 @@ class Federation:
     ----------
     defence
         A ``defenses.Setting``, or a dict of its name and options, applied to what each client
-        sends; None for no defence. Its observer is the server unless it says otherwise.
+        sends; None for no defence. Its observer is the server, who averages what is sent; what is
+        seen on the channel beside it changes no accuracy.
     dataset
         Of ``data.load``; one of which only samples are bundled takes its full set.
     model
         Key of ``records.NETWORKS``, with ``model_options`` of ``models.build``.
     num_clients
-        Who share the training images equally and at random.
+        Who share the training images equally and at random; no more than there are.
     num_rounds
         Of FedAvg.
     client
@@ -92,32 +88,45 @@ class Federation:
     Raises
     ------
     ValueError
-        For an unknown name or option, or a number out of range, when the value is made.
+        For an unknown name or option, or a value out of range, when the value is made.
+    FileNotFoundError, ValueError
+        Where the data set cannot be loaded.
     """
 
     defence: Setting | None = None
     dataset: str = "digits"
     model: str = "lenet"
     model_options: Options = Options(depth=2)
-    num_clients: int = 5
-    num_rounds: int = 30
+    num_clients: check.Count = 5
+    num_rounds: check.Count = 30
     client: Training = field(default_factory=lambda: Training(batch_size=96))
-    seed: int = 0
+    seed: check.Whole = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_clients", "num_rounds"):
-            check.at_least(name, getattr(self, name), 1)
-        check.at_least("seed", self.seed, 0)
-        check.one_of("model", self.model, records.NETWORKS)
-        check.one_of("data set", self.dataset, records.DATA_SETS)
-        object.__setattr__(self, "model_options", Options(self.model_options))
-        defence = self.defence
-        if defence and not isinstance(defence, Setting):
-            defence = Setting.of({"observer": "server", **defence})
-        object.__setattr__(self, "defence", defence or None)
+        options = check.fitting("model_options", self.model_options, Mapping[str, Any])
+        object.__setattr__(self, "model_options", Options(options))
         object.__setattr__(self, "client", typed("client", Training, self.client))
+        if self.defence is not None:
+            defence = replace(Setting.of(self.defence), observer="server")
+            object.__setattr__(self, "defence", defence)
+        check.fields(self)
+        check.one_of("model", self.model, records.NETWORKS)
+        check.one_of("dataset", self.dataset, records.DATA_SETS)
+        about = records.DATA_SETS[self.dataset]
+        self._build(about.image_shape, about.num_classes)
+        count = _count(about, self._source)
+        held_out = int(HELD_OUT * count)
+        if held_out == 0:
+            raise ValueError(
+                f"dataset {self.dataset!r} has {count} images: too few to hold some out"
+            )
+        if self.num_clients > count - held_out:
+            raise ValueError(
+                f"num_clients is {self.num_clients}; {self.dataset} has {count - held_out} images "
+                "to train on"
+            )
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> str:
         """The name of the result."""
         named = [records.NETWORKS[self.model]] + ([self.defence.record] if self.defence else [])
@@ -132,14 +141,12 @@ class Federation:
         ``LAST``.
 
         A training that diverges stops there; its accuracy is that of guessing the most frequent
-        class.
+        class. So does one in which a client sends back the weights that it received: "stalled", at
+        the accuracy of these.
         """
         with one_thread():
             (images, labels), held_out, everything = self._split()
-            shape, options = everything.images.shape[1:], self.model_options
-            model = models.build(
-                self.model, shape, everything.num_classes, seed=self.seed, **options
-            )
+            model = self._build(everything.images.shape[1:], everything.num_classes)
             parts = [
                 (images[c :: self.num_clients], labels[c :: self.num_clients])
                 for c in range(self.num_clients)
@@ -149,15 +156,16 @@ class Federation:
                 "defend": self._defend,
                 **self.client.options(),
             }
-            accuracies, stop_reason = [], "finished"
+            accuracies, stop_reason, trained = [], "finished", model
             try:
                 for trained, _ in federated.rounds(model, parts, train=self._train(), **training):
-                    with torch.no_grad():
-                        right = trained(held_out[0]).argmax(1) == held_out[1]
-                    accuracies.append(float(right.double().mean()))
-            except (FloatingPointError, ValueError):
+                    accuracies.append(_accuracy(trained, *held_out))
+            except FloatingPointError:
                 stop_reason = "diverged"
                 accuracies.append(float(held_out[1].bincount().max() / len(held_out[1])))
+            except Unchanged:
+                stop_reason = "stalled"
+                accuracies.append(_accuracy(trained, *held_out))
             last = accuracies[-LAST:] if stop_reason == "finished" else accuracies[-1:]
             accuracy = sum(last) / len(last)
             return {
@@ -166,6 +174,16 @@ class Federation:
                 "stop_reason": stop_reason,
                 "arrays": {},
             }
+
+    @property
+    def _source(self) -> str:
+        """Of ``data.load``."""
+        return "full" if self.dataset in data.FULL else "bundled"
+
+    def _build(self, image_shape: Sequence[int], num_classes: int) -> nn.Module:
+        """The network at the start."""
+        options = self.model_options
+        return models.build(self.model, image_shape, num_classes, seed=self.seed, **options)
 
     def _train(self) -> Callable[..., Observation]:
         """How a client trains; by DP-SGD each training draws noise of its own."""
@@ -180,9 +198,7 @@ class Federation:
 
     def _split(self) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
         """((images, labels) to train on, those held out, the whole set)."""
-        everything = data.load(
-            self.dataset, source="full" if self.dataset in data.FULL else "bundled"
-        )
+        everything = data.load(self.dataset, source=self._source)
         order = torch.randperm(
             len(everything.labels), generator=torch.Generator().manual_seed(self.seed)
         )
@@ -200,3 +216,16 @@ class Federation:
             return seen
         seed = (self.seed * self.num_rounds + turn) * self.num_clients + client
         return setting.defend(seen, seed)
+
+
+@functools.lru_cache(maxsize=16)
+def _count(record: records.DataSet, source: str) -> int:
+    """How many images a set has."""
+    return len(data.load(record.key, source=source).labels)
+
+
+def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of images whose class the model finds."""
+    with torch.no_grad():
+        right = model(images).argmax(1) == labels
+    return float(right.double().mean())

@@ -3,10 +3,12 @@
 What they find is tested beside the defences.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dlm_core import defenses, federated, records
+from dlm_core import defenses, federated, models, records
 from dlm_core.beyond import adaptive
 
 AWARE = ["aware_exact", "aware_dlm_plus", "aware_unrolled_dlm", "aware_combined"]
@@ -60,3 +62,81 @@ def test_the_former_name_of_local_steps_serves(small, digit):
     found = adaptive.unrolled_dlm(seen, **told, steps=2, max_evaluations=1)
     again = adaptive.unrolled_dlm(seen, **told, local_steps=2, max_evaluations=1)
     assert torch.equal(found.images, again.images)
+
+
+def noisy(seen, seed=0):
+    return defenses.defend(seen, "noise", scale=1e-4, observer="server", seed=seed)
+
+
+NOISE = {"name": "noise", "scale": 1e-4, "observer": "server"}
+SHORT = {"max_evaluations": 3}
+
+
+def test_rounds_may_be_of_one_and_the_same_model(seen):
+    sent = noisy(seen)
+    options = {"defence": NOISE, "total_variation": 0.0, **SHORT}
+    together, alone = (adaptive.combined(each, **options) for each in ([sent, sent], [sent]))
+    assert together.labels.tolist() == alone.labels.tolist()
+    assert together.losses[0] == pytest.approx(2 * alone.losses[0], rel=1e-9)
+
+
+def test_the_labels_of_several_rounds_are_told_or_inferred(seen, digit):
+    rounds = [noisy(seen, 0), noisy(seen, 1)]
+    inferred, default, told = (
+        adaptive.combined(rounds, defence=NOISE, **SHORT, **labels)
+        for labels in ({"labels": "inferred"}, {}, {"labels": digit[1].tolist()})
+    )
+    assert torch.equal(inferred.images, default.images)
+    assert inferred.labels.tolist() == told.labels.tolist() == digit[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "defence", [None, {}, {"name": "noise", "scale": 0.0}, {"name": "clip_and_noise", "clip": 9.0}]
+)
+def test_a_defence_that_adds_no_noise_is_none_to_several_rounds(seen, defence):
+    found = adaptive.combined([seen, seen], defence=defence, **SHORT)
+    assert found.losses == adaptive.combined([seen, seen], defence=None, **SHORT).losses
+
+
+def test_what_several_rounds_cannot_bear_is_named(seen, digit):
+    other = federated.train_locally(
+        models.build("mlp", (1, 8, 8), 10).to(digit[0].device), *digit, learning_rate=0.1
+    )
+    sparse = {"name": "sparsify", "percent": 30}
+    for rounds, defence, message in (
+        ([], NOISE, "number of rounds is 0"),
+        ([seen, other], NOISE, "rounds holds Observations of networks of different architecture"),
+        ([seen], sparse, "defence 'sparsify' zeroes entries, which combined cannot leave out"),
+        (seen, NOISE, "rounds is Observation.*; it takes a Sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaptive.combined(rounds, defence=defence)
+
+
+def test_a_layer_without_noise_among_noise_counts_like_the_least(seen, digit):
+    """A quantised update of zeros, as a frozen layer's, has no noise: once a division by zero."""
+    last = seen.parameter_names[0]
+    still = replace(seen, weights_after={**seen.weights_after, last: seen.model.state_dict()[last]})
+    sent = defenses.defend(still, "quantise", bits=6)
+    assert defenses.Setting("quantise", {"bits": 6}).noise_variance(sent)[0] == 0
+    for attack in (adaptive.dlm_plus, lambda each, **told: adaptive.combined([each], **told)):
+        found = attack(sent, defence={"name": "quantise", "bits": 6}, **SHORT)
+        assert found.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "key, option",
+    [
+        ("aware_exact", "trusted"),
+        ("aware_exact", "extra_variance"),
+        ("aware_dlm_plus", "distance"),
+        ("aware_unrolled_dlm", "update_of"),
+        ("aware_combined", "update_of"),
+    ],
+)
+def test_what_an_aware_attack_fills_in_itself_is_refused(seen, key, option):
+    record = records.ATTACKS[key]
+    told = {"defence": NOISE, "learning_rate": 0.1, "local_steps": 1}
+    told = {name: told[name] for name in record.demands}
+    with pytest.raises(ValueError, match=f"'{option}' is unknown"):
+        record.function([seen] if key == "aware_combined" else seen, **told, **{option: None})

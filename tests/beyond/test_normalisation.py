@@ -3,11 +3,13 @@
 Against PyTorch's own, by finite differences, and in an attack.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from dlm_core import attacks, federated, models, objectives, records
+from dlm_core import attacks, defenses, federated, models, objectives, records
 from dlm_core.beyond import normalisation
 
 SHAPE, CLASSES = (3, 16, 16), 5
@@ -85,6 +87,34 @@ def test_eval_mode_sends_none(model, images, labels):
         models.build("lenet", SHAPE, CLASSES), images, labels, learning_rate=0.1
     )
     assert normalisation.batch_statistics(lenet) == {}
+
+
+def test_what_moved_without_a_count_is_said_so(model, images, labels):
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    counts = {name: w * 0 for name, w in seen.weights_after.items() if name.endswith("tracked")}
+    uncounted = replace(seen, weights_after={**seen.weights_after, **counts})
+    assert normalisation.batch_statistics(uncounted) == {}
+    with pytest.raises(ValueError, match="'1' moved its running mean, but counts no batch"):
+        normalisation.reconstruct(uncounted)
+
+
+def test_statistics_that_never_move_are_none(model, images, labels):
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    assert normalisation.local_batches(seen) == {} == normalisation.batch_statistics(seen)
+
+
+def test_the_mean_of_several_answers_keeps_the_statistics(model, images, labels):
+    """An average of counts of one was once none: the statistics were lost."""
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    noise = {"scale": 1e-4, "observer": "server"}
+    sent = defenses.defend(seen, "noise", **noise, repeats=6)
+    assert normalisation.local_batches(sent) == normalisation.local_batches(seen)
+    for name, expected in normalisation.batch_statistics(seen).items():
+        for ours, theirs in zip(normalisation.batch_statistics(sent)[name], expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_running_statistics_are_part_of_what_is_sent_and_averaged(model, images, labels):

@@ -5,12 +5,13 @@ What their observers hold is the gradient, the mean or the mixture that mathemat
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dlm_core import data, defenses, federated, metrics, models, objectives
-from dlm_core.beyond import adaptive, exact, protocols
+from dlm_core import attacks, data, defenses, federated, metrics, models, objectives, records
+from dlm_core.beyond import adaptive, exact, normalisation, protocols
 
 
 @pytest.fixture
@@ -62,8 +63,139 @@ def test_a_curious_client_of_two_holds_the_other_s_update(model, clients):
     )
     three = protocols.aggregate(model, clients[:3], curious=True, learning_rate=0.5)
     assert_update(three, [0.5 * g for g in gradient(model, clients[:2])])
-    with pytest.raises(ValueError, match="number is 1; it takes a whole number of at least 2"):
+    with pytest.raises(
+        ValueError, match="number of clients is 1; it takes a whole number of at least 2"
+    ):
         protocols.aggregate(model, clients[:1], curious=True, learning_rate=0.5)
+
+
+def of_sizes(clients, *sizes):
+    """The images of single ones as clients of these sizes."""
+    images, labels = (torch.cat(parts) for parts in zip(*clients))
+    return list(zip(images.split(sizes), labels.split(sizes)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (2, 3), (1, 1, 3), (2, 2, 1)])
+def test_clients_of_unequal_size_count_by_their_images(model, clients, sizes):
+    unequal = of_sizes(clients, *sizes)
+    seen = protocols.aggregate(model, unequal, learning_rate=0.5)
+    assert_update(seen, [0.5 * g for g in gradient(model, clients)])
+    curious = protocols.aggregate(model, unequal, curious=True, learning_rate=0.5)
+    assert_update(
+        curious, [0.5 * g for g in gradient(model, clients[: sum(sizes[:-1])])], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("own", range(1, 5))
+def test_the_others_of_any_share_are_told_from_the_mean(size, own):
+    draws = torch.Generator().manual_seed(size)
+    theirs, mine = torch.randn(2, 3, generator=draws, dtype=torch.float64)
+    mean = (size * theirs + own * mine) / (size + own)
+    (found,) = protocols.others([mean], [mine], (size + own) / own)
+    torch.testing.assert_close(found, theirs)
+
+
+def test_an_aggregate_of_batch_norm_clients_holds_their_batches(clients):
+    """Six counts of one batch were once averaged to none."""
+    model = models.build("resnet18_bn", (1, 8, 8), 10, seed=0, width=2, blocks=1)
+    pairs = of_sizes([*clients, clients[0]] * 2, *[2] * 6)
+    seen = protocols.aggregate(model, pairs, learning_rate=0.01)
+    assert set(normalisation.local_batches(seen).values()) == {1}
+    each = [federated.train_locally(model, *pair, learning_rate=0.01) for pair in pairs]
+    found = normalisation.batch_statistics(seen)
+    for name, (mean, variance) in found.items():
+        alone = [normalisation.batch_statistics(one)[name] for one in each]
+        torch.testing.assert_close(mean, sum(m for m, _ in alone) / 6, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(variance, sum(v for _, v in alone) / 6, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, options", [(3, {}), (5, {"turn": 2, "accomplice": True})])
+def test_peers_count_their_batches_whole(clients, size, options):
+    model = models.build("resnet18_bn", (1, 8, 8), 10, seed=0, width=2, blocks=1)
+    pairs = of_sizes(clients * 2, *[2] * 5)[:size]
+    seen = protocols.gossip(model, pairs, learning_rate=0.01, **options)
+    assert set(normalisation.local_batches(seen).values()) == {1}
+
+
+def test_an_aggregate_of_defended_clients_is_that_of_what_they_send(model, clients):
+    def defend(seen, turn, client):
+        return defenses.defend(seen, "top_k", percent=50)
+
+    sent = [
+        defend(federated.train_locally(model, *client, learning_rate=0.5), 0, 0)
+        for client in clients[:2]
+    ]
+    both = protocols.aggregate(model, clients[:2], defend=defend, learning_rate=0.5)
+    assert_update(both, [(a + b) / 2 for a, b in zip(*(each.delta for each in sent))])
+    other = protocols.aggregate(model, clients[:2], curious=True, defend=defend, learning_rate=0.5)
+    assert_update(other, sent[0].delta, atol=1e-6)
+    assert "defend" in records.PROTOCOLS["aggregate"].options
+
+
+def idle():
+    """A network with a frozen layer, and with a parameter that is never used."""
+    flatten, first, head = torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 10)
+    network = torch.nn.Sequential(flatten, first.requires_grad_(False), torch.nn.Tanh(), head)
+    network.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    return network
+
+
+def told_the_first(seen):
+    """An attack of an omniscient listener, on the peer between."""
+    image, label = data.load("digits", n=5)[:2]
+    found = attacks.grey(seen)
+    client = replace(found.client, learning_rate=0.5)
+    return replace(found, images=image[4:], labels=label[4:], client=client)
+
+
+@pytest.mark.parametrize(
+    "key, options",
+    [
+        ("fedsgd", {"num_rounds": 2}),
+        ("aggregate", {"curious": True}),
+        ("rounds", {"num_rounds": 2}),
+        ("gossip", {"turn": 1, "accomplice": True}),
+        ("two_hops", {"attack": told_the_first}),
+        ("data_parallel", {"num_rounds": 2}),
+    ],
+)
+def test_every_protocol_lives_with_a_frozen_and_an_unused_layer(clients, key, options):
+    seen = records.PROTOCOLS[key].function(idle(), clients, learning_rate=0.5, **options)
+    for each in seen if isinstance(seen, list) else [seen]:
+        moved = {name for name, layer in each.delta_by_name.items() if layer.abs().max() > 1e-6}
+        assert moved == {"3.weight", "3.bias"}
+
+
+BAD = {
+    "no clients": ([], "number of clients is 0"),
+    "no pair": ([1, 2], "clients is .*, and not 1 in it"),
+    "of 0 to 255": ([(torch.full((1, 1, 8, 8), 255.0), torch.tensor([1]))] * 4, "clients is"),
+    "no class": ([(torch.rand(1, 1, 8, 8), torch.tensor([10]))] * 4, "labels run from 10 to 10"),
+    "of unlike length": ([(torch.rand(2, 1, 8, 8), torch.tensor([1]))] * 4, "labels has shape"),
+}
+
+
+@pytest.mark.parametrize("key", sorted(records.PROTOCOLS))
+@pytest.mark.parametrize("bad, message", BAD.values(), ids=BAD)
+def test_every_protocol_refuses_what_are_no_clients(model, key, bad, message):
+    record = records.PROTOCOLS[key]
+    told = {"num_rounds": 1} if "num_rounds" in record.demands else {}
+    with pytest.raises(ValueError, match=message) as caught:
+        record.function(model, bad, learning_rate=0.1, **told)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_listener_s_own_attack_is_found_in_a_fresh_process():
+    script = (
+        "from dlm_core import data, models, protocols;"
+        "images, labels, *_ = data.load('digits', n=4);"
+        "clients = list(zip(images.split(1), labels.split(1)));"
+        "model = models.build('mlp', (1, 8, 8), 10, seed=3, activation='tanh');"
+        "print(protocols.two_hops(model, clients, learning_rate=0.1))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("Observation("), done.stderr
 
 
 def test_a_data_parallel_worker_subtracts_its_own_gradient(model, clients):

@@ -154,7 +154,7 @@ def test_image_rate_and_steps_are_found_untold(small, digit, momentum):
     seen = federated.train_locally(
         small, *digit, learning_rate=0.2, local_steps=3, optimizer_options={"momentum": momentum}
     )
-    found = attacks.unrolled_dlm(seen, client_options={"momentum": momentum})
+    found = attacks.unrolled_dlm(seen, optimizer_options={"momentum": momentum})
     psnr = metrics.psnr(found.images, digit[0], data_range=1.0)
     assert psnr > 30
     assert found.local_steps == 3
@@ -206,16 +206,16 @@ def ended(steps, loss, status=Status.STALLED):
     ],
 )
 def test_the_next_steps_to_try_follow_from_the_losses(losses, tried):
-    assert unrolled.next_steps(losses, max_steps=64) == tried
+    assert unrolled.next_steps(losses, max_local_steps=64) == tried
 
 
 def test_the_next_steps_keep_to_the_largest_allowed_and_to_the_grain():
-    assert unrolled.next_steps({2: 1.0}, max_steps=3) == 3
-    assert unrolled.next_steps({2: 1.0, 3: 0.5}, max_steps=3) is None
+    assert unrolled.next_steps({2: 1.0}, max_local_steps=3) == 3
+    assert unrolled.next_steps({2: 1.0, 3: 0.5}, max_local_steps=3) is None
     losses = {16: 0.5, 14: 1.0, 18: 1.0}
-    assert unrolled.next_steps(losses, max_steps=64) == 17
-    assert unrolled.next_steps(losses, max_steps=64, finest=16) == 17
-    assert unrolled.next_steps(losses, max_steps=64, finest=8) is None
+    assert unrolled.next_steps(losses, max_local_steps=64) == 17
+    assert unrolled.next_steps(losses, max_local_steps=64, finest=16) == 17
+    assert unrolled.next_steps(losses, max_local_steps=64, finest=8) is None
 
 
 def test_searches_that_are_cut_short_come_to_an_end():
@@ -226,7 +226,7 @@ def test_searches_that_are_cut_short_come_to_an_end():
         losses.append(1 / (len(losses) + 1))
         return ended(steps, losses[-1], Status.BUDGET)
 
-    searches = unrolled.find_steps(search, max_steps=64)
+    searches = unrolled.find_steps(search, max_local_steps=64)
     assert len(searches) == len(losses) < 2 * unrolled.MOST
 
 
@@ -234,7 +234,7 @@ def test_a_search_that_converged_is_the_last():
     def search(steps, best=None, **limits):
         return ended(steps, 1 / steps, Status.CONVERGED if steps == 4 else Status.STALLED)
 
-    assert [each.local_steps for each in unrolled.find_steps(search, max_steps=64)] == [2, 4]
+    assert [each.local_steps for each in unrolled.find_steps(search, max_local_steps=64)] == [2, 4]
 
 
 def test_steps_told_are_not_searched(seen):
@@ -247,20 +247,23 @@ def test_steps_told_are_not_searched(seen):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"client": "sdg"}, "client 'sdg' is unknown.*did you mean sgd"),
+        ({"client_optimizer": "sdg"}, "client_optimizer 'sdg' is unknown.*did you mean sgd"),
         ({"local_steps": 0}, "local_steps is 0; it takes a whole number of at least 1"),
-        ({"max_steps": 2.5}, "max_steps is 2.5"),
+        ({"max_local_steps": 2.5}, "max_local_steps is 2.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_evaluations": 0}, "max_evaluations is 0"),
         ({"num_images": 0}, "num_images is 0"),
         (
             {"num_images": 2, "labels": torch.tensor([0.5, 1.0])},
-            "labels is a Tensor of shape .2,. and torch.float32; it takes class indices",
+            "labels is .*; it takes .* class indices",
         ),
+        ({"num_images": 2, "labels": [3]}, r"labels has shape \[1\]; it takes 2 class indices"),
         (
-            {"client_options": {"momentun": 0.9}},
-            "client_options has 'momentun'; client 'sgd' takes momentum, dampening, nesterov",
+            {"optimizer_options": {"momentun": 0.9}},
+            "optimizer_options 'momentun' is unknown: choose from momentum, dampening, nesterov",
         ),
+        ({"optimizer_options": {"momentum": -0.9}}, "momentum is -0.9; it takes a finite number"),
+        ({"scale": 2.0}, "option of unrolled_dlm 'scale' is unknown"),
     ],
 )
 def test_bad_options_are_named(seen, options, message):
@@ -297,7 +300,7 @@ def test_the_search_for_the_steps_tries_no_client_of_zero_steps(true):
     def search(steps, best=None, **limits):
         return ended(steps, 1.0 + abs(steps - true))
 
-    searches = unrolled.find_steps(search, max_steps=16)
+    searches = unrolled.find_steps(search, max_local_steps=16)
     best = min(searches, key=lambda each: each.loss)
     assert best.local_steps == true
     assert min(each.local_steps for each in searches) >= 1
@@ -310,7 +313,7 @@ def test_a_loss_that_hardly_falls_ends_the_search_for_the_steps():
         calls.append(steps)
         return ended(steps, 1 - 1e-6 * len(calls))
 
-    unrolled.find_steps(creeping, max_steps=64)
+    unrolled.find_steps(creeping, max_local_steps=64)
     assert len(calls) < 20
 
 
@@ -321,7 +324,7 @@ def test_short_searches_start_where_the_best_ended():
         calls.append((steps, best and best.local_steps, limits))
         return ended(steps, 1.0 + abs(steps - 3))
 
-    unrolled.find_steps(search, max_steps=64)
+    unrolled.find_steps(search, max_local_steps=64)
     short = {"evaluations": unrolled.SHORT, "patience": unrolled.HURRY}
     assert calls[:3] == [(2, None, {"patience": unrolled.HURRY}), (4, 2, short), (3, 2, short)]
     assert calls[3:] == [(3, 3, {}), (4, 3, short), (2, 3, short)]
@@ -336,10 +339,79 @@ def test_a_client_optimizer_of_ones_own_is_simulated(small, digit, monkeypatch):
     )
     monkeypatch.setitem(records.CLIENT_OPTIMIZERS, "halved", own)
     seen = federated.train_locally(small, *digit, learning_rate=0.2)
-    told = {"client": "halved", "client_options": {"factor": 1.0}}
+    told = {"client_optimizer": "halved", "optimizer_options": {"factor": 1.0}}
     found = attacks.unrolled_dlm(seen, **told, local_steps=1, max_evaluations=1)
     assert found.client.optimizer == "halved"
     unsimulated = records.ClientOptimizer(key="plain", function=torch.optim.SGD, title="plain")
     monkeypatch.setitem(records.CLIENT_OPTIMIZERS, "plain", unsimulated)
-    with pytest.raises(ValueError, match="client 'plain' is unknown: choose from sgd"):
-        attacks.unrolled_dlm(seen, client="plain")
+    with pytest.raises(ValueError, match="client_optimizer 'plain' is unknown: choose from sgd"):
+        attacks.unrolled_dlm(seen, client_optimizer="plain")
+
+
+def test_the_former_names_serve(seen):
+    told = {"client": "sgd", "client_options": {"momentum": 0.5}, "steps": 1, "max_steps": 3}
+    found = attacks.unrolled_dlm(seen, **told, max_evaluations=2)
+    again = attacks.unrolled_dlm(
+        seen,
+        client_optimizer="sgd",
+        optimizer_options={"momentum": 0.5},
+        local_steps=1,
+        max_local_steps=3,
+        max_evaluations=2,
+    )
+    assert torch.equal(found.images, again.images)
+
+
+@pytest.mark.parametrize("optimizer, options", [("sgd", {"momentum": 0.9}), ("adamw", {})])
+def test_a_frozen_and_an_unused_layer_stay_in_the_simulation(digit, optimizer, options):
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
+            self.head = torch.nn.Linear(16, 10)
+            self.first.requires_grad_(False)
+
+        def forward(self, x):
+            return self.head(self.first(x.flatten(1)).tanh())
+
+    model = Idle().double().to(digit[0].device)
+    training = {"learning_rate": 0.1, "local_steps": 3}
+    options = {**options, "weight_decay": 0.1}
+    seen = federated.train_locally(
+        model, *digit, **training, client_optimizer=optimizer, optimizer_options=options
+    )
+    images = digit[0].double().requires_grad_()
+    for checkpointed in (False, True):
+        update = clients.update(
+            model,
+            federated.loss,
+            images,
+            digit[1],
+            **training,
+            client_optimizer=clients.OPTIMIZERS[optimizer],
+            optimizer_options=options,
+            checkpointed=checkpointed,
+        )
+        for simulated, real in zip(update, seen.delta, strict=True):
+            torch.testing.assert_close(simulated.detach(), real, rtol=1e-6, atol=1e-12)
+        (slope,) = torch.autograd.grad(update[-2].square().sum(), images)
+        assert slope.isfinite().all() and slope.any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": torch.full((2, 9), 1 / 9)}, "labels has shape .* or a distribution over"),
+        ({"labels": torch.tensor([1])}, "labels has shape .*; it takes 2 class indices"),
+        ({"labels": torch.tensor([1, 10])}, "labels run from 1 to 10; the model has classes 0"),
+        ({"learning_rate": 0}, "learning_rate is 0; it takes"),
+        ({"optimizer_options": {"nestrov": True}}, "optimizer_options 'nestrov' is unknown"),
+    ],
+)
+def test_a_simulation_of_nothing_sensible_is_refused(small, change, message):
+    told = {"labels": torch.full((2, 10), 0.1), "learning_rate": 0.1, **change}
+    device = next(small.parameters()).device
+    images = torch.rand(2, 1, 8, 8, device=device)
+    labels = told.pop("labels").to(device)
+    with pytest.raises(ValueError, match=message):
+        clients.update(small, federated.loss, images, labels, **told)

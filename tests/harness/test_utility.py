@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlm_core import federated
+from dlm_core import federated, records
+from dlm_core.defenses import Setting
 from dlm_core.harness import sweeps
 from dlm_core.harness.utility import Federation
 
@@ -85,11 +86,91 @@ def test_dp_sgd_clients_draw_new_noise_each_time():
         ),
         ({"client": {"lr": 0.1}}, "client setting 'lr' is unknown.*choose from learning_rate"),
         ({"model": "lenett"}, "model 'lenett' is unknown.*did you mean lenet"),
+        ({"dataset": "digit"}, "dataset 'digit' is unknown.*did you mean digits"),
+        ({"model_options": {"dpth": 2}}, "option of mlp 'dpth' is unknown.*did you mean depth"),
+        ({"model_options": {"depth": 0}}, "depth is 0"),
+        ({"model_options": {"init": "papr"}}, "init 'papr' is unknown.*did you mean paper"),
+        ({"client": {"learning_rate": -1}}, "learning_rate is -1; it takes a finite number in"),
+        ({"client": {"local_steps": 0}}, "local_steps is 0"),
+        ({"client": {"batch_size": 0.5}}, "batch_size is 0.5"),
+        ({"client": {"clip": 1.0}}, "clip and noise_multiplier go together"),
+        (
+            {"client": {"clip": 1.0, "noise_multiplier": 1.0, "batch_size": 3}},
+            "batch_size is 3; DP-SGD takes all images",
+        ),
+        ({"defence": {"name": "sparsify", "percent": 110}}, "percent is 110"),
+        (
+            {"defence": {"name": "noise", "scale": 0.1, "distribution": "gauss"}},
+            "distribution is 'gauss'; it takes 'laplace' or 'gaussian'",
+        ),
+        (
+            {"defence": {"name": "noise", "scale": 0.1, "observer": "sever"}},
+            "observer is 'sever'; it takes 'channel' or 'server'",
+        ),
+        ({"defence": {}}, "defence is {}; it takes a Setting or a dict with a name"),
+        ({"num_clients": 1439}, "num_clients is 1439; digits has 1438 images to train on"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
+
+
+def test_each_client_may_have_one_image():
+    every = replace(TINY, num_clients=1438, num_rounds=1)
+    assert every.num_clients == 1438
+
+
+def test_a_set_too_small_to_hold_images_out_is_refused():
+    @records.data_set("four", title="Four", image_shape=(1, 8, 8), num_classes=10)
+    def four():
+        return torch.rand(4, 1, 8, 8), torch.arange(4)
+
+    try:
+        with pytest.raises(ValueError, match="dataset 'four' has 4 images: too few to hold some"):
+            replace(TINY, dataset="four")
+    finally:
+        del records.DATA_SETS["four"]
+
+
+def test_only_what_diverges_is_said_to(monkeypatch):
+    wild = replace(TINY, client={"learning_rate": 1e38}).run()
+    assert wild["stop_reason"] == "diverged" and wild["accuracy"] < 0.2
+    overflown = replace(TINY, defence={"name": "noise", "scale": 1e38}).run()
+    assert overflown["stop_reason"] == "diverged"
+
+    def broken(*given, **options):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(federated, "average", broken)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        TINY.run()
+
+
+@pytest.mark.parametrize("name, rounds", [("top_k", 1), ("sparsify", 2)])
+def test_a_training_in_which_nothing_moves_has_the_accuracy_of_its_model(name, rounds):
+    still = replace(TINY, num_rounds=5, defence={"name": name, "percent": 100}).run()
+    assert still["stop_reason"] == "stalled" and len(still["accuracies"]) == rounds
+    assert still["accuracy"] == still["accuracies"][-1]
+    if name == "top_k":
+        barely = replace(TINY, num_rounds=1, client={"learning_rate": 1e-6}).run()
+        assert still["accuracy"] == pytest.approx(barely["accuracy"], abs=0.01)
+
+
+def test_who_looks_on_changes_no_accuracy():
+    noise = {"name": "noise", "scale": 1e-3}
+    plain, server, channel, setting = (
+        replace(TINY, defence=defence)
+        for defence in (
+            noise,
+            {**noise, "observer": "server"},
+            {**noise, "observer": "channel"},
+            Setting("noise", {"scale": 1e-3}),
+        )
+    )
+    assert plain == server == channel == setting
+    assert plain.defence.observer == "server" and plain.key == setting.key
 
 
 def test_training_on_samples_of_a_data_set_is_refused(monkeypatch, tmp_path):
