@@ -335,7 +335,7 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
     )
     rows = [("any observer", holds)]
     for key in attacks:
-        check.one_of("entry of attacks", key, records.ATTACKS)
+        check.one_of("attack", key, records.ATTACKS)
         record = records.ATTACKS[key]
         rows.append(
             (record.title, f"and {', '.join(record.told)}" if record.told else "nothing more")
