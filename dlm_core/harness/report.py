@@ -181,7 +181,9 @@ class Report:
         self._keep(files, alt)
 
     @check.arguments
-    def table(self, frame: Any, caption: str, suffix: str = "", digits: check.Whole = 2) -> Any:
+    def table(
+        self, frame: tables.Frame, caption: str, suffix: str = "", digits: check.Whole = 2
+    ) -> Any:
         """Save a table as CSV (six digits) and Markdown under the notebook's name.
 
         Parameters
