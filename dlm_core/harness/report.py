@@ -23,7 +23,7 @@ import numpy
 from dlm_core import check, data, records
 from dlm_core.harness import figures, settings, tables
 from dlm_core.harness.cells import parameters
-from dlm_core.harness.paths import REPOSITORY, home, in_checkout
+from dlm_core.harness.paths import REPOSITORY, home, in_checkout, writable
 from dlm_core.observation import Observation
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -44,17 +44,7 @@ def folder() -> Path:
     """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it
     cannot be written.
     """
-    path = Path(os.environ.get("DLM_FIGURES") or home() / "figures")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output folder {str(path)!r} cannot be written ({error.strerror}); set OUT to another"
-        ) from None
-    return path
+    return writable(Path(os.environ.get("DLM_FIGURES") or home() / "figures"))
 
 
 def start(notebook: str) -> "Report":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm_core.harness import report
-from dlm_core.harness.paths import REPOSITORY
+from dlm_core.harness.paths import REPOSITORY, writable
 from dlm_core.project import kernel
 
 if TYPE_CHECKING:
@@ -39,14 +39,22 @@ def refresh(only: str | None = None) -> None:
     ----------
     only
         A part of the names of those wanted; None takes all.
+
+    Raises
+    ------
+    ValueError
+        Where none has such a name.
     """
-    for path in paths():
-        if only is None or only in path.stem:
-            notebook = run(_read(path))
-            print(f"{path.stem}: run", flush=True)
-            report.write_atomically(
-                path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n"
-            )
+    wanted = [path for path in paths() if only is None or (only and only in path.stem)]
+    if not wanted:
+        names = ", ".join(path.stem for path in paths())
+        raise ValueError(f"--only is {only!r}; it takes a part of one of these names: {names}")
+    for path in wanted:
+        notebook = run(_read(path))
+        print(f"{path.stem}: run", flush=True)
+        report.write_atomically(
+            path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNode":
@@ -123,8 +131,7 @@ def release(folder: str | Path | None = None) -> list[Path]:
     """
     import nbformat
 
-    folder = Path(folder or REPOSITORY / "build" / "assignment")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable(Path(folder or REPOSITORY / "build" / "assignment"))
     written = []
     for path in paths("teaching"):
         written.append(folder / path.name)
