@@ -17,8 +17,9 @@ def kept_from_workers() -> Iterator[None]:
     -----
     A process inherits the signal mask of the thread that starts it, so it is deaf from its first
     instruction; a handler set by the worker itself would come too late for an interrupt that
-    arrives while it still imports. What arrives here meanwhile is delivered at the end. Where there
-    are no such masks (Windows) nothing happens.
+    arrives while it still imports. What this thread gets meanwhile is delivered at the end; another
+    thread of this process may get it at once. Where there are no such masks (Windows) nothing
+    happens.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

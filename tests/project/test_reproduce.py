@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -277,7 +278,7 @@ def test_workers_are_deaf_to_an_interrupt_from_their_first_instruction():
     assert worker.stdout == "alive\n" and worker.stderr == ""
     kept = False
     with pytest.raises(KeyboardInterrupt), kept_from_workers():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         kept = True
     assert kept, "it is delivered on leaving"
 
