@@ -6,10 +6,12 @@ that a lesson can be put into an nbgrader course as it is. Their parameters are 
 profiles.
 """
 
+import asyncio
 import copy
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +84,24 @@ def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNod
         resources={"metadata": {"path": str(REPOSITORY)}},
         extra_arguments=kernel.QUIET,
     )
-    with kernel.own():
-        return client.execute()
+    with kernel.own(), asyncio.Runner(loop_factory=_Loop) as runner:
+        loop = runner.get_loop()
+        try:
+            return loop.run_until_complete(client.async_execute())
+        except KeyboardInterrupt:
+            # The runner cancels what is under way, which ends the kernel; that it fails is no news.
+            loop.set_exception_handler(lambda *_: None)
+            raise
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """One that leaves signals to Python: at an interrupt, nbclient's own handler ends the kernel and
+    goes on without it.
+    """
+
+    def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+        """Refuse, as outside the main thread."""
+        raise RuntimeError("signals are the command's own matter")
 
 
 def students(notebook: "NotebookNode") -> "NotebookNode":
