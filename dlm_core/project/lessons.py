@@ -95,8 +95,8 @@ def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNod
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """One that leaves signals to Python: at an interrupt, nbclient's own handler ends the kernel and
-    goes on without it.
+    """One that leaves signals to Python: nbclient's own handler ends the kernel at an interrupt,
+    and goes on without it.
     """
 
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:

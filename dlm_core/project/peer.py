@@ -22,7 +22,8 @@ from pathlib import Path
 from dlm_core.harness.paths import REPOSITORY
 
 ITERATIONS = {"deepleakage": 500, "invertinggradients": 9500}
-SHARED = ("torch==", "torchvision==", "pillow==")  # as pinned for ourselves
+# As pinned for ourselves.
+SHARED = ("torch==", "torchvision==", "pillow==")
 
 
 def environment() -> Path:
@@ -114,16 +115,8 @@ def main(attack: str, index: int) -> None:
         seconds = time.perf_counter() - began
     error = (found["data"].clamp(0, 1) - truth.images).double().square().mean()
     psnr = -10 * math.log10(float(error) + 1e-300)
-    print(
-        json.dumps(
-            {
-                "psnr": psnr,
-                "seconds": seconds,
-                "evaluations": ITERATIONS[attack],
-                "peak": memory.peak(),
-            }
-        )
-    )
+    used = {"evaluations": ITERATIONS[attack], "peak": memory.peak()}
+    print(json.dumps({"psnr": psnr, "seconds": seconds, **used}))
 
 
 if __name__ == "__main__":
