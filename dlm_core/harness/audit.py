@@ -9,7 +9,6 @@ weights, others explain the update nearly as well.
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,6 +91,8 @@ def audit(
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
     check.one_of("attack", attack, ["all", *tried()])
+    if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
+        raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
     if client is not None:
         check.one_of("client", client, records.CLIENT_OPTIMIZERS)
         if attack not in ("all", "unrolled_dlm"):
@@ -157,8 +158,15 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"out is {str(out)!r}; its folder does not exist")
     if out.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; it takes the picture's file")
-    if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
-        raise ValueError(f"out is {str(out)!r}, which cannot be written")
+    existed = out.exists()
+    try:
+        open(out, "ab").close()
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out is {str(out)!r}, which cannot be written ({error.strerror})"
+        ) from None
     try:
         known = Image.registered_extensions()[out.suffix.lower()]
         Image.new("RGB", (8, 8)).save(io.BytesIO(), known)

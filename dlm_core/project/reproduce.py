@@ -173,14 +173,15 @@ def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: 
         if given == "":
             raise ValueError(f"{name} is empty; leave it unset for the default")
     figures = writable(Path(out or REPOSITORY / "figures").resolve())
+    scheduler = scheduler or os.environ.get("SCHEDULER")
+    if scheduler:
+        from dlm_core.harness import sweeps
+
+        with sweeps.engine(scheduler, jobs=1):
+            pass  # an unreachable scheduler is said now, not after the first notebook's start
     for name, value in {"DLM_FIGURES": figures, "DLM_JOBS": jobs, "SCHEDULER": scheduler}.items():
         if value:
             os.environ[name] = str(value)
-    if os.environ.get("SCHEDULER"):
-        from dlm_core.harness import sweeps
-
-        with sweeps.engine(os.environ["SCHEDULER"], jobs=1):
-            pass  # an unreachable scheduler is said now, not after the first notebook's start
     (figures / "notebooks").mkdir(exist_ok=True)
     return figures
 
