@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dlm_core.harness.paths import in_checkout
 from dlm_core.project import commands, environment
@@ -26,22 +27,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return act(**vars(options)) or 0
     except ModuleNotFoundError as error:
         return _refuse(_missing(error.name or "a package"))
-    except (ValueError, ConnectionError, FileNotFoundError) as error:
+    except ValueError as error:
         return _refuse(str(error))
+    except OSError as error:
+        return _refuse(_said(error))
     except KeyboardInterrupt:
-        logging.getLogger(
-            "asyncio"
-        ).disabled = True  # it would print what the notebook's interrupted kernel was at
-        print(
-            "\ninterrupted; finished trials are kept, the same command goes on from here",
-            file=sys.stderr,
-        )
+        # It would print what the notebook's interrupted kernel was at.
+        logging.getLogger("asyncio").disabled = True
+        kept = "; finished trials are kept, the same command goes on from here"
+        said = kept if act in (commands.figures, commands.test) else ""
+        print(f"\ninterrupted{said}", file=sys.stderr)
         return 130
 
 
 def _refuse(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {' '.join(sentence.splitlines())}", file=sys.stderr)
     return 2
+
+
+def _said(error: OSError) -> str:
+    """What went wrong on the disk or the network, as a sentence: "No space left on device"."""
+    if error.strerror is None:  # one of our own
+        return str(error)
+    return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
 
 
 def _missing(package: str) -> str:
@@ -52,18 +60,30 @@ def _missing(package: str) -> str:
             "then use its Python: source .venv/bin/activate"
         )
     return (
-        f"{package} is not installed for this Python; pip install 'dlm-core[notebooks]' brings it"
+        f"{package} is not installed for this Python; "
+        "pip install '.[notebooks]' in a clone of the repository brings it"
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line; the usage is in the help."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit status 2."""
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     called = Path(sys.argv[0]).name
     program = "python -m dlm_core" if called == "__main__.py" else called
-    parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog=program, description=__doc__)
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, act: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
-        sub = choices.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub = choices.add_parser(name, help=text, description=text)
         sub.set_defaults(act=act)
         return sub
 
@@ -121,17 +141,13 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         commands.site,
         "build the site of notebooks, figures, claims, course and reference; needs no network",
     )
-    site.add_argument(
-        "--out", default="build/site", help="folder for the site (default build/site)"
-    )
+    site.add_argument("--out", help="folder for the site (default build/site)")
     assignment = command(
         "assignment",
         commands.assignment,
         "write the students' versions of the lessons, without solutions",
     )
-    assignment.add_argument(
-        "--out", default="build/assignment", help="folder for them (default build/assignment)"
-    )
+    assignment.add_argument("--out", help="folder for them (default build/assignment)")
     command(
         "assignment-check",
         commands.assignment_check,

@@ -13,6 +13,7 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,8 @@ class Range:
     def __contains__(self, value: Any) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        # A whole number is finite, and may be too large to be asked as a float.
+        return above and below and (isinstance(value, int) or math.isfinite(value))
 
     def __str__(self) -> str:
         left = "(" if self.open_low or math.isinf(self.low) else "["
@@ -232,6 +234,8 @@ def _one_of_several(value: Any, hint: Any) -> Any:
 def _number(value: Any, kind: type) -> Any:
     abstract = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, abstract) or isinstance(value, bool):
+        raise Wrong(_named(kind))
+    if kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
         raise Wrong(_named(kind))
     return value.item() if hasattr(value, "item") else value  # of NumPy
 

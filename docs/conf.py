@@ -8,10 +8,8 @@ from pathlib import Path
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(REPOSITORY),
-    str(Path(__file__).parent),
-]  # dlm_core, and this folder's extension
+# dlm_core, and this folder's extension
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
 CITATION = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
 
@@ -58,9 +56,8 @@ napoleon_use_ivar = True  # a field stands once, among its class's
 nitpicky = True
 # Types of other packages, and names that exist for the type checker alone, have no page here.
 nitpick_ignore_regex = [("py:.*", r"(?!dlm_core).*")]
-mathjax_path = (
-    "mathjax/tex-chtml-full.js"  # extension.py copies it from a package: equations need no network
-)
+# extension.py copies it from a package: equations need no network
+mathjax_path = "mathjax/tex-chtml-full.js"
 
 html_theme = "sphinx_book_theme"
 html_title = project
@@ -77,9 +74,8 @@ html_theme_options = {
     "extra_footer": "Code under the MIT licence; bundled images under their own terms. "
     "Use it on data you may use.",
 }
-if repository := CITATION.get(
-    "repository-code"
-):  # launch links need to know where the notebooks can be fetched
+# Launch links need to know where the notebooks can be fetched.
+if repository := CITATION.get("repository-code"):
     html_theme_options |= {
         "repository_url": repository,
         "repository_branch": "main",

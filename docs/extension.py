@@ -120,7 +120,7 @@ def results():
         text += f"[The notebook](../notebooks/{name}.ipynb) (profile `{entry['profile']}`).\n\n"
         for file, about in manifest.items():
             if about["notebook"] == name and file.endswith(".png"):
-                caption, pdf = about["caption"], file.replace(".png", ".pdf")
+                caption, pdf = plain(about["caption"]), file.replace(".png", ".pdf")
                 text += (
                     f"![{caption}](../figures/{file})\n\n*{caption}* [PDF](../figures/{pdf})\n\n"
                 )
@@ -135,8 +135,8 @@ def results():
 
 
 def plain(text):
-    """Text that Markdown must not read as markup."""
-    return re.sub(r"([*_$`<>\[\]|\\])", r"\\\1", text)
+    """Text, in one line, that Markdown must not read as markup."""
+    return re.sub(r"([*_$`<>\[\]|\\&!~{}])", r"\\\1", " ".join(text.split()))
 
 
 def modules(folder):

@@ -95,3 +95,11 @@ def test_a_function_may_be_left_out():
     assert check.fitting("defend", None, Callable[[int], str] | None) is None
     with pytest.raises(ValueError, match="^defend is 3; it takes a Callable or None"):
         check.fitting("defend", 3, Callable[[int], str] | None)
+
+
+def test_whole_numbers_of_any_size_are_compared():
+    assert check.fitting("n", 10**400, check.Count) == 10**400
+    with pytest.raises(ValueError, match="^n is 1000.*; it takes a whole number in"):
+        check.fitting("n", 10**400, Annotated[int, check.Range(1, 1e9)])
+    with pytest.raises(ValueError, match="^x is 1000.*; it takes a finite number"):
+        check.fitting("x", 10**400, check.Positive)

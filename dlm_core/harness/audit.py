@@ -7,10 +7,12 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from dlm_core.harness import registry  # noqa: F401, it fills the tables
 from dlm_core.observation import Observation, Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
-from dlm_core.weights import StateDict, check_weights, load_weights, rounded
+from dlm_core.weights import StateDict, check_fit, check_weights, load_weights, rounded
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
 EXPLAINED, PARTLY = 1e-3, 0.1
@@ -30,7 +32,10 @@ AGREED = 25.0
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 # Of unrolled searches once their steps are known.
 CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}
-SIDE = 256  # pixels of the picture's width, about
+# Pixels of the picture's width, about.
+SIDE = 256
+# Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
+PIXELS = 2**26
 
 
 def tried() -> dict[str, records.Attack]:
@@ -40,14 +45,15 @@ def tried() -> dict[str, records.Attack]:
     return {record.key: record for _, record in sorted(placed, key=lambda pair: pair[0])}
 
 
+@check.arguments
 def audit(
-    before: str | Path | StateDict,
-    after: str | Path | StateDict,
+    before: str | Path | Mapping[str, Any],
+    after: str | Path | Mapping[str, Any],
     *,
     model: str | nn.Module = "lenet",
-    image_shape: Sequence[int] = (3, 32, 32),
-    num_classes: int | None = None,
-    num_images: int = 1,
+    image_shape: Sequence[check.Count] = (3, 32, 32),
+    num_classes: Annotated[int, check.Range(2, PIXELS)] | None = None,
+    num_images: check.Count = 1,
     attack: str = "all",
     client: str | None = None,
     out: str | Path = "reconstruction.png",
@@ -63,7 +69,7 @@ def audit(
     image_shape
         (C, H, W).
     num_classes
-        Outputs of a network by name; None: as in ``before``.
+        Outputs of the network; None: as in ``before``.
     num_images
         In the client's step.
     attack
@@ -72,7 +78,7 @@ def audit(
         That ``unrolled_dlm`` simulates, of ``records.CLIENT_OPTIMIZERS``; None goes by what the
         update looks like.
     out
-        Picture to write, enlarged.
+        Picture to write, enlarged; its suffix says in which format.
 
     Returns
     -------
@@ -85,10 +91,21 @@ def audit(
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
     check.one_of("attack", attack, ["all", *tried()])
-    check.at_least("num_images", num_images, 1)
-    check.one_of("client", client or "sgd", records.CLIENT_OPTIMIZERS)
-    if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
+    if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
+        raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
+    if client is not None:
+        check.one_of("client", client, records.CLIENT_OPTIMIZERS)
+        if attack not in ("all", "unrolled_dlm"):
+            raise ValueError(f"client is {client!r}; it is simulated by unrolled_dlm, not {attack}")
+    if len(image_shape) != 3:
+        raise ValueError(f"image_shape is {tuple(image_shape)}; it takes (C, H, W)")
+    image_shape = tuple(image_shape)
+    if num_images * math.prod(image_shape) > PIXELS:
+        raise ValueError(
+            f"image_shape is {image_shape} and num_images {num_images}; "
+            f"an audit takes up to {PIXELS:,} pixels in all"
+        )
+    _check_out(Path(out))
     seen, coarse = _read(before, after, model, image_shape, num_classes)
     optimizer, kin, swapped = _first_look(seen, num_images, coarse)
     names = _chosen(num_images, kin, optimizer) if attack == "all" else [attack]
@@ -104,11 +121,11 @@ def audit(
         run = partial(record, seen, num_images=num_images, **options.get(name, {}))
         try:
             with one_thread():  # searches side by side on several threads each slow down tenfold
-                found, agreement = _twice(run)
-        except (ValueError, torch.linalg.LinAlgError) as why:
+                found, agreement = _twice(run, record.seeded)
+        except Exception as why:  # whatever a user's network or attack raises
             if attack != "all":
-                raise ValueError(str(why)) from None
-            print(f"    does not apply: {why}")
+                raise ValueError(f"attack {name} does not apply: {_sentence(why)}") from None
+            print(f"    does not apply: {_sentence(why)}")
             continue
         grade = _grade(found, agreement)
         results[name], ranks[name] = found, (grade, agreement or 0)
@@ -125,6 +142,40 @@ def audit(
     return results
 
 
+def _sentence(error: Exception) -> str:
+    """An error in one line; its kind too, where it is none of ours."""
+    line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError unless the picture can be written to ``out``, in a known format."""
+    from PIL import Image
+
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
+    if out.is_dir():
+        raise ValueError(f"out is {str(out)!r}, a folder; it takes the picture's file")
+    existed = out.exists()
+    try:
+        open(out, "ab").close()
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out is {str(out)!r}, which cannot be written ({error.strerror})"
+        ) from None
+    try:
+        known = Image.registered_extensions()[out.suffix.lower()]
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
+    except (KeyError, ValueError, OSError):
+        raise ValueError(
+            f"out is {str(out)!r}; it takes the suffix of a format of pictures, such as .png"
+        ) from None
+
+
 def _chosen(num_images: int, kin: str, optimizer: str) -> list[str]:
     """The attacks that suit what was seen at the first look."""
     left_out = {"exact_batch" if num_images == 1 else "exact"}
@@ -134,69 +185,115 @@ def _chosen(num_images: int, kin: str, optimizer: str) -> list[str]:
 
 
 def _read(
-    before: str | Path | StateDict,
-    after: str | Path | StateDict,
+    before: Any,
+    after: Any,
     model: str | nn.Module,
-    image_shape: Sequence[int],
+    image_shape: tuple[int, ...],
     num_classes: int | None,
 ) -> tuple[Observation, torch.dtype | None]:
     """(Observation, dtype of half precision to which the weights that came back are rounded, or
     None).
     """
-    network = models.build(model, image_shape) if isinstance(model, str) else model
-    snapshots = [
-        load_weights(given) if isinstance(given, (str, Path)) else check_weights(argument, given)
+    snapshots = {
+        argument: load_weights(given)
+        if isinstance(given, (str, Path))
+        else check_weights(argument, given)
         for argument, given in (("before", before), ("after", after))
-    ]
+    }
     if isinstance(model, str):
-        last = snapshots[0].get(
-            list(dict(network.named_parameters()))[-1]
-        )  # ours end in the head's bias
-        num_classes = num_classes or (100 if last is None else len(last))  # the file knows
-        network = models.build(model, image_shape, num_classes)
-    coarse = _half_precision(snapshots[1])
-    if coarse:
-        print(f"the weights that came back are rounded to {coarse}")
-        snapshots = [
-            {name: w.float() if w.is_floating_point() else w for name, w in each.items()}
-            for each in snapshots
-        ]
+        count = num_classes or _classes_of(model, image_shape, snapshots["before"])
+        where = f" (image_shape is {image_shape}, num_classes {count})"
+        expected = _shapes(model, image_shape, count)
+    else:
+        where, expected = "", model.state_dict()
     try:
-        return observe(network, snapshots[0], snapshots[1], image_shape), coarse
+        for argument, given in snapshots.items():  # before anything of its size is made of one
+            check_fit(argument, given, _of_dtypes(expected, given))
+        if isinstance(model, str):
+            model = models.build(model, image_shape, count)
+        coarse = _half_precision(snapshots["after"])
+        if coarse:
+            print(f"the weights that came back are rounded to {coarse}")
+            snapshots = {
+                argument: {n: w.float() if w.is_floating_point() else w for n, w in each.items()}
+                for argument, each in snapshots.items()
+            }
+        seen = observe(model, snapshots["before"], snapshots["after"], image_shape)
     except Unchanged:
         raise
     except ValueError as why:
-        if not isinstance(model, str):
-            raise
+        raise ValueError(f"{why}{where}") from None
+    if num_classes not in (None, seen.num_classes):
         raise ValueError(
-            f"{why} (image_shape is {tuple(image_shape)}, num_classes {num_classes})"
+            f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
+        )
+    return seen, coarse
+
+
+def _shapes(model: str, image_shape: tuple[int, ...], num_classes: int) -> StateDict:
+    """The state dict of a network by name, without its numbers where the network allows."""
+    try:
+        try:
+            with torch.device("meta"):
+                return models.build(model, image_shape, num_classes).state_dict()
+        except (NotImplementedError, RuntimeError):  # a user's network may need the numbers
+            return models.build(model, image_shape, num_classes).state_dict()
+    except ValueError:
+        raise
+    except Exception as why:
+        raise ValueError(
+            f"model {model!r} cannot be made for image_shape {image_shape} and {num_classes} "
+            f"classes ({_sentence(why)})"
         ) from None
 
 
-def _half_precision(weights):
+def _classes_of(model: str, image_shape: tuple[int, ...], before: StateDict) -> int:
+    """The number of classes in a snapshot: where networks of more of them are larger."""
+    one, more = (_shapes(model, image_shape, count) for count in (100, 101))
+    for name, shape in ((name, w.shape) for name, w in one.items() if name in before):
+        for axis, (size, larger) in enumerate(zip(shape, more[name].shape)):
+            if size != larger and before[name].ndim > axis:
+                return before[name].shape[axis]
+    return 100
+
+
+def _of_dtypes(expected: StateDict, given: StateDict) -> StateDict:
+    """Tensors of the shapes expected and the dtypes given, without numbers."""
+    dtypes = {name: given[name].dtype for name in expected if name in given}
+    return {
+        name: torch.empty(w.shape, dtype=dtypes.get(name, w.dtype), device="meta")
+        for name, w in expected.items()
+    }
+
+
+def _half_precision(weights: StateDict) -> torch.dtype | None:
     """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in;
     else None.
     """
 
-    def fits(dtype):
+    def fits(dtype: torch.dtype) -> bool:
         return all(torch.equal(w, weights[name]) for name, w in rounded(weights, dtype).items())
 
-    return next(
-        (dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None
-    )  # the coarser first
+    # The coarser first.
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)
 
 
-def _first_look(seen, num_images, coarse):
+def _first_look(
+    seen: Observation, num_images: int, coarse: torch.dtype | None
+) -> tuple[str, str, bool]:
     """Print what the update says at once; return the optimizer's name, whose kin it is, and whether
     the files look swapped.
     """
     bias = seen.head.delta_bias
-    swapped = bool(
-        (bias > 0).sum() <= num_images < (bias < 0).sum()
-    )  # the labels' classes fall in Δ, all others rise
+    # The labels' classes fall in Δ, all others rise.
+    swapped = bool((bias > 0).sum() <= num_images < (bias < 0).sum())
     if swapped:
         print("have the two files changed places? the last layer moved away from its labels")
-    found = recognise.recognise(seen)
+    try:
+        found = recognise.recognise(seen)
+    except Exception as why:  # whatever a user's network raises
+        print(f"the update cannot be read at a first look: {_sentence(why)}")
+        return "several steps", "sgd", swapped
     kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
     if found.optimizer == "several steps":
         unread = (
@@ -214,9 +311,9 @@ def _first_look(seen, num_images, coarse):
     return found.optimizer, kin, swapped
 
 
-def _twice(run: Callable[..., Reconstruction]) -> tuple[Reconstruction, float | None]:
+def _twice(run: Callable[..., Reconstruction], seeded: bool) -> tuple[Reconstruction, float | None]:
     """(the result, PSNR in dB between its images and those of a search from another start; None for
-    exact attacks).
+    exact attacks, and for those that have one start).
     """
     found = run()
     if not isinstance(found.evidence, SearchEvidence):
@@ -224,6 +321,8 @@ def _twice(run: Callable[..., Reconstruction]) -> tuple[Reconstruction, float | 
     if found.local_steps is not None:
         run = partial(run, local_steps=found.local_steps, **CLOSER)
         found = run()
+    if not seeded:
+        return found, None
     again = run(seed=1)
     images, others = (each.images.double().cpu().clamp(0, 1) for each in (found, again))
     matched = images[metrics.match(images, others)]
@@ -246,21 +345,18 @@ def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> I
         yield found.evidence.verdict
         if grade is Explains.LITTLE:
             return
-    if agreement is not None:
+    searched = isinstance(found.evidence, SearchEvidence)
+    if searched:
         loss = found.evidence.loss
         size = int(loss <= EXPLAINED) + int(loss <= PARTLY)
         yield (
             f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; "
             f"{found.status.sentence}"
         )
-        which = "the same" if agreement >= AGREED else "another"
-        yield (
-            f"a search from another start ends at {which} picture "
-            f"({agreement:.0f} dB between the two)"
-        )
+        yield _agreed(agreement)
     if (found.labels >= 0).all():
         yield f"labels {found.labels.tolist()}"
-    simulated = isinstance(found.evidence, SearchEvidence) and found.local_steps is not None
+    simulated = searched and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}"
     if simulated:
@@ -270,16 +366,26 @@ def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> I
         )
 
 
-def _save(images, out):
+def _agreed(agreement: float | None) -> str:
+    if agreement is None:
+        return "it has one start: no search from another one speaks for its picture"
+    which = "the same" if agreement >= AGREED else "another"
+    between = f"({agreement:.0f} dB between the two)"
+    return f"a search from another start ends at {which} picture {between}"
+
+
+def _save(images: torch.Tensor, out: str | Path) -> None:
     from torchvision.utils import save_image
 
+    if images.shape[1] not in (1, 3):  # a picture each of its channels
+        images = images.reshape(-1, 1, *images.shape[2:])
     factor = max(1, SIDE // images.shape[-1])
     save_image(
         images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor
     )
 
 
-def _conclude(grade, attack, num_images, swapped):
+def _conclude(grade: Explains, attack: str, num_images: int, swapped: bool) -> None:
     if grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
         return

@@ -9,12 +9,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cloudpickle
-
 from dlm_core import check
 from dlm_core.threads import one_thread
 
-STATUS = Path("/proc/self/status")  # of Linux
+# Of Linux.
+STATUS = Path("/proc/self/status")
 
 
 class Cost(NamedTuple):
@@ -25,14 +24,18 @@ class Cost(NamedTuple):
     milliseconds
         Of the processor, the best of several calls.
     mebibytes
-        Of memory, at the highest, above what the process held before the first call.
+        By which the calls raised the most that the process had held until then, building what was
+        needed included.
     """
 
     milliseconds: float
     mebibytes: float
 
 
-def cost(prepare: Callable[..., Callable[[], Any]], *arguments: Any, repeats: int = 3) -> Cost:
+@check.arguments
+def cost(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, repeats: check.Count = 3
+) -> Cost:
     """Measure one call of ``prepare(*arguments)()`` on one thread, in a process of its own.
 
     Parameters
@@ -50,25 +53,28 @@ def cost(prepare: Callable[..., Callable[[], Any]], *arguments: Any, repeats: in
     ValueError
         For ``repeats`` out of range.
     """
-    check.at_least("repeats", repeats, 1)
+    import cloudpickle
+
     work = cloudpickle.dumps((prepare, arguments))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_measure, work, repeats).result()
 
 
 def _measure(work: bytes, repeats: int) -> Cost:
+    import cloudpickle
+
     prepare, arguments = cloudpickle.loads(work)
     with one_thread():
         measured = prepare(*arguments)
-        before, times = _peak(), []
+        before, times = peak(), []
         for _ in range(repeats):
             began = time.process_time()
             measured()
             times.append(time.process_time() - began)
-    return Cost(1e3 * min(times), _peak() - before)
+    return Cost(1e3 * min(times), peak() - before)
 
 
-def _peak() -> float:
+def peak() -> float:
     """The most memory that this process has held, in MiB.
 
     Linux' ``ru_maxrss`` begins with the parent's, so that its own peak is read instead.

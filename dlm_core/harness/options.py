@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dlm_core import defenses
+from dlm_core import check, defenses
 from dlm_core.defenses import Setting
 from dlm_core.harness import sweeps, tables
 from dlm_core.harness.trials import Trial
@@ -58,10 +58,15 @@ class Option:
     epsilon: float = math.inf
     neighbours: str = ""
 
-    def trainings(self, seeds: int) -> list[Federation]:
+    def __post_init__(self) -> None:
+        check.fields(self)
+
+    @check.arguments
+    def trainings(self, seeds: check.Count) -> list[Federation]:
         """The training from ``seeds`` seeds."""
         return [replace(self.training, seed=seed) for seed in range(seeds)]
 
+    @check.arguments
     def shown_to(self, observer: defenses.Observer) -> Setting | None:
         """``shown``, to the "server" or on the "channel"; W_t is public where Δ is defended."""
         if self.shown is None or self.shown.record.acts_on != "snapshot":
@@ -69,26 +74,29 @@ class Option:
         return replace(self.shown, observer=observer)
 
 
-def federation(dataset: str, num_rounds: int) -> Federation:
+@check.arguments
+def federation(dataset: str, num_rounds: check.Count) -> Federation:
     """The training that options are priced in: five clients, each with three steps on 96 images."""
     client = Training(learning_rate=1.0, local_steps=3, batch_size=96)
     return Federation(dataset=dataset, num_clients=5, num_rounds=num_rounds, client=client, **MLP)
 
 
+@check.arguments
 def undefended(training: Federation) -> Option:
     """No defence, which costs nothing."""
     return Option(family="none", strength=math.nan, training=training)
 
 
+@check.arguments
 def menu(
     training: Federation,
     *,
-    scales: Sequence[float] = (),
-    percents: Sequence[float] = (),
-    multipliers: Sequence[float] = (),
-    dp_sgd: Sequence[float] = (),
-    kept_out: Sequence[float] = (),
-    bits: Sequence[int] = (),
+    scales: Sequence[check.NonNegative] = (),
+    percents: Sequence[check.Percent] = (),
+    multipliers: Sequence[check.NonNegative] = (),
+    dp_sgd: Sequence[check.NonNegative] = (),
+    kept_out: Sequence[check.Percent] = (),
+    bits: Sequence[check.Count] = (),
 ) -> list[Option]:
     """Return the options, family by family.
 
@@ -187,7 +195,8 @@ def _epsilon(
     )
 
 
-def accuracies(choices: Iterable[Option], seeds: int) -> dict[Option, list[float]]:
+@check.arguments
+def accuracies(choices: Iterable[Option], seeds: check.Count) -> dict[Option, list[float]]:
     """Train under each option, and return the accuracies, one a seed."""
     choices = list(choices)
     plan = [training for option in choices for training in option.trainings(seeds)]
@@ -196,10 +205,15 @@ def accuracies(choices: Iterable[Option], seeds: int) -> dict[Option, list[float
     return {option: [reached[each] for each in option.trainings(seeds)] for option in choices}
 
 
-def price(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+@check.arguments
+def price(
+    before: Sequence[check.Finite], after: Sequence[check.Finite]
+) -> tuple[float, float, float]:
     """Points of accuracy lost between trainings of the same seeds: (mean, low, high) as of
     ``tables.interval``.
     """
+    if len(before) != len(after):
+        raise ValueError(f"after has {len(after)} accuracies; before has {len(before)}")
     return tables.interval([100 * (b - a) for b, a in zip(before, after)])
 
 
@@ -219,9 +233,12 @@ class Victim:
     """
 
     trial: Trial
-    number: int
+    number: check.Count
     undefended: Sequence[Strategy] = ON_ONE_IMAGE["undefended"]
     defended: Sequence[Strategy] = ON_ONE_IMAGE["defended"]
+
+    def __post_init__(self) -> None:
+        check.fields(self)
 
     def trials(
         self,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]  # in an installed copy: the folder of all packages
+# In an installed copy: the folder of all packages.
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Its folders that no command writes its output into.
+OWN = ("dlm_core", "tests", "docs", "notebooks", "data", "binder", ".git")
 
 
 def in_checkout() -> bool:
@@ -33,3 +37,26 @@ def home() -> Path:
     current folder.
     """
     return REPOSITORY if in_checkout() else Path.cwd()
+
+
+def writable(folder: Path) -> Path:
+    """``folder``, made where it does not exist.
+
+    Raises
+    ------
+    ValueError
+        Where nothing can be written into it, or the repository's own files would be among what is.
+    """
+    refused = f"output folder {str(folder)!r} cannot be written"
+    whole = folder.resolve()
+    own = any(whole.is_relative_to(REPOSITORY / name) for name in OWN)
+    if in_checkout() and (own or whole == REPOSITORY):
+        raise ValueError(f"{refused}: the repository's own files are there; set OUT to another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{refused} ({error.strerror}); set OUT to another") from None
+    return folder

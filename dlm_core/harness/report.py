@@ -23,7 +23,7 @@ import numpy
 from dlm_core import check, data, records
 from dlm_core.harness import figures, settings, tables
 from dlm_core.harness.cells import parameters
-from dlm_core.harness.paths import REPOSITORY, home, in_checkout
+from dlm_core.harness.paths import REPOSITORY, home, in_checkout, writable
 from dlm_core.observation import Observation
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -44,17 +44,7 @@ def folder() -> Path:
     """Where results go: DLM_FIGURES, or figures/ in the repository. Raises ValueError where it
     cannot be written.
     """
-    path = Path(os.environ.get("DLM_FIGURES") or home() / "figures")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output folder {str(path)!r} cannot be written ({error.strerror}); set OUT to another"
-        ) from None
-    return path
+    return writable(Path(os.environ.get("DLM_FIGURES") or home() / "figures"))
 
 
 def start(notebook: str) -> "Report":
@@ -181,7 +171,9 @@ class Report:
         self._keep(files, alt)
 
     @check.arguments
-    def table(self, frame: Any, caption: str, suffix: str = "", digits: check.Whole = 2) -> Any:
+    def table(
+        self, frame: tables.Frame, caption: str, suffix: str = "", digits: check.Whole = 2
+    ) -> Any:
         """Save a table as CSV (six digits) and Markdown under the notebook's name.
 
         Parameters
@@ -335,7 +327,7 @@ def knowledge(seen: Observation, attacks: Sequence[str]) -> Any:
     )
     rows = [("any observer", holds)]
     for key in attacks:
-        check.one_of("entry of attacks", key, records.ATTACKS)
+        check.one_of("attack", key, records.ATTACKS)
         record = records.ATTACKS[key]
         rows.append(
             (record.title, f"and {', '.join(record.told)}" if record.told else "nothing more")

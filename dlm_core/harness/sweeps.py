@@ -208,7 +208,7 @@ def _flat(trial: Any) -> dict[str, Any]:
 
 
 @check.arguments
-def summarise(frame: Any, by: str | Sequence[str]) -> Any:
+def summarise(frame: tables.Frame, by: str | Sequence[str]) -> Any:
     """Success, PSNR, SSIM and LPIPS per group of a table, as a pandas DataFrame.
 
     Parameters

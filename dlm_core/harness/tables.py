@@ -4,11 +4,35 @@ sentence.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 
 from dlm_core import check
+
+
+@dataclass(frozen=True)
+class Has:
+    """Of an argument, in an annotation: a pandas object, known by an attribute, since pandas is
+    imported where it is used.
+    """
+
+    attribute: str
+    said: str
+
+    def check(self, value: Any) -> Any:
+        """The value, where it has the attribute."""
+        if not hasattr(value, self.attribute):
+            raise check.Wrong(self.said)
+        return value
+
+    def __str__(self) -> str:
+        return self.said
+
+
+Frame = Annotated[Any, Has("columns", "a pandas DataFrame")]
+Column = Annotated[Any, Has("std", "a pandas Series")]
 
 # How every share and every median counts a trial that ended without a picture, because its client
 # diverged or did not change, or the attack's equations are singular.
@@ -17,7 +41,8 @@ WITHOUT_A_PICTURE = (
 )
 
 
-def where(frame: Any, **columns: Any) -> Any:
+@check.arguments
+def where(frame: Frame, **columns: Any) -> Any:
     """The rows in which each column has the value given, or one of a list of values; dots in names
     are written as "__".
     """
@@ -29,7 +54,8 @@ def where(frame: Any, **columns: Any) -> Any:
     return frame
 
 
-def only(frame: Any, **columns: Any) -> Any:
+@check.arguments
+def only(frame: Frame, **columns: Any) -> Any:
     """The one row of ``where``.
 
     Raises
@@ -44,13 +70,13 @@ def only(frame: Any, **columns: Any) -> Any:
 
 
 @check.arguments
-def success(frame: Any, threshold: float = 20.0) -> float:
+def success(frame: Frame, threshold: check.Finite = 20.0) -> float:
     """Share of a table's trials that reach ``threshold`` dB; one without a picture is a failure."""
     return float((psnrs(frame) >= threshold).mean())
 
 
 @check.arguments
-def said(frame: Any, threshold: float = 20.0) -> str:
+def said(frame: Frame, threshold: check.Finite = 20.0) -> str:
     """A table's trials in words: "40% of 10 at 20 dB, median 17.9 dB", or "not run" for none."""
     if not len(frame):
         return "not run"
@@ -59,7 +85,8 @@ def said(frame: Any, threshold: float = 20.0) -> str:
     return f"{share}, median {f'{middle:.1f} dB' if middle == middle else 'without a picture'}"
 
 
-def psnrs(frame: Any) -> Any:
+@check.arguments
+def psnrs(frame: Frame) -> Any:
     """The PSNR in dB of each of a table's trials; that of one without a picture is -inf.
 
     Raises
@@ -72,7 +99,7 @@ def psnrs(frame: Any) -> Any:
     return column(frame, "psnr").fillna(-math.inf)
 
 
-def column(frame: Any, name: str) -> Any:
+def column(frame: Frame, name: str) -> Any:
     """A column of numbers, gaps as NaN; a column that a table lacks, since none of its trials has a
     picture, is all gaps.
     """
@@ -83,7 +110,7 @@ def column(frame: Any, name: str) -> Any:
     return frame[name].astype(float)
 
 
-def quantile(values: Any, share: float, worst: float = -math.inf) -> float:
+def quantile(values: Column, share: float, worst: float = -math.inf) -> float:
     """A quantile among values of which some may be infinite; NaN where it falls on or beside one of
     the ``worst``, which stands for a trial without a picture.
 
@@ -125,7 +152,8 @@ def rms(tensors: Sequence[torch.Tensor]) -> float:
     return math.sqrt(total / count) if count else math.nan
 
 
-def per_image(frame: Any) -> Any:
+@check.arguments
+def per_image(frame: Frame) -> Any:
     """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean. A
     batch without a picture has as many rows as images.
     """
@@ -152,7 +180,7 @@ def listed(texts: Iterable[str], separator: str = "; ") -> str:
 
 
 @check.arguments
-def spread(values: Any, unit: str = "dB") -> str:
+def spread(values: Column, unit: str = "dB") -> str:
     """A column in words: "41.3 ± 2.1 dB (n 10)", mean and standard deviation; or "not run"."""
     if not len(values):
         return "not run"

@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,15 +19,17 @@ from tqdm import tqdm
 
 from dlm_core import attacks, check, data, federated, label_inference, metrics, models, objectives
 from dlm_core.beyond import clients, exact
-from dlm_core.harness import sweeps
-from dlm_core.harness.interrupts import kept_from_workers
+from dlm_core.harness import memory, sweeps
+from dlm_core.harness.interrupts import ended_with_us, kept_from_workers
 from dlm_core.harness.paths import REPOSITORY
 from dlm_core.observation import Observation
 from dlm_core.project import peer
 from dlm_core.results import Reconstruction, SearchEvidence, Status
 
-LEARNING_RATE = 0.01  # of the client, everywhere here
-RELEASED = "DLM+, released settings"  # what the others' seconds are compared with
+# Of the client, everywhere here.
+LEARNING_RATE = 0.01
+# What the others' seconds are compared with.
+RELEASED = "DLM+, released settings"
 Row = dict[str, float]
 
 
@@ -36,7 +37,8 @@ def _told(attack: Callable[..., Reconstruction], **told: Any) -> Callable[..., R
     return lambda seen, seed: attack(seen, seed=seed, **told)
 
 
-ATTEMPTS: dict[str, tuple[str, Callable[..., Reconstruction]]] = {  # name: (network, attack)
+# {name: (network, attack)}
+ATTEMPTS: dict[str, tuple[str, Callable[..., Reconstruction]]] = {
     "exact": ("lenet", lambda seen, seed: exact.recover(seen)),
     "exact, MLP": ("mlp", lambda seen, seed: exact.recover(seen)),
     "DLM+": ("lenet", _told(attacks.dlm_plus)),
@@ -55,7 +57,8 @@ PEERS = {
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def run(num_images: int = 20, peer_images: int = 3) -> None:
+@check.arguments
+def run(num_images: check.Whole = 20, peer_images: check.Whole = 3) -> None:
     """Print Markdown tables: the attacks on CIFAR-100, what a simulated step costs, what threads
     do.
 
@@ -67,8 +70,6 @@ def run(num_images: int = 20, peer_images: int = 3) -> None:
     peer_images
         How many of them the peer's attacks meet, which are far slower; 0 leaves them out.
     """
-    check.at_least("peer_images", peer_images, 0)
-    check.at_least("num_images", num_images, 0)
     if num_images:
         data.load("cifar100", n=num_images, source="bundled")  # says so now if there are too few
         _print_attempts(_measured(num_images, peer_images), num_images)
@@ -99,8 +100,8 @@ def attempt(name: str, i: int) -> Row:
     found = attack(seen, i)
     seconds = time.perf_counter() - began
     psnr = float(metrics.psnr(found.images, truth.images, data_range=1.0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"psnr": psnr, "seconds": seconds, "evaluations": found.evaluations, "peak": peak}
+    used = {"evaluations": found.evaluations, "peak": memory.peak()}
+    return {"psnr": psnr, "seconds": seconds, **used}
 
 
 def cost_of_steps(counts: Sequence[int] = (1, 2, 5, 10, 20, 50), repeats: int = 5) -> None:
@@ -233,16 +234,20 @@ def _measured(num_images: int, peer_images: int) -> dict[str, list[Row]]:
         rows |= {name: [] for name in PEERS}
         python = peer.environment()
     spawn = multiprocessing.get_context("spawn")
-    pools = {n: ProcessPoolExecutor(1, spawn, _begin, (count, os.getpid())) for n in ATTEMPTS}
-    for i in tqdm(range(num_images), unit="image"):
-        for name, pool in pools.items():
-            with kept_from_workers():
-                task = pool.submit(attempt, name, i)
-            rows[name].append(task.result())
-        for name, attack in PEERS.items() if i < peer_images else ():
-            rows[name].append(peer.measure(python, attack, i, count))
-    for pool in pools.values():
-        pool.shutdown()
+    with contextlib.ExitStack() as stack:
+        pools = {
+            name: stack.enter_context(ProcessPoolExecutor(1, spawn, _begin, (count, os.getpid())))
+            for name in ATTEMPTS
+        }
+        # Left before the pools are, which would wait for the attack that is under way.
+        stack.enter_context(ended_with_us())
+        for i in tqdm(range(num_images), unit="image"):
+            for name, pool in pools.items():
+                with kept_from_workers():
+                    task = pool.submit(attempt, name, i)
+                rows[name].append(task.result())
+            for name, attack in PEERS.items() if i < peer_images else ():
+                rows[name].append(peer.measure(python, attack, i, count))
     return rows
 
 

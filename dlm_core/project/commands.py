@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlm_core.harness.paths import checkout
+from dlm_core.harness.paths import checkout, writable
 from dlm_core.project import environment
 
 
@@ -86,24 +86,32 @@ def lab() -> int:
         return _run("-m", "jupyter", "lab", "notebooks")
 
 
-def site(out: str) -> int:
+def site(out: str | None) -> int:
     """Build the site into the folder ``out``."""
-    checkout("site")
-    folder = Path(out)
+    folder = _folder("site", out)
     settings = ("-q", "-W", "--keep-going", "-E", "-b", "html", "-c", "docs")
-    code = _run("-m", "sphinx", *settings, "-d", str(folder.with_name("doctrees")), ".", out)
+    doctrees = folder.with_name("doctrees")
+    code = _run("-m", "sphinx", *settings, "-d", str(doctrees), ".", str(folder))
     if not code:
-        print(f"the site is in {out}: open {folder / 'index.html'}")
+        print(f"the site is in {folder}: open {folder / 'index.html'}")
     return code
 
 
-def assignment(out: str) -> None:
+def assignment(out: str | None) -> None:
     """Write the students' versions into the folder ``out``."""
-    checkout("assignment")
+    folder = _folder("assignment", out)
     from dlm_core.project import lessons
 
-    for path in lessons.release(out):
+    for path in lessons.release(folder):
         print(path)
+
+
+def _folder(command: str, out: str | None) -> Path:
+    """The folder that ``out`` names, or the command's own in build/."""
+    repository = checkout(command)
+    if out == "":
+        raise ValueError("--out is empty; leave it out for the default")
+    return writable((repository / "build" / command if out is None else Path(out)).resolve())
 
 
 def assignment_check() -> int:
@@ -138,8 +146,9 @@ def clean(environment_too: bool) -> None:
     caches = (".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
     for name in ("build", ".store", *caches, *([".venv"] if environment_too else [])):
         shutil.rmtree(repository / name, ignore_errors=True)
-    for cache in repository.rglob("__pycache__"):
-        if ".venv" not in cache.parts:
+    # Not elsewhere: other environments lie in the repository as well.
+    for folder in ("dlm_core", "tests", "docs"):
+        for cache in (repository / folder).rglob("__pycache__"):
             shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -161,9 +170,8 @@ def attack(
         return
     if before is None or after is None:
         raise ValueError("attack takes two files, the weights before and after a round; see --help")
-    if not re.fullmatch(
-        r"\d+(,\d+)*", image_shape
-    ):  # how many numbers, and how large, models.build checks
+    # How many numbers, and how large, the audit checks.
+    if not re.fullmatch(r"\d+(,\d+)*", image_shape):
         raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
     from dlm_core.harness.audit import audit
 

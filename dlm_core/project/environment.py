@@ -60,7 +60,7 @@ def ensure(folder: Path | None = None) -> Path:
     folder = Path(folder or repository / ".venv")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "pins"
-    pins = _digest(repository)
+    pins = digest(repository)
     if python.exists() and stamp.exists() and stamp.read_text() == pins:
         return python
     print(
@@ -76,14 +76,13 @@ def ensure(folder: Path | None = None) -> Path:
             f"{' '.join(map(str, error.cmd[:5]))} …); what went wrong stands above; "
             "running the same command again starts afresh"
         ) from None
-    (packages / "dlm_core_repository.pth").write_text(
-        f"{repository}\n"
-    )  # notebooks import dlm_core from anywhere
+    # Notebooks import dlm_core from anywhere.
+    (packages / "dlm_core_repository.pth").write_text(f"{repository}\n")
     stamp.write_text(pins)
     return python
 
 
-def _digest(repository: Path) -> str:
+def digest(repository: Path) -> str:
     """Names what is installed: the pins and this Python."""
     content = b"".join((repository / name).read_bytes() for name in PINS)
     return hashlib.sha256(content + sys.version.encode()).hexdigest()

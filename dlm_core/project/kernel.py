@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "python3"
-QUIET = [
-    "--log-level=CRITICAL"
-]  # a kernel warns of its ports, and logs the interrupt that shuts it down as an error
+# A kernel warns of its ports, and logs the interrupt that shuts it down as an error.
+QUIET = ["--log-level=CRITICAL"]
 
 
 @contextlib.contextmanager
@@ -17,8 +16,10 @@ def own() -> Iterator[None]:
     """Within it, the kernel called ``python3`` is the Python that runs, here and in all processes
     started from here.
 
-    Notes ----- Jupyter looks into the folders of JUPYTER_PATH first, before those of the user and
-    of the environment.
+    Notes
+    -----
+    Jupyter looks into the folders of JUPYTER_PATH first, before those of the user and of the
+    environment.
     """
     from ipykernel.kernelspec import write_kernel_spec
 

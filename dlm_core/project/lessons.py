@@ -6,15 +6,17 @@ that a lesson can be put into an nbgrader course as it is. Their parameters are 
 profiles.
 """
 
+import asyncio
 import copy
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm_core.harness import report
-from dlm_core.harness.paths import REPOSITORY
+from dlm_core.harness.paths import REPOSITORY, writable
 from dlm_core.project import kernel
 
 if TYPE_CHECKING:
@@ -39,14 +41,22 @@ def refresh(only: str | None = None) -> None:
     ----------
     only
         A part of the names of those wanted; None takes all.
+
+    Raises
+    ------
+    ValueError
+        Where none has such a name.
     """
-    for path in paths():
-        if only is None or only in path.stem:
-            notebook = run(_read(path))
-            print(f"{path.stem}: run", flush=True)
-            report.write_atomically(
-                path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n"
-            )
+    wanted = [path for path in paths() if only is None or (only and only in path.stem)]
+    if not wanted:
+        names = ", ".join(path.stem for path in paths())
+        raise ValueError(f"--only is {only!r}; it takes a part of one of these names: {names}")
+    for path in wanted:
+        notebook = run(_read(path))
+        print(f"{path.stem}: run", flush=True)
+        report.write_atomically(
+            path, json.dumps(_tidy(notebook), indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNode":
@@ -74,8 +84,24 @@ def run(notebook: "NotebookNode", *, allow_errors: bool = False) -> "NotebookNod
         resources={"metadata": {"path": str(REPOSITORY)}},
         extra_arguments=kernel.QUIET,
     )
-    with kernel.own():
-        return client.execute()
+    with kernel.own(), asyncio.Runner(loop_factory=_Loop) as runner:
+        loop = runner.get_loop()
+        try:
+            return loop.run_until_complete(client.async_execute())
+        except KeyboardInterrupt:
+            # The runner cancels what is under way, which ends the kernel; that it fails is no news.
+            loop.set_exception_handler(lambda *_: None)
+            raise
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """One that leaves signals to Python: nbclient's own handler ends the kernel at an interrupt,
+    and goes on without it.
+    """
+
+    def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+        """Refuse, as outside the main thread."""
+        raise RuntimeError("signals are the command's own matter")
 
 
 def students(notebook: "NotebookNode") -> "NotebookNode":
@@ -123,8 +149,7 @@ def release(folder: str | Path | None = None) -> list[Path]:
     """
     import nbformat
 
-    folder = Path(folder or REPOSITORY / "build" / "assignment")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable(Path(folder or REPOSITORY / "build" / "assignment"))
     written = []
     for path in paths("teaching"):
         written.append(folder / path.name)

@@ -66,16 +66,17 @@ def given(texts: Iterable[str]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for text in texts:
-        for part in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()):
-            name, equals, value = (each.strip() for each in part.partition("="))
-            if not equals or not name.isidentifier() or not value:
+        rest = text.strip()
+        while rest or not text.strip():
+            name, equals, rest = (each.strip() for each in rest.partition("="))
+            if not equals or not name.isidentifier() or not rest:
                 raise ValueError(
                     f"--parameter is {text!r}; it takes NAME=VALUE, as seeds=100, or several with "
                     "spaces between them"
                 )
             if name in found:
                 raise ValueError(f"--parameter {name} is given twice; give it once")
-            found[name] = _literal(value)
+            found[name], rest = _first_value(rest)
     return found
 
 
@@ -96,18 +97,34 @@ def check_values(notebook: str, values: Mapping[str, Any], defaults: Mapping[str
         check.one_of(
             f"parameter of {notebook}", name, [each for each in defaults if each != "profile"]
         )
-        if not _fits(value, defaults[name]):
+        default = defaults[name]
+        named = isinstance(default, dict) and all(key.isidentifier() for key in default)
+        # Other keys, as "LeNet, tanh" or "20", are labels, and free.
+        if named and isinstance(value, dict) and default and set(value) != set(default):
             raise ValueError(
-                f"parameter {name} of {notebook} is {value!r}; "
-                f"it takes {_kind(defaults[name])}, as {defaults[name]!r}"
+                f"parameter {name} of {notebook} has the keys {', '.join(map(repr, value))}; "
+                f"it takes those of {default!r}"
+            )
+        if not _fits(value, default):
+            raise ValueError(
+                f"parameter {name} of {notebook} is {check.shown(value)}; "
+                f"it takes {_kind(default)}, as {default!r}"
             )
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _first_value(text: str) -> tuple[Any, str]:
+    """(the value that a text begins with, what comes after it).
+
+    It ends where another NAME= begins and it is a whole literal: "b=" may also stand within quotes.
+    What is none is a string, up to the first NAME=.
+    """
+    ends = [match.start() for match in re.finditer(r"\s+[A-Za-z_]\w*=", text)] + [len(text)]
+    for end in ends:
+        try:
+            return ast.literal_eval(text[:end].strip()), text[end:].strip()
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return text[: ends[0]].strip(), text[ends[0] :].strip()
 
 
 def _same(one: Any, other: Any) -> bool:

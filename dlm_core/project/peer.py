@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 from dlm_core.harness.paths import REPOSITORY
 
 ITERATIONS = {"deepleakage": 500, "invertinggradients": 9500}
-SHARED = ("torch==", "torchvision==", "pillow==")  # as pinned for ourselves
+# As pinned for ourselves.
+SHARED = ("torch==", "torchvision==", "pillow==")
 
 
 def environment() -> Path:
@@ -75,6 +75,7 @@ def main(attack: str, index: int) -> None:
     from omegaconf import OmegaConf
 
     from dlm_core import data, federated, models, objectives
+    from dlm_core.harness import memory
 
     truth = data.load("cifar100", indices=[index], source="bundled")
     model = models.build("lenet", seed=index)
@@ -113,13 +114,9 @@ def main(attack: str, index: int) -> None:
         )
         seconds = time.perf_counter() - began
     error = (found["data"].clamp(0, 1) - truth.images).double().square().mean()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     psnr = -10 * math.log10(float(error) + 1e-300)
-    print(
-        json.dumps(
-            {"psnr": psnr, "seconds": seconds, "evaluations": ITERATIONS[attack], "peak": peak}
-        )
-    )
+    used = {"evaluations": ITERATIONS[attack], "peak": memory.peak()}
+    print(json.dumps({"psnr": psnr, "seconds": seconds, **used}))
 
 
 if __name__ == "__main__":

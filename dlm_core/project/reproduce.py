@@ -12,19 +12,21 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from dlm_core import check
 from dlm_core.harness import report
 from dlm_core.harness.interrupts import kept_from_workers
-from dlm_core.harness.paths import REPOSITORY, checkout
+from dlm_core.harness.paths import REPOSITORY, checkout, writable
 from dlm_core.project import kernel
 from dlm_core.project import parameters as cells
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PROFILES = ("smoke", "quick", "paper")
 SETS = ("paper", "beyond", "all")
-SETTINGS = ("SCHEDULER", "JUPYTER_PATH")  # of the environment, that workers need as they are now
+# Of the environment, that workers need as they are now.
+SETTINGS = ("SCHEDULER", "JUPYTER_PATH")
+MOST_JOBS = 4096
 
 
 class Run(NamedTuple):
@@ -62,7 +64,7 @@ def choose(only: str | None = None, chosen_set: str = "paper") -> list[str]:
     """
     check.one_of("SET", chosen_set, SETS)
     entries = catalogue()
-    if not only:
+    if only is None:
         return [name for name, entry in entries.items() if chosen_set in ("all", entry["set"])]
     chosen = []
     for wanted in only.split(","):
@@ -111,8 +113,10 @@ def run(
     ValueError, ConnectionError, FileNotFoundError
         For what cannot be run as asked, before anything runs.
 
-    Notes ----- A notebook that fails does not stop the others. Finished trials are kept in the
-    store and never computed twice.
+    Notes
+    -----
+    A notebook that fails does not stop the others. Finished trials are kept in the store and never
+    computed twice.
     """
     checkout("figures")
     check.one_of("PROFILE", profile, PROFILES)
@@ -162,19 +166,22 @@ def _prepare(profile: str, jobs: int | None, out: str | Path | None, scheduler: 
     for figures.
     """
     if jobs is not None:
-        check.at_least("JOBS", jobs, 1)
+        check.fitting("JOBS", jobs, Annotated[int, check.Range(1, MOST_JOBS)])
     if profile == "smoke":
         jobs = jobs or 1  # its trials are over before workers have started
-    figures = Path(out or REPOSITORY / "figures").resolve()
+    for name, given in (("OUT", out), ("SCHEDULER", scheduler)):
+        if given == "":
+            raise ValueError(f"{name} is empty; leave it unset for the default")
+    figures = writable(Path(out or REPOSITORY / "figures").resolve())
+    scheduler = scheduler or os.environ.get("SCHEDULER")
+    if scheduler:
+        from dlm_core.harness import sweeps
+
+        with sweeps.engine(scheduler, jobs=1):
+            pass  # an unreachable scheduler is said now, not after the first notebook's start
     for name, value in {"DLM_FIGURES": figures, "DLM_JOBS": jobs, "SCHEDULER": scheduler}.items():
         if value:
             os.environ[name] = str(value)
-    report.folder()
-    if os.environ.get("SCHEDULER"):
-        from dlm_core.harness import sweeps
-
-        with sweeps.engine(os.environ["SCHEDULER"], jobs=1):
-            pass  # an unreachable scheduler is said now, not after the first notebook's start
     (figures / "notebooks").mkdir(exist_ok=True)
     return figures
 
@@ -235,15 +242,13 @@ def title(path: Path) -> str:
 
 def fill_readme(figures: Path, readme: Path = REPOSITORY / "README.md") -> None:
     """Put the results table between the README's markers."""
-    text = readme.read_text(encoding="utf-8")
-    filled = re.sub(
-        r"(<!-- results -->\n).*?(\n<!-- /results -->)",
-        lambda m: m[1] + results_table(figures) + m[2],
-        text,
-        flags=re.DOTALL,
-    )
-    if filled != text:
-        report.write_atomically(readme, filled)
+    table = results_table(figures)
+    with report.locked(readme):
+        text = readme.read_text(encoding="utf-8")
+        between = r"(<!-- results -->\n).*?(\n<!-- /results -->)"
+        filled = re.sub(between, lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+        if filled != text:
+            report.write_atomically(readme, filled)
 
 
 def _execute(
@@ -273,9 +278,8 @@ def _execute(
         except PapermillExecutionError as error:
             seen = f"(see {run.target.name} in {run.target.parent.name}/)"
             problem = f"cell {error.exec_count}: {error.ename}: {error.evalue} {seen}"
-        except (
-            Exception
-        ) as error:  # a kernel that dies or a notebook that cannot be read must not stop the others
+        # A kernel that dies or a notebook that cannot be read must not stop the others.
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         finally:
             finished.set()

@@ -1,6 +1,7 @@
 """Does this client leak? What the audit says of clients of several kinds, and what it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,22 +203,13 @@ def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype,
     assert f"rounded to {dtype}" in said and "not to be trusted" not in said
 
 
-def test_a_user_s_attack_joins_those_that_are_tried(clients_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(records, "ATTACKS", records.ATTACKS)  # the table itself is put back below
-    before = dict(records.ATTACKS)
-    try:
-
-        @records.attack("mine", title="Mine", client="any client", audited=0)
-        def mine(seen, *, num_images=1, seed=0):
-            return before["grey"](seen, num_images=num_images)
-
-        assert list(tried())[0] == "mine"
-        files = [clients_files / "before.pt", clients_files / "sgd.pt"]
-        audit(*files, image_shape=(1, 8, 8), attack="mine", out=tmp_path / "found.png")
-        assert "mine (any client) ..." in capsys.readouterr().out
-    finally:
-        records.ATTACKS.clear()
-        records.ATTACKS.update(before)
+def test_a_user_s_attack_joins_those_that_are_tried(clients_files, tmp_path, capsys, own_attack):
+    grey = records.ATTACKS["grey"].function
+    own_attack(lambda seen, *, num_images=1, seed=0: grey(seen, num_images=num_images))
+    assert list(tried())[0] == "mine"
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    audit(*files, image_shape=(1, 8, 8), attack="mine", out=tmp_path / "found.png")
+    assert "mine (any client) ..." in capsys.readouterr().out
 
 
 def test_the_update_is_computed_once(clients_files, tmp_path, monkeypatch):
@@ -228,3 +220,176 @@ def test_the_update_is_computed_once(clients_files, tmp_path, monkeypatch):
     files = [clients_files / "before.pt", clients_files / "sgd.pt"]
     audit(*files, image_shape=(1, 8, 8), out=tmp_path / "found.png")
     assert len(count) == 1
+
+
+@pytest.fixture
+def own_attack():
+    """Registers an attack of one's own that is tried first, and forgets it."""
+    before = dict(records.ATTACKS)
+
+    def register(function, **about):
+        records.attack("mine", title="Mine", client="any client", audited=0, **about)(function)
+
+    yield register
+    records.ATTACKS.clear()
+    records.ATTACKS.update(before)
+
+
+def test_a_search_of_one_start_has_no_second_that_agrees_with_it(
+    clients_files, tmp_path, capsys, own_attack
+):
+    grey, searched = records.ATTACKS["grey"], records.ATTACKS["dlm_plus"]
+
+    def mine(seen, *, num_images=1):
+        evidence = replace(searched(seen, max_evaluations=1).evidence, loss=1e-9)
+        return replace(grey(seen), evidence=evidence)
+
+    own_attack(mine, seeded=False)
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    audit(*files, image_shape=(1, 8, 8), attack="mine", out=tmp_path / "found.png")
+    said = capsys.readouterr().out
+    assert "has leaked" not in said and "inf dB" not in said and "ends at" not in said
+    assert "it has one start: no search from another one speaks for its picture" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("derivative not implemented\nand more"),
+        KeyError("w"),
+        MemoryError(),
+        ZeroDivisionError("division by zero"),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_user_s_code_ends_in_one_line_and_not_the_audit(
+    clients_files, tmp_path, capsys, own_attack, error
+):
+    def mine(seen, *, num_images=1, seed=0):
+        raise error
+
+    own_attack(mine)
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    where = {"image_shape": (1, 8, 8), "out": tmp_path / "found.png"}
+    assert "exact" in audit(*files, **where)
+    lines = capsys.readouterr().out.splitlines()
+    why = lines[lines.index("mine (any client) ...") + 1]
+    assert why.startswith(f"    does not apply: {type(error).__name__}") and "more" not in why
+    with pytest.raises(ValueError, match=f"attack mine does not apply: {type(error).__name__}"):
+        audit(*files, attack="mine", **where)
+
+
+def test_a_network_that_cannot_be_differentiated_is_said_to_be_one(tmp_path, capsys):
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise RuntimeError("the network is not made to be differentiated")
+            return x.flatten(1)
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(Breaks(), torch.nn.Linear(64, 10))
+    before = network.state_dict()
+    after = {name: w + 0.01 * torch.randn(w.shape) for name, w in before.items()}
+    results = audit(before, after, model=network, image_shape=(1, 8, 8), out=tmp_path / "found.png")
+    said = capsys.readouterr().out
+    assert results == {} and "no attack applies, which is no proof" in said
+    assert said.count("does not apply: ") >= 2
+
+
+def test_the_classes_of_a_network_by_name_are_its_head_s_wherever_that_is_registered(
+    tmp_path, monkeypatch
+):
+    class HeadFirst(torch.nn.Module):
+        def __init__(self, image_shape, num_classes):
+            super().__init__()
+            self.head = torch.nn.Linear(32, num_classes)
+            self.hidden = torch.nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.head(self.hidden(x.flatten(1)).sigmoid())
+
+    record = records.Network(key="head_first", function=HeadFirst, title="Head first")
+    monkeypatch.setitem(records.NETWORKS, "head_first", record)
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("head_first", (1, 8, 8), 10)
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    files = {"before": model.state_dict(), "after": seen.weights_after, "attack": "dlm_plus"}
+    results = audit(**files, model="head_first", image_shape=(1, 8, 8), out=tmp_path / "found.png")
+    assert metrics.psnr(results["dlm_plus"].images, images, data_range=1.0) > 30
+
+
+@pytest.mark.parametrize("out", ["found.xyz", "found", "", ".", "nowhere/found.png", "found.pdfs"])
+def test_where_no_picture_can_be_written_is_said_before_any_attack(
+    clients_files, tmp_path, capsys, monkeypatch, out
+):
+    monkeypatch.chdir(tmp_path)
+    files = [str(clients_files / f"{name}.pt") for name in ("before", "sgd")]
+    assert main(["attack", *files, "--image-shape", "1,8,8", "--out", out]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: out is {str(Path(out))!r}") and said.err.count("\n") == 1
+    assert said.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".bmp", ".pdf"])
+def test_the_picture_s_suffix_is_its_format(clients_files, tmp_path, suffix, own_attack):
+    grey = records.ATTACKS["grey"].function
+    own_attack(lambda seen, *, num_images=1: grey(seen), seeded=False)
+    files = [clients_files / "before.pt", clients_files / "sgd.pt"]
+    out = tmp_path / f"found{suffix}"
+    audit(*files, image_shape=(1, 8, 8), attack="mine", out=out)
+    assert out.stat().st_size > 0
+
+
+def test_images_of_other_than_one_or_three_channels_are_shown_channel_by_channel(tmp_path):
+    model = models.build("mlp", (2, 4, 4), 3, seed=0)
+    image = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = federated.train_locally(model, image, torch.tensor([1]), learning_rate=0.1)
+    about = {"model": "mlp", "image_shape": (2, 4, 4), "out": tmp_path / "found.png"}
+    audit(model.state_dict(), seen.weights_after, **about)
+    assert (tmp_path / "found.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_shape": (3, 10**6, 10**6)}, "image_shape is .*takes up to 67,108,864 pixels"),
+        ({"image_shape": (1, 8, 10**30)}, "image_shape is .*takes up to"),
+        (
+            {"image_shape": (1, 4000, 4000)},
+            "before.* has shape .*image_shape is \\(1, 4000, 4000\\)",
+        ),
+        ({"num_images": 10**9}, "num_images 1000000000; an audit takes up to"),
+        ({"num_classes": 10**30}, "num_classes is 1000000000000000000000000000000; it takes"),
+        ({"num_classes": 10**7}, "has shape .*num_classes 10000000"),
+        (
+            {"attack": "exact", "client": "adam"},
+            "client is 'adam'; it is simulated by unrolled_dlm",
+        ),
+        ({"client": ""}, "client '' is unknown"),
+        ({"model": "lenett"}, "model 'lenett' is unknown"),
+    ],
+)
+def test_numbers_beyond_all_measure_are_refused_before_anything_is_made(
+    clients_files, tmp_path, change, message
+):
+    about = {"image_shape": (1, 8, 8), "out": tmp_path / "found.png", **change}
+    with pytest.raises(ValueError, match=message):
+        audit(clients_files / "before.pt", clients_files / "sgd.pt", **about)
+
+
+def test_classes_that_one_s_own_network_has_not_are_refused(tmp_path, clients_files):
+    model = models.build("lenet", (1, 8, 8), 10)
+    about = {"image_shape": (1, 8, 8), "out": tmp_path / "found.png", "num_classes": 7}
+    with pytest.raises(ValueError, match="num_classes is 7; the network has 10 outputs"):
+        audit(clients_files / "before.pt", clients_files / "sgd.pt", model=model, **about)
+
+
+def test_shapes_are_compared_before_anything_of_a_snapshot_s_size_is_made(tmp_path):
+    state = models.build("lenet", (1, 8, 8), 10).state_dict()
+    vast = {**state, "0.weight": torch.zeros(1).expand(10**6, 10**6)}  # 2 TB in half precision
+    about = {"image_shape": (1, 8, 8), "out": tmp_path / "found.png"}
+    for model in ("lenet", models.build("lenet", (1, 8, 8), 10)):
+        for before, after in ((vast, state), (state, vast)):
+            with pytest.raises(ValueError, match="0.weight.* has shape .1000000, 1000000."):
+                audit(before, after, model=model, **about)

@@ -94,7 +94,7 @@ def test_who_knows_what_is_read_off_the_records():
     knows = dict(zip(shown["who"], shown["knows"]))
     assert knows["DLM+"] == "nothing more"
     assert "learning rate" in knows["DLG"] and "total-variation" in knows["IG"]
-    with pytest.raises(ValueError, match="entry of attacks 'dlgg' is unknown.*did you mean dlg"):
+    with pytest.raises(ValueError, match="attack 'dlgg' is unknown.*did you mean dlg"):
         report.knowledge(seen, ["dlgg"])
 
 

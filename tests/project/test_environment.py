@@ -72,10 +72,10 @@ def test_a_refusal_comes_before_anything_is_made(tmp_path, monkeypatch):
 
 
 def test_an_installation_that_fails_ends_in_one_sentence(tmp_path, monkeypatch):
-    def fails(repository, folder, python):
+    def fails(command, **options):
         raise subprocess.CalledProcessError(7, ["pip", "install"])
 
-    monkeypatch.setattr(environment, "_install", fails)
+    monkeypatch.setattr(subprocess, "run", fails)
     with pytest.raises(SystemExit, match=r"could not be made \(exit 7 of: pip install …\)"):
         environment.ensure(tmp_path / "venv")
 
@@ -97,7 +97,7 @@ def elsewhere(tmp_path):
     call = shlex.join([sys.executable, str(folder / "note.py")])  # either may have spaces
     python.write_text(f'#!/bin/sh\nexec {call} "$@"\n')
     python.chmod(0o755)
-    (folder / ".venv" / "pins").write_text(environment._digest(folder))
+    (folder / ".venv" / "pins").write_text(environment.digest(folder))
     return folder
 
 

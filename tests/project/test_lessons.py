@@ -2,9 +2,16 @@
 cannot fail is found.
 """
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -100,3 +107,41 @@ def test_the_check_finds_tests_that_cannot_pass_or_cannot_fail():
         "test_one passes although nothing was done"
     ]
     assert lessons.problems(new_notebook(cells=[new_code_cell("1")])) == ["it has no test"]
+
+
+@pytest.mark.parametrize("command", ["lessons", "assignment-check"])
+def test_an_interrupt_ends_the_kernel_and_says_so_in_a_line(tmp_path, command):
+    begun, path = tmp_path / "begun", tmp_path / "90_waits.ipynb"
+    code = f"open({str(begun)!r}, 'w').close(); import time; time.sleep(600)"
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
+    script = (
+        "import sys; from pathlib import Path; from dlm_core.project import lessons; "
+        f"from dlm_core.__main__ import main; lessons.paths = lambda *_: [Path({str(path)!r})]; "
+        f"sys.exit(main([{command!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while not begun.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and said.strip() == "interrupted"
+    assert kernels and not psutil.wait_procs(kernels, timeout=15)[1]
+
+
+def test_lessons_of_no_such_name_are_refused(capsys):
+    from dlm_core.__main__ import main
+
+    for only in ("zzz", ""):
+        assert main(["lessons", "--only", only]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: --only is {only!r}; it takes a part of one of these")
+        assert said.out == "" and said.err.count("\n") == 1

@@ -79,6 +79,12 @@ def test_no_line_is_longer_than_a_hundred_columns():
                 assert len(line) <= 100, f"{path.name}:{number}"
 
 
+def test_headings_of_docstrings_stand_on_lines_of_their_own():
+    for path in CORE.rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not re.search(r"\w -{4,}|-{4,} \w", line), f"{path.name}: {line}"
+
+
 def test_importing_costs_next_to_nothing():
     script = (
         "import torch, time; began = time.perf_counter(); "

@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -274,11 +276,44 @@ def test_workers_are_deaf_to_an_interrupt_from_their_first_instruction():
         ask = "import signal, os; os.kill(os.getpid(), signal.SIGINT); print('alive')"
         worker = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     assert worker.stdout == "alive\n" and worker.stderr == ""
-    with pytest.raises(KeyboardInterrupt):
+    kept = False
+    with pytest.raises(KeyboardInterrupt), kept_from_workers():
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        kept = True
+    assert kept, "it is delivered on leaving"
+
+
+WORKER = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from dlm_core.harness.interrupts import ended_with_us, kept_from_workers
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, ended_with_us():
         with kept_from_workers():
-            os.kill(os.getpid(), signal.SIGINT)
-            kept = True
-        assert not kept, "it is delivered on leaving"
+            pool.submit(print, "begun", flush=True).result()
+            task = pool.submit(time.sleep, 600)
+        task.result()
+"""
+
+
+def test_an_interrupt_ends_workers_that_are_deaf_to_it(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "worker.py"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert workers and not psutil.wait_procs(workers, timeout=15)[1]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 nothing comes from the network.
 """
 
+import json
 import subprocess
 import sys
 import tomllib
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -119,3 +121,26 @@ def test_the_reference_and_the_search_know_the_attacks(site, pages):
     } <= page.ids
     assert "‖Δ‖²" in page.text and "Σ_layers" in page.text  # docstrings keep their notation
     assert "sparsif" in (site / "searchindex.js").read_text()
+
+
+def test_captions_and_claims_stand_in_the_pages_as_they_are_written(tmp_path, monkeypatch):
+    from markdown_it import MarkdownIt
+
+    monkeypatch.syspath_prepend(REPOSITORY / "docs")
+    import extension
+
+    wild = "a < b & c_1 *d* $e$ `f` [g](h) <script>alert(1)</script> | \\ ![i](j) &lt; {k}"
+    claim = {"statement": wild, "source": "ours", "verdict": "holds", "evidence": wild, "cause": ""}
+    content = {
+        "figures/claims.json": {"91_works": {"profile": "quick", "claims": [claim]}},
+        "figures/manifest.json": {"91_works.png": {"notebook": "91_works", "caption": wild}},
+        "notebooks/91_works.ipynb": {"cells": [{"source": ["# It works"]}]},
+    }
+    for name, written in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(written))
+    monkeypatch.setattr(extension, "REPOSITORY", tmp_path)
+    html = MarkdownIt().render(extension.results().replace("<br>", ""))
+    written = escape(wild)
+    assert html.count(written) == 4, "as description, caption, statement and evidence"
+    assert f'alt="{written}"' in html and f"<em>{written}</em>" in html
