@@ -318,7 +318,6 @@ BY_NAME: dict[str, list] = {
     "snapshots": [[], [{}], ["a", "b"]],
     "clients": [[], [1, 2]],
     "dtype": [torch.int64, torch.bool],
-    "transmitted": [torch.int64],
     "attacks": ["dlm_plus", ["dlmm"]],
     "losses": [{}, {0: 1.0}],
     "finest": [NAN],

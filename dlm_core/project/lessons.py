@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,7 @@ class _Loop(asyncio.SelectorEventLoop):
     and goes on without it.
     """
 
-    def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+    def add_signal_handler(self, *of_whom: Any, **how: Any) -> None:
         """Refuse, as outside the main thread."""
         raise RuntimeError("signals are the command's own matter")
 
