@@ -98,7 +98,7 @@ class _Loop(asyncio.SelectorEventLoop):
     and goes on without it.
     """
 
-    def add_signal_handler(self, *of_whom: Any, **how: Any) -> None:
+    def add_signal_handler(self, *of_whom: Any) -> None:  # type: ignore[override]
         """Refuse, as outside the main thread."""
         raise RuntimeError("signals are the command's own matter")
 
