@@ -13,9 +13,11 @@ from functools import cache
 from types import SimpleNamespace
 
 import pandas
+import pytest
 import torch
 
 import dlm_core
+from dlm_core import check
 
 # Modules whose functions are called by others of ours alone, on what was checked at the door.
 INNER = {
@@ -29,6 +31,7 @@ INNER = {
 def scene():
     """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
     from dlm_core import data, defenses, federated, models
+    from dlm_core.harness import options
     from dlm_core.harness.trials import Trial
 
     images, labels, *_ = data.load("digits", n=2)
@@ -60,6 +63,7 @@ def scene():
         ),
         clients=[(images[:1], labels[:1]), (images[1:], labels[1:])],
         trial=Trial("grey", dataset="digits"),
+        training=options.federation("digits", num_rounds=1),
         frame=pandas.DataFrame({"name": ["a", "b"], "psnr": [10.0, 30.0]}),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
     )
@@ -222,6 +226,16 @@ VALID: dict[str, Callable] = {
         **{"defence": s.noise, "dataset": "digits", "model": "lenet", "model_options": {}},
         **{"num_clients": 2, "num_rounds": 1, "client": {"learning_rate": 0.1}, "seed": 0},
     },
+    "options.federation": lambda s: {"dataset": "digits", "num_rounds": 1},
+    "options.undefended": lambda s: {"training": s.training},
+    "options.menu": lambda s: {
+        **{"training": s.training, "scales": [0.1], "percents": [10], "multipliers": [0.1]},
+        **{"dp_sgd": [1.0], "kept_out": [90], "bits": [8]},
+    },
+    "options.price": lambda s: {"before": [0.9, 0.8], "after": [0.8, 0.8]},
+    "tables.where": lambda s: {"frame": s.frame, "name": "a"},
+    "tables.only": lambda s: {"frame": s.frame, "name": "a"},
+    "tables.psnrs": lambda s: {"frame": s.frame},
     "tables.interval": lambda s: {"values": [1.0, 2.0, 3.0]},
     "report.knowledge": lambda s: {"seen": s.seen, "attacks": ["dlm_plus"]},
     "figures.name": lambda s: {"key": "dlm_plus", "kind": "attack"},
@@ -255,10 +269,11 @@ VALID: dict[str, Callable] = {
     "trials.repeated": lambda s: {"trial": s.trial, "n": 1, "start": 0},
 }
 
-# Arguments whose values may all be right: words to print, gaps that are told as such, and trials
-# among others.
-FINE = {
-    *(("tables.listed", "separator"), ("tables.spread", "unit"), ("tables.spread", "values")),
+# Arguments whose values may all be right: words to print, values to look for, gaps that are told as
+# such, and trials among others.
+OF_ANY_VALUE = {
+    *(("tables.where", "name"), ("tables.listed", "separator")),
+    *(("tables.spread", "unit"), ("tables.spread", "values")),
     *(("tables.brief", "values"), ("settings.sentence", "n"), ("settings.sentence", "trials")),
 }
 
@@ -446,4 +461,40 @@ def outcome(key, name, arguments):
         if clear and any(word in said for word in words):
             return None
         return f"raw {type(error).__name__}: {said[:150]!r}"
-    return None if (key, name) in FINE else "silent"
+    return None if (key, name) in OF_ANY_VALUE else "silent"
+
+
+@pytest.mark.parametrize("key", sorted(VALID))
+def test_every_wrong_call_ends_in_one_clear_sentence(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where what goes through by mistake would write
+    function_of(key)(**VALID[key](scene()))
+    said = []
+    for name, wrong, arguments in wrong_calls(key):
+        if problem := outcome(key, name, arguments):
+            said.append(f"{key}({name}={check.shown(wrong)}): {problem}")
+    assert not said, "\n".join(said)
+
+
+def test_wrong_calls_are_many():
+    assert sum(1 for key in VALID for _ in wrong_calls(key)) >= 2000
+
+
+# They start processes, train, write, or are called by a function that is tried, on its arguments.
+UNTRIED = {
+    *("models.resnet18_bn", "report.locked", "report.shared", "sweeps.engine"),
+    "unrolled.find_steps",
+    *("federated.descend", "memory.cost", "normalisation.gradient_and_statistics"),
+    *("normalisation.matched", "options.accuracies", "protocols.data_parallel", "tables.per_image"),
+}
+
+
+def test_every_function_that_checks_its_arguments_is_tried():
+    checked = {
+        f"{module}.{name}"
+        for module, path in dlm_core.MODULES.items()
+        if module not in INNER - {"memory"} and ".project." not in path
+        for name, each in vars(getattr(dlm_core, module)).items()
+        if inspect.isfunction(each) and each.__module__ == path and hasattr(each, "__wrapped__")
+        if not name.startswith("_")
+    }
+    assert checked - set(VALID) == UNTRIED
