@@ -226,6 +226,7 @@ def test_an_image_and_black_share_a_direction_and_are_not_said_to_be_images():
     found = batches.recover_batch(seen)
     assert found.rank == 1
     assert "not one SGD step on these images" in found.verdict
+    assert found.verdict.startswith("1 of 1 images shown: ")
     assert "no two images share one" in found.verdict and "settles" not in found.verdict
     assert found.learning_rate is None
 
