@@ -328,7 +328,6 @@ BY_NAME: dict[str, list] = {
     "hidden": [0, 1.5],
     "width": [0, 1.5],
     "blocks": [0, 1.5],
-    "transmitted": [torch.int8],
     "sizes": [[], [1], [0, 0], [-1, 2], [NAN, 1], ["a", 1]],
     "snapshots": [[], [{}], ["a", "b"]],
     "clients": [[], [1, 2]],

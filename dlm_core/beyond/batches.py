@@ -110,9 +110,10 @@ class Traces(Evidence):
 
     @property
     def verdict(self) -> str:
-        """How many images were recovered, and why."""
-        count = f"{self.num_recovered} of {len(self.recovered)} images recovered"
-        return f"{count}: {self._why()}"
+        """How many images were recovered, or shown without a test that confirms them, and why."""
+        refuted = self.reason in (Reason.NOT_ONE_STEP, Reason.UNTESTED)
+        done = "shown" if refuted else "recovered"
+        return f"{self.num_recovered} of {len(self.recovered)} images {done}: {self._why()}"
 
     def _why(self) -> str:
         found = f"chi2/N {self.chi2:.3g}, expected 1"

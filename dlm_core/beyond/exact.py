@@ -26,7 +26,7 @@ from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
 from dlm_core.threads import for_network
 
-__all__ = ["CHI2_RANGE", "Fit", "Grade", "bound", "recover"]
+__all__ = ["CHI2_RANGE", "Fit", "Grade", "Singular", "bound", "recover"]
 
 IMPLAUSIBLE = 100.0  # χ²/N of the features' fit above which the image is not fitted
 FEW_STEPS = 3  # of the fit where no number of them could determine the image
