@@ -11,9 +11,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dlm_core.harness import report
 from dlm_core.harness.paths import REPOSITORY, writable
@@ -99,7 +98,7 @@ class _Loop(asyncio.SelectorEventLoop):
     and goes on without it.
     """
 
-    def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+    def add_signal_handler(self, *given: Any) -> NoReturn:  # type: ignore[override]
         """Refuse, as outside the main thread."""
         raise RuntimeError("signals are the command's own matter")
 
