@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dlm_core.harness import report
 from dlm_core.harness.paths import REPOSITORY, writable
@@ -98,7 +98,7 @@ class _Loop(asyncio.SelectorEventLoop):
     and goes on without it.
     """
 
-    def add_signal_handler(self, *of_whom: Any) -> None:  # type: ignore[override]
+    def add_signal_handler(self, *given: Any) -> NoReturn:  # type: ignore[override]
         """Refuse, as outside the main thread."""
         raise RuntimeError("signals are the command's own matter")
 
