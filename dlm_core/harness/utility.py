@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,15 +116,17 @@ class Federation:
         object.__setattr__(self, "defence", defence or None)
         object.__setattr__(self, "client", typed("client", Training, self.client))
 
-    @cached_property
+    @property
     def key(self) -> str:
         """The name of the result."""
-        named = [records.NETWORKS[self.model]] + ([self.defence.record] if self.defence else [])
-        functions = [record.function for record in named]
-        return result_key(self, ["dlm_core.harness.utility"], functions, data.digest(self.dataset))
+        named: list[records.Record] = [records.NETWORKS[self.model]]
+        named += [self.defence.record] if self.defence else []
+        return result_key(self, ["dlm_core.harness.utility"], named, self.dataset, self._source)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    @property
+    def _source(self) -> str:
+        """Of ``data.load``."""
+        return "full" if self.dataset in data.FULL else "bundled"
 
     def run(self) -> dict[str, Any]:
         """The record: accuracy on held-out images after each round, and averaged over the last
@@ -180,9 +181,7 @@ class Federation:
 
     def _split(self) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
         """((images, labels) to train on, those held out, the whole set)."""
-        everything = data.load(
-            self.dataset, source="full" if self.dataset in data.FULL else "bundled"
-        )
+        everything = data.load(self.dataset, source=self._source)
         order = torch.randperm(
             len(everything.labels), generator=torch.Generator().manual_seed(self.seed)
         )
