@@ -235,7 +235,7 @@ print(contents("attack 'mine'", mine))
 
 def test_a_digest_is_the_same_in_every_process():
     found = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         run = [sys.executable, "-c", SETS]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)

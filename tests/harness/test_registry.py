@@ -155,7 +155,11 @@ def test_code_that_cannot_be_followed_has_no_result_kept(tmp_path):
 
 def test_what_cannot_be_sent_is_named(tmp_path):
     lock = threading.Lock()
-    held = replace(TOYS[1], function=lambda weights, *, factor: lock and weights)
+
+    def locked(weights, *, factor, parameters=None):
+        return lock and weights
+
+    held = replace(TOYS[1], function=locked)
     records.DEFENCES["toy_defence"] = held
     with pytest.raises(ValueError, match="^defence 'toy_defence' cannot be sent .*jobs=1$"):
         sweeps.sweep(plan()[:2], jobs=2, store=None)
