@@ -14,7 +14,7 @@ from dlm_core import coordinates, data, defenses, federated, models, optimizers,
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
-from dlm_core.threads import one_thread
+from dlm_core.threads import one_thread, own_generator
 
 # Names that stand for functions and dtypes among an attack's options, so that a trial stays plain
 # data.
@@ -34,11 +34,12 @@ def play(trial: Any) -> dict[str, Any]:
     """Return the trial's record: plain numbers and strings, and under "arrays" tensors (images,
     losses, history).
 
-    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or
-    an attack that diverges numerically is a result, not an error; so is a client whose weights do
+    Bit-identical on one machine for any number of workers: it runs on one torch thread, and what
+    takes no generator of its own, such as dropout, draws from the trial's seed. A client or an
+    attack that diverges numerically is a result, not an error; so is a client whose weights do
     not change. Its ``Status`` says so.
     """
-    with one_thread():
+    with one_thread(), own_generator(trial.seed):
         try:
             seen, images, labels = observe(trial)
         except FloatingPointError:
@@ -47,9 +48,8 @@ def play(trial: Any) -> dict[str, Any]:
             return _without_picture(Status.CLIENT_UNCHANGED)
         try:
             found = attack(trial, seen, labels)
-        except (
-            torch.linalg.LinAlgError
-        ):  # a defence may leave too little for exact recovery's equations
+        except torch.linalg.LinAlgError:
+            # a defence may leave too little for exact recovery's equations
             return _without_picture(Status.SINGULAR)
         return {**judge(found, images, labels), "arrays": arrays(found)}
 
@@ -70,14 +70,15 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """
     chosen = range(trial.index, trial.index + trial.num_images)
     truth = data.load(trial.dataset, indices=chosen, source=trial.source)
-    model = received(trial)
-    model.train(trial.client.mode == "train")
-    model = model.to(DTYPES[trial.client.dtype])
-    if trial.protocol is not None:
-        return take_part(trial, model), truth.images, truth.labels
-    images = truth.images.to(DTYPES[trial.client.dtype])
-    seen = federated.train_locally(model, images, truth.labels, **training(trial.client))
-    return defend(trial, seen), truth.images, truth.labels
+    with own_generator(trial.seed):
+        model = received(trial)
+        model.train(trial.client.mode == "train")
+        model = model.to(DTYPES[trial.client.dtype])
+        if trial.protocol is not None:
+            return take_part(trial, model), truth.images, truth.labels
+        images = truth.images.to(DTYPES[trial.client.dtype])
+        seen = federated.train_locally(model, images, truth.labels, **training(trial.client))
+        return defend(trial, seen), truth.images, truth.labels
 
 
 def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:

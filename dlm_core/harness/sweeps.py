@@ -399,18 +399,17 @@ def _read_for(sweep: str) -> dict[Any, Any]:
     return {}
 
 
-def _short(trial: Any) -> str:
-    """A trial in words: what of it is not as usual."""
-    if not dataclasses.is_dataclass(trial) or isinstance(trial, type):
-        return check.shown(trial)
+def _short(value: Any) -> str:
+    """A trial or a part of one in words: what of it is not as usual."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return check.shown(value)
     said = []
-    for each in dataclasses.fields(trial):
-        value = getattr(trial, each.name)
+    for each in dataclasses.fields(value):
+        its = getattr(value, each.name)
         usual = each.default_factory() if callable(each.default_factory) else each.default
-        if value != usual:
-            said.append(f"{each.name}={value!r}")
-    text = f"{type(trial).__name__}({', '.join(said)})"
-    return text if len(text) <= 200 else f"{text[:197]}…)"
+        if its != usual:
+            said.append(f"{each.name}={_short(its)}")
+    return f"{type(value).__name__}({', '.join(said)})"
 
 
 @functools.cache

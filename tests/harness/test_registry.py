@@ -18,7 +18,7 @@ import torch
 import dlm_core
 from dlm_core import models, records
 from dlm_core.harness import figures, registry, sources, sweeps
-from dlm_core.harness.trials import Trial
+from dlm_core.harness.trials import Trial, observe
 from tests.harness import toys
 
 TABLES = ("ATTACKS", "DEFENCES", "NETWORKS", "DATA_SETS", "CLIENT_OPTIMIZERS")
@@ -135,6 +135,24 @@ def test_a_network_that_is_defined_again_is_another(tmp_path):
         define(width)
         losses += [sweeps.sweep([trial], jobs=jobs, store=tmp_path)[0]["loss"]]
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+def test_dropout_draws_from_the_trial_s_seed(tmp_path):
+    def dropping(image_shape, num_classes, *, hidden=16):
+        plain = TOYS[2].function(image_shape, num_classes, hidden=hidden)
+        return torch.nn.Sequential(*plain[:-1], torch.nn.Dropout(), plain[-1])
+
+    records.NETWORKS["toy_network"] = replace(TOYS[2], function=dropping)
+    several = [toy("dlm_plus", dataset="digits", trained=1), toy("dlm_plus", seed=1)]
+    torch.manual_seed(0)
+    first, state = sweeps.sweep(several, jobs=1, store=None), torch.get_rng_state()
+    torch.manual_seed(1)
+    same(sweeps.sweep(several, jobs=1, store=None), first)
+    same(sweeps.sweep(several, jobs=2, store=None), first)
+    seen, again = (observe(several[0])[0].weights_after for _ in range(2))
+    assert all(torch.equal(w, again[name]) for name, w in seen.items())
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's generator is left as it was"
 
 
 def test_a_data_set_that_is_never_the_same_is_refused(tmp_path):
