@@ -114,7 +114,8 @@ def fields(made: Any) -> None:
     ValueError
         Where one does not fit.
     """
-    hints = typing.get_type_hints(type(made), include_extras=True)
+    kind: Any = type(made)
+    hints = _hints(kind)
     for each in dataclasses.fields(made):
         value = fitting(each.name, getattr(made, each.name), hints[each.name])
         object.__setattr__(made, each.name, value)

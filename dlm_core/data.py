@@ -8,13 +8,14 @@ against their MD5. A set of your own is a function without arguments that return
     def mine(): ...
 """
 
-import functools
+import contextlib
 import hashlib
 import json
 import numbers
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ FULL = {
     ),
 }
 Pair = tuple[torch.Tensor, torch.Tensor]  # images and labels
+_KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
 
 class Dataset(NamedTuple):
@@ -123,13 +125,7 @@ def load(
     keep) // 5; full, the rank of the WordNet id. Tiny ImageNet's images come class by class, in the
     order of their file names.
     """
-    check.one_of("name", name, DATA_SETS)
-    check.one_of("source", source, ("auto", "bundled", "full"))
-    if source == "full" and name not in FULL:
-        how = "bundled" if name in NAMES else "registered"
-        raise ValueError(
-            f"source is 'full', and {name} is {how} whole: it takes 'auto' or 'bundled'"
-        )
+    served(name, source, root)
     if n is not None and indices is not None:
         raise ValueError(f"n is {n!r} and indices is {indices!r}; give one of them")
     whole = _whole(name, source, root, download)
@@ -140,18 +136,64 @@ def load(
 
 
 @check.arguments
-def digest(name: str) -> str:
-    """First 16 hex digits of a SHA-256 that tells one content of the set from another.
+def served(name: str, source: str = "auto", root: str | Path | None = None) -> str:
+    """Which of a set's versions ``load`` takes now: "full", or "bundled" for all others.
 
-    It is taken over a bundled set's labels and file digests, and over the labels, shape and pixels
-    of a set of your own.
+    Parameters
+    ----------
+    name, source, root
+        Of ``load``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown set or source, and where there is no full set of it.
     """
     check.one_of("name", name, DATA_SETS)
+    check.one_of("source", source, ("auto", "bundled", "full"))
+    if source == "full" and name not in FULL:
+        how = "bundled" if name in NAMES else "registered"
+        raise ValueError(
+            f"source is 'full', and {name} is {how} whole: it takes 'auto' or 'bundled'"
+        )
+    if source == "auto" and name in FULL and _is_present(name, _root(root)):
+        return "full"
+    return "full" if source == "full" else "bundled"
+
+
+@check.arguments
+def digest(name: str, source: str = "bundled") -> str:
+    """First 16 hex digits of a SHA-256 that tells one content of the set from another.
+
+    Parameters
+    ----------
+    name, source
+        Of ``load``. It is taken over a bundled set's labels and file digests, the address and MD5
+        of a full set, and the labels, shape and pixels that a set of your own returns now.
+
+    Raises
+    ------
+    ValueError
+        As ``load`` does, and for a set of your own that returns others each time.
+    """
+    full = served(name, source) == "full"
     if name not in NAMES:
         return _own_digest(DATA_SETS[name])
-    entry = _manifest()[name]
-    described = json.dumps([entry["labels"], entry["files"]])
+    entry = {} if full else _manifest()[name]
+    described = json.dumps([*FULL[name]] if full else [entry["labels"], entry["files"]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def read_once(kept: dict[DataSet, Any]) -> Iterator[None]:
+    """Within it, each set of your own is read once, and then taken from ``kept``; outside, its
+    function is called each time, so that no change of what it reads is missed.
+    """
+    token = _KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 @records.data_set(
@@ -234,10 +276,14 @@ def _whole(name: str, source: str, root: str | Path | None, download: bool) -> _
         return _registered(DATA_SETS[name])
     if source == "bundled" or name not in FULL:
         return _bundled(name)
-    folder = Path(root or os.environ.get("DLM_DATA") or _bundle() / "downloads").expanduser()
-    if source == "full" or download or _is_present(name, folder):
-        return _full(name, folder, download)
+    if download or served(name, source, root) == "full":
+        return _full(name, _root(root), download)
     return _bundled(name)
+
+
+def _root(named: str | Path | None) -> Path:
+    """Folder of the full sets."""
+    return Path(named or os.environ.get("DLM_DATA") or _bundle() / "downloads").expanduser()
 
 
 def _all_of(name: str) -> Pair:
@@ -265,12 +311,21 @@ def _bundled(name: str) -> _Set:
 
 def _registered(record: DataSet) -> _Set:
     """A user's own set."""
-    images, labels = _checked(record)
+    images, labels = _own(record)
     source = f"registered: {record.title}, {len(images)} images"
     return _Set(source, labels.tolist(), record.num_classes, 1, lambda chosen: images[chosen])
 
 
-@functools.lru_cache(maxsize=4)
+def _own(record: DataSet) -> Pair:
+    """(images, labels) of a user's own set."""
+    kept = _KEPT.get()
+    if kept is None:
+        return _checked(record)
+    if record not in kept:
+        kept[record] = _checked(record)
+    return kept[record]
+
+
 def _checked(record: DataSet) -> Pair:
     """(images float32, labels int64) of a user's own set, as its record says they are."""
     what = f"data set {record.key!r}"
@@ -297,9 +352,13 @@ def _checked(record: DataSet) -> Pair:
     return images.to(torch.float32), labels
 
 
-@functools.lru_cache(maxsize=64)
 def _own_digest(record: DataSet) -> str:
-    images, labels = _checked(record)
+    (images, labels), again = _own(record), _checked(record)
+    if not all(map(torch.equal, (images, labels), again)):
+        raise ValueError(
+            f"data set {record.key!r} returns other images or labels each time it is called: "
+            "draw them from a seed"
+        )
     content = hashlib.sha256(repr((list(images.shape), record.num_classes)).encode())
     for tensor in (images, labels):
         content.update(tensor.contiguous().numpy().tobytes())

@@ -197,6 +197,8 @@ def _grid_variance(seen: Observation, setting: Setting) -> list[float]:
     marker="o",
     acts_on="snapshot",
     variance=_noise_variance,
+    example={"scale": 1e-3},
+    neutral={"scale": 0.0},
 )
 @check.arguments
 def noise(
@@ -255,6 +257,8 @@ def undone_clip(tensor: torch.Tensor, clip: float) -> torch.Tensor:
     acts_on="snapshot",
     random=False,
     leaves_out=True,
+    example={"percent": 30.0},
+    neutral={"percent": 0.0},
 )
 @check.arguments
 def sparsify(
@@ -286,6 +290,8 @@ def sparsify(
     marker="D",
     acts_on="update",
     variance=_mechanism_variance,
+    example={"clip": 0.1, "noise_multiplier": 0.1},
+    neutral={"clip": 1e6},
 )
 @check.arguments
 def clip_and_noise(
@@ -336,6 +342,8 @@ def clip_and_noise(
     acts_on="update",
     random=False,
     leaves_out=True,
+    example={"percent": 30.0},
+    neutral={"percent": 0.0},
 )
 @check.arguments
 def top_k(update: Update, *, percent: check.Percent) -> list[torch.Tensor]:
@@ -363,6 +371,7 @@ def top_k(update: Update, *, percent: check.Percent) -> list[torch.Tensor]:
     marker="v",
     acts_on="update",
     variance=_grid_variance,
+    example={"bits": 6},
 )
 @check.arguments
 def quantise(
@@ -614,7 +623,15 @@ def epsilon(
         return max(0.0, float(accountant.get_epsilon(delta, alphas=orders)))
 
 
-@records.defence("dp_sgd", title="DP-SGD", colour=5, marker="X", acts_on="training")
+@records.defence(
+    "dp_sgd",
+    title="DP-SGD",
+    colour=5,
+    marker="X",
+    acts_on="training",
+    example={"learning_rate": 0.05, "clip": 0.1, "noise_multiplier": 0.1},
+    neutral={"learning_rate": 0.05, "clip": 1e6, "noise_multiplier": 0.0},
+)
 @check.renamed(lr="learning_rate", steps="local_steps")
 @check.arguments
 def train_privately(

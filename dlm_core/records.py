@@ -137,11 +137,19 @@ class Record:
         What it describes.
     title
         The name in figures, as the papers write it.
+    example
+        Options that it is tried with (``harness.battery``), among them all that it demands.
     """
 
     key: str
     function: Callable[..., Any]
     title: str
+    example: Options = Options()
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if isinstance(each.default, Options):
+                object.__setattr__(self, each.name, Options(getattr(self, each.name)))
 
     # What the caller fills in, by place and by name; the other arguments are options.
     by_place: ClassVar[int] = 0
@@ -214,6 +222,9 @@ class Attack(Record):
     audited
         Its place among the attacks that an audit tries in turn; None where an audit does not try
         it.
+    scene
+        The client that it is tried on, where it is not one step of SGD on a LeNet: fields of
+        ``harness.battery.Scene``.
     """
 
     colour: int = 7
@@ -223,6 +234,7 @@ class Attack(Record):
     several: bool = True
     seeded: bool = True
     audited: int | None = None
+    scene: Options = Options()
 
     by_place: ClassVar[int] = 1
     supplied: ClassVar[tuple[str, ...]] = ("num_images", "seed")
@@ -267,6 +279,9 @@ class Defence(Record):
         number per parameter; None for a defence without noise.
     leaves_out
         Whether it zeroes entries, which an observer can see and leave out.
+    neutral
+        Options at strength zero, where it must be the identity; empty where it has no such
+        strength.
     """
 
     colour: int = 7
@@ -275,6 +290,7 @@ class Defence(Record):
     random: bool = True
     variance: Callable[..., list[float]] | None = None
     leaves_out: bool = False
+    neutral: Options = Options()
 
     by_place: ClassVar[int] = 1
     supplied: ClassVar[tuple[str, ...]] = ("seed", "parameters", "images", "labels")
@@ -324,6 +340,7 @@ class DataSet(Record):
     full_set: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
 
 

@@ -298,7 +298,11 @@ def test_a_set_of_one_s_own_is_loaded_as_ours_are(own_set):
     assert torch.equal(chosen.images, loaded.images[[4, 1]]) and chosen.labels.tolist() == [0, 0]
     loaded.images.zero_()
     assert torch.equal(data.load("mine", n=2).images, OWN_IMAGES[:2].float())
-    assert len(data.digest("mine")) == 16 and len(calls) == 1, "it is made once"
+    assert len(data.digest("mine")) == 16
+    calls.clear()
+    with data.read_once({}):
+        assert all(len(data.load("mine").images) == 6 for _ in range(3)) and len(calls) == 1
+    assert len(data.load("mine").images) == 6 and len(calls) == 2, "elsewhere it may have changed"
     with pytest.raises(ValueError, match="source is 'full', and mine is registered whole"):
         data.load("mine", source="full")
     with pytest.raises(ValueError, match=r"n is 7; there are 6 images \(registered: Mine"):
@@ -310,6 +314,18 @@ def test_a_set_of_one_s_own_may_be_of_arrays_and_bytes(own_set):
     own_set(lambda: (pixels.numpy(), OWN_LABELS.numpy()))
     loaded = data.load("mine")
     assert torch.equal(loaded.images, pixels / 255) and torch.equal(loaded.labels, OWN_LABELS)
+
+
+def test_what_a_set_of_one_s_own_reads_may_change(own_set):
+    dark = {"by": 1.0}
+    own_set(lambda: (OWN_IMAGES * dark["by"], OWN_LABELS))
+    before = data.digest("mine"), data.load("mine").images
+    dark["by"] = 0.5
+    assert data.digest("mine") != before[0]
+    assert torch.equal(data.load("mine").images, (OWN_IMAGES * 0.5).float())
+    own_set(lambda: (torch.rand(6, 1, 5, 4), OWN_LABELS))
+    with pytest.raises(ValueError, match="'mine' returns other images or labels each time"):
+        data.digest("mine")
 
 
 def test_the_digest_of_a_set_of_one_s_own_follows_its_content(own_set):

@@ -148,6 +148,7 @@ def unrolled_dlm(
     assumes=("that the image is the same in all rounds",),
     client="one step of SGD a round on the same image, several rounds, defended by noise",
     several=False,
+    scene={"num_rounds": 2},
 )
 @records.passes_on_to(reconstruct, fixed=["distance", "update_of"])
 @check.arguments

@@ -156,6 +156,7 @@ class Traces(Evidence):
     assumes=("the number of images, if some left no trace",),
     client="several images, a network that begins with Linear and ReLU",
     audited=3,
+    scene={"network": "mlp"},
 )
 @check.arguments
 def recover_batch(

@@ -187,6 +187,11 @@ def matched(
     marker="^",
     assumes=("that the client took one batch",),
     client="one step of SGD, a network with batch normalisation in train mode",
+    scene={
+        "dataset": "fashion_mnist",
+        "network": "resnet18_bn",
+        "network_options": {"width": 2, "blocks": 1},
+    },
 )
 @records.passes_on_to(search.reconstruct, fixed=["update_of"])
 @check.arguments

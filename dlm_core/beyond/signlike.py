@@ -28,6 +28,7 @@ Tensors = Sequence[torch.Tensor]
     client="one step of Adam, AdamW or RMSprop on one image",
     several=False,
     audited=1,
+    scene={"dataset": "fashion_mnist", "client_optimizer": "adam", "learning_rate": 1e-3},
 )
 @records.passes_on_to(reconstruct)
 @check.arguments
@@ -62,6 +63,7 @@ def interval_dlm(seen: Observation, **options: Any) -> Reconstruction:
         "a total-variation weight that suits the data",
     ),
     client="one step of Adam, AdamW or RMSprop",
+    scene={"dataset": "fashion_mnist", "client_optimizer": "adam", "learning_rate": 1e-3},
 )
 @records.passes_on_to(reconstruct)
 @check.arguments

@@ -3,11 +3,13 @@
     battery.check_attack("mine")
     battery.check_defence("mine", strength=0.1, neutral={"strength": 0.0})
 
+A record that says ``example={"strength": 0.1}`` and ``neutral={"strength": 0.0}`` need not be told.
 Each raises AssertionError with one sentence that says what is wrong, as scikit-learn's
 ``check_estimator`` does; they take seconds on a CPU.
 """
 
 import copy
+import inspect
 import math
 import pickle
 import random
@@ -24,12 +26,13 @@ from dlm_core import data, defenses, federated, models, records
 from dlm_core.harness import registry  # noqa: F401  so that the tables are full
 from dlm_core.observation import Observation
 from dlm_core.records import ATTACKS, DATA_SETS, DEFENCES, Attack, Defence, Options
-from dlm_core.results import Evidence, Reconstruction, Status
+from dlm_core.results import Evidence, Reconstruction, SearchEvidence, Status
 from dlm_core.weights import StateDict
 
 MISSPELT = "no_such_option"
 DRAWS = 8  # pairs of them, by which the variance of a defence's noise is measured
 WITHIN = 2.0  # factor that it may be off
+SLACK = 1 / 512  # by which a pixel may lie outside [0, 1]: half a step of 8 bits
 
 
 @dataclass(frozen=True)
@@ -92,35 +95,12 @@ class Scene:
 
 PLAIN = Scene()
 BATCH_NORM = Scene("fashion_mnist", "resnet18_bn", Options(width=2, blocks=1))
-SIGN_LIKE = Scene("fashion_mnist", client_optimizer="adam", learning_rate=1e-3)
-SCENES = {
-    # the attacks that PLAIN does not suit
-    "aware_combined": Scene(num_rounds=2),
-    "exact_batch": Scene(network="mlp"),
-    "interval_dlm": SIGN_LIKE,
-    "sign_dlm": SIGN_LIKE,
-    "statistics": BATCH_NORM,
-}
 BUDGETS = {"local_steps": 2, "max_evaluations": 20, "max_rounds": 5, "max_steps": 4}
+# What attacks demand that is the same thing in each of them.
 TOLD: dict[str, Any] = {
     "defence": {"name": "noise", "scale": 1e-4, "observer": "server"},
     "k0": 20.0,
     "learning_rate": PLAIN.learning_rate,
-}
-STRENGTHS: dict[str, dict[str, Any]] = {
-    "noise": {"scale": 1e-3},
-    "sparsify": {"percent": 30.0},
-    "clip_and_noise": {"clip": 0.1, "noise_multiplier": 0.1},
-    "top_k": {"percent": 30.0},
-    "quantise": {"bits": 6},
-    "dp_sgd": {"learning_rate": 0.05, "clip": 0.1, "noise_multiplier": 0.1},
-}
-NEUTRAL: dict[str, dict[str, Any]] = {
-    "noise": {"scale": 0.0},
-    "sparsify": {"percent": 0.0},
-    "clip_and_noise": {"clip": 1e6},
-    "top_k": {"percent": 0.0},
-    "dp_sgd": {"learning_rate": 0.05, "clip": 1e6, "noise_multiplier": 0.0},
 }
 
 
@@ -139,25 +119,27 @@ def check_attack(
         A record, or its key in ``records.ATTACKS``.
     scene
         A ``Scene`` that the attack is for, or any object with its method ``observe``. None
-        takes ours for this attack, one step of SGD on a LeNet unless it needs another.
+        takes that of its record.
     device
         On which the client's network lies.
     **options
-        Of the attack: what it has to be told, and its budget. ``TOLD`` and ``BUDGETS`` go before.
+        Of the attack: what it has to be told, and its budget. ``TOLD``, ``BUDGETS`` and the
+        record's ``example`` go before.
 
     Raises
     ------
     AssertionError
         With a sentence, where it does not: it takes ``num_images`` and ``seed`` and any
         client's device and precision; it leaves the Observation and the global random generators as
-        they were; the same seed gives the same bits; it returns a ``Reconstruction`` of as many
-        images, or refuses in one sentence what does not suit it; it refuses bad input likewise.
+        they were; the same seed gives the same bits, and another one another start where its
+        record says that it is seeded; it returns a ``Reconstruction`` of as many images in [0, 1],
+        or refuses in one sentence what does not suit it; it refuses bad input likewise.
     """
     record = ATTACKS[attack] if isinstance(attack, str) else attack
-    scene = scene or SCENES.get(record.key, PLAIN)
+    scene = scene or Scene(**record.scene)
     usual: dict[str, Any] = {name: n for name, n in BUDGETS.items() if name in record.options}
     usual |= {name: TOLD[name] for name in record.demands if name in TOLD}
-    options = {**usual, **options}
+    options = {**usual, **record.example, **options}
     _check_told(record, options)
 
     seen = scene.observe(device=device)
@@ -175,6 +157,7 @@ def check_attack(
         _check_refused(record, partial(record, several, num_images=2, **options), "num_images")
     for name, value in {"num_images": 0, "seed": -1, MISSPELT: 1}.items():
         _check_refused(record, partial(record, seen, **{**options, name: value}), name)
+    _check_seeded(record, found, _attacked(record, seen, 1, options, seed=2))
 
 
 def check_defence(
@@ -187,10 +170,10 @@ def check_defence(
     defence
         A record in ``records.DEFENCES``, or its key.
     neutral
-        Its options at strength zero, where it must be the identity; None where it has no such
-        strength, or is one of ours.
+        Its options at strength zero, where it must be the identity; those of its record go
+        before.
     **options
-        Of the defence, at a middling strength; ``STRENGTHS`` go before.
+        Of the defence, at a middling strength; the record's ``example`` goes before.
 
     Raises
     ------
@@ -203,14 +186,14 @@ def check_defence(
     record = DEFENCES[defence] if isinstance(defence, str) else defence
     if DEFENCES.get(record.key) != record:
         _fail(record, "is not in records.DEFENCES: register it with records.defence")
-    options = {**STRENGTHS.get(record.key, {}), **options}
-    neutral = NEUTRAL.get(record.key) if neutral is None else neutral
+    options = {**record.example, **options}
+    neutral = {**record.neutral, **(neutral or {})}
     lacking = [name for name in record.demands if name not in options]
     if lacking:
-        _fail(record, f"demands {', '.join(lacking)}: give check_defence a value of each")
+        _fail(record, f"demands {', '.join(lacking)}: give its record an example of each")
     run = _RUNS[record.acts_on](record)
     _check_output(record, run, options)
-    if neutral is not None:
+    if neutral:
         _check_neutral(record, run, neutral)
     misspelt = {**options, MISSPELT: 1}
     _check_refused(record, partial(record.check_options, "option", misspelt), MISSPELT)
@@ -227,7 +210,7 @@ def check_defence(
 def _check_told(record: Attack, options: Mapping[str, Any]) -> None:
     lacking = [name for name in record.demands if name not in options]
     if lacking:
-        _fail(record, f"demands {', '.join(lacking)}: give check_attack a value of each")
+        _fail(record, f"demands {', '.join(lacking)}: give its record an example of each")
     for name in record.demands:
         if name.replace("_", " ") not in record.told:
             _fail(record, f"demands {name}, which its record does not count as told")
@@ -238,16 +221,18 @@ def _attacked(
     seen: Any,
     num_images: int,
     options: Mapping[str, Any],
+    *,
     may_refuse: bool = False,
+    seed: int = 1,
 ) -> Any:
     """The result on ``seen``, once it is found to be well-formed and to have left all as it was."""
     with _untouched(record, seen):
         try:
-            found = record(seen, num_images=num_images, seed=1, **options)
-        except ValueError as error:
-            if may_refuse and _is_sentence(error):
+            found = record(seen, num_images=num_images, seed=seed, **options)
+        except Exception as error:
+            if may_refuse and isinstance(error, ValueError) and _is_sentence(error):
                 return None
-            _fail(record, f"raises on its own scene: {error}")
+            _fail(record, f"raises {_first(error)} on its own scene", error)
     first = seen[0] if isinstance(seen, list) else seen
     _check_result(record, first, found, num_images)
     return found
@@ -265,9 +250,12 @@ def _check_result(record: Attack, seen: Observation, found: Any, num_images: int
         )
     if not found.images.isfinite().all():
         _fail(record, "returns images that hold NaN or infinity")
+    low, high = float(found.images.min()), float(found.images.max())
+    if not -SLACK <= low <= high <= 1 + SLACK:
+        _fail(record, f"returns images from {low:.4g} to {high:.4g}; pixels lie in [0, 1]")
     labels = found.labels
-    if labels.shape != (num_images,) or labels.is_floating_point():
-        _fail(record, f"returns labels {labels}, not {num_images} class indices")
+    if labels.shape != (num_images,) or labels.dtype != torch.int64:
+        _fail(record, f"returns labels {labels}, not {num_images} class indices of torch.int64")
     if labels.min() < -1 or labels.max() >= seen.num_classes:
         _fail(record, f"returns labels {labels.tolist()} of {seen.num_classes} classes")
     if not isinstance(found.status, Status):
@@ -277,8 +265,10 @@ def _check_result(record: Attack, seen: Observation, found: Any, num_images: int
         _fail(record, f"has vouched {vouched}, not {num_images} booleans")
     if not isinstance(found.evidence, Evidence):
         _fail(record, f"has a {type(found.evidence).__name__} for evidence, no results.Evidence")
-    if not pickle.dumps(found):
-        _fail(record, "returns what no process can send to another")
+    try:
+        pickle.dumps(found)
+    except Exception as error:
+        _fail(record, f"returns what no process can send to another: {_first(error)}", error)
     if found.status is Status.BASELINE:
         return
     if not found.seconds > 0:
@@ -286,6 +276,16 @@ def _check_result(record: Attack, seen: Observation, found: Any, num_images: int
     device = next(seen.model.parameters()).device
     if found.images.device != device:
         _fail(record, f"returns images on {found.images.device} for a network on {device}")
+
+
+def _check_seeded(record: Attack, found: Any, other: Any) -> None:
+    """An audit that searches again from another seed takes two ends at one picture for evidence."""
+    if not record.seeded and "seed" in inspect.signature(record.function).parameters:
+        _fail(record, "takes a seed: its record says seeded=False")
+    parts = ("images", "losses")
+    same = all(_equal(getattr(found, part), getattr(other, part)) for part in parts)
+    if record.seeded and same and isinstance(found.evidence, SearchEvidence):
+        _fail(record, "gives the same images for another seed: its record says seeded=True")
 
 
 @contextmanager
@@ -351,8 +351,21 @@ def _is_sentence(error: Exception) -> bool:
     return len(str(error)) > 10 and "\n" not in str(error)
 
 
-def _fail(record: records.Record, what: str) -> Any:
-    raise AssertionError(f"{type(record).__name__.lower()} {record.key!r} {what}")
+def _first(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__} ({next(iter(str(error).splitlines()), '')})"
+
+
+def _fail(record: records.Record, what: str, error: Exception | None = None) -> Any:
+    raise AssertionError(f"{type(record).__name__.lower()} {record.key!r} {what}") from error
+
+
+def _called(record: records.Record, function: Callable[..., Any], *given: Any, **how: Any) -> Any:
+    """What a function of the record returns."""
+    try:
+        return function(*given, **how)
+    except Exception as error:
+        _fail(record, f"raises {_first(error)}", error)
 
 
 # --- defences: {what they act on: record -> run(options, seed) -> {name: tensor}}, inputs checked
@@ -365,7 +378,7 @@ def _runs_on_snapshots(record: Defence) -> Callable[..., StateDict]:
     def run(options: Mapping[str, Any], seed: int) -> StateDict:
         own = {"seed": seed} if record.random else {}
         with _untouched(record, seen):
-            found = record.function(weights, parameters=names, **own, **options)
+            found = _called(record, record.function, weights, parameters=names, **own, **options)
         if not isinstance(found, dict) or found.keys() != weights.keys():
             _fail(record, "does not return a state dict of the same names")
         _check_like(record, weights, found)
@@ -383,7 +396,7 @@ def _runs_on_updates(record: Defence) -> Callable[..., StateDict]:
     def run(options: Mapping[str, Any], seed: int) -> StateDict:
         own = {"seed": seed} if record.random else {}
         with _untouched(record, seen):
-            found = list(record.function(seen.delta, **own, **options))
+            found = list(_called(record, record.function, seen.delta, **own, **options))
         if len(found) != len(seen.delta):
             _fail(record, f"returns {len(found)} tensors for an update of {len(seen.delta)}")
         named = dict(zip(seen.parameter_names, found))
@@ -401,7 +414,7 @@ def _runs_in_training(record: Defence) -> Callable[..., StateDict]:
         own = {"seed": seed} if record.random else {}
         before = copy.deepcopy([model.state_dict(), images, labels])
         state = _generators()
-        seen = record.function(model, images, labels, **own, **options)
+        seen = _called(record, record.function, model, images, labels, **own, **options)
         if not _equal([model.state_dict(), images, labels], before):
             _fail(record, "changes what it is given")
         if not _equal(_generators(), state):
@@ -460,13 +473,14 @@ def _check_neutral(
 def _check_setting(record: Defence, seen: Observation, options: Mapping[str, Any]) -> None:
     """What ``defenses.Setting`` tells an attacker is what the server sees."""
     setting = defenses.Setting(record.key, Options(options), observer="server")
-    defend = partial(defenses.defend, seen, record.key, observer="server", **options)
+    how = {"observer": "server", **options}
+    defend = partial(_called, record, defenses.defend, seen, record.key, **how)
     sent = defend(seed=0)
     if record.random and record.variance is None:
         # An attacker must not take noise of unknown variance for none.
         _check_refused(record, partial(setting.noise_variance, sent), "variance")
         return
-    variances = setting.noise_variance(sent)
+    variances = _called(record, setting.noise_variance, sent)
     if len(variances) != len(seen.delta):
         _fail(record, f"has {len(variances)} variances for {len(seen.delta)} parameters")
     if not all(math.isfinite(variance) and variance >= 0 for variance in variances):
@@ -477,7 +491,7 @@ def _check_setting(record: Defence, seen: Observation, options: Mapping[str, Any
         measured /= 2 * DRAWS
         if not expected / WITHIN <= measured <= expected * WITHIN:
             _fail(record, f"adds noise of {measured:.3g} in all; its variance says {expected:.3g}")
-    masks = setting.kept(sent)
+    masks = _called(record, setting.kept, sent)
     for name, mask, d, plain in zip(seen.parameter_names, masks or [], sent.delta, seen.delta):
         if mask.shape != d.shape or mask.dtype != torch.bool:
             _fail(record, f"has no mask of {name}'s shape")

@@ -1,4 +1,8 @@
-"""How a reconstruction compares with the truth. This is the only place where truth enters."""
+"""How a reconstruction compares with the truth.
+
+Truth enters here alone, and where a trial says that its attack is told the labels
+(``scene.attack``).
+"""
 
 from typing import Any
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlm_core import coordinates, data, federated, models, optimizers, records
+from dlm_core import coordinates, data, defenses, federated, models, optimizers, records
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
-from dlm_core.threads import one_thread
+from dlm_core.threads import one_thread, own_generator
 
 # Names that stand for functions and dtypes among an attack's options, so that a trial stays plain
 # data.
@@ -34,11 +34,12 @@ def play(trial: Any) -> dict[str, Any]:
     """Return the trial's record: plain numbers and strings, and under "arrays" tensors (images,
     losses, history).
 
-    Bit-identical on one machine for any number of workers: it runs on one torch thread. A client or
-    an attack that diverges numerically is a result, not an error; so is a client whose weights do
+    Bit-identical on one machine for any number of workers: it runs on one torch thread, and what
+    takes no generator of its own, such as dropout, draws from the trial's seed. A client or an
+    attack that diverges numerically is a result, not an error; so is a client whose weights do
     not change. Its ``Status`` says so.
     """
-    with one_thread():
+    with one_thread(), own_generator(trial.seed):
         try:
             seen, images, labels = observe(trial)
         except FloatingPointError:
@@ -47,9 +48,8 @@ def play(trial: Any) -> dict[str, Any]:
             return _without_picture(Status.CLIENT_UNCHANGED)
         try:
             found = attack(trial, seen, labels)
-        except (
-            torch.linalg.LinAlgError
-        ):  # a defence may leave too little for exact recovery's equations
+        except torch.linalg.LinAlgError:
+            # a defence may leave too little for exact recovery's equations
             return _without_picture(Status.SINGULAR)
         return {**judge(found, images, labels), "arrays": arrays(found)}
 
@@ -70,14 +70,15 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """
     chosen = range(trial.index, trial.index + trial.num_images)
     truth = data.load(trial.dataset, indices=chosen, source=trial.source)
-    model = copy.deepcopy(received(_start(trial)))
-    model.train(trial.client.mode == "train")
-    model = model.to(DTYPES[trial.client.dtype])
-    if trial.protocol is not None:
-        return take_part(trial, model), truth.images, truth.labels
-    images = truth.images.to(DTYPES[trial.client.dtype])
-    seen = federated.train_locally(model, images, truth.labels, **trial.client.training())
-    return defend(trial, seen), truth.images, truth.labels
+    with own_generator(trial.seed):
+        model = received(trial)
+        model.train(trial.client.mode == "train")
+        model = model.to(DTYPES[trial.client.dtype])
+        if trial.protocol is not None:
+            return take_part(trial, model), truth.images, truth.labels
+        images = truth.images.to(DTYPES[trial.client.dtype])
+        seen = federated.train_locally(model, images, truth.labels, **training(trial.client))
+        return defend(trial, seen), truth.images, truth.labels
 
 
 def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:
@@ -92,7 +93,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
     turn, client
         Numbers of the round and of the client; each has noise of its own.
     """
-    setting = trial.defence
+    setting: defenses.Setting | None = trial.defence
     if setting is None:
         return seen
     seed = trial.seed + 101 * turn + 1009 * client
@@ -109,25 +110,48 @@ def take_part(trial: Any, model: nn.Module) -> Any:
     if trial.defence is not None:
         options["defend"] = functools.partial(defend, trial)
     protocol = records.PROTOCOLS[trial.protocol.name].function
-    return protocol(model, clients, **options, **trial.client.training(plainly=True))
+    return protocol(model, clients, **options, **training(trial.client, plainly=True))
 
 
-def _start(trial: Any) -> Any:
-    """The trial's part that decides which model the client receives."""
-    same: dict[str, Any] = {"attack": "grey", "attack_options": {}, "client": {}}
-    same |= {"defence": None, "protocol": None}
-    return dataclasses.replace(trial, **same)
+def training(client: Any, *, plainly: bool = False) -> dict[str, Any]:
+    """The keyword arguments of ``federated.train_locally``.
 
-
-@functools.lru_cache(maxsize=4)
-def received(trial: Any) -> nn.Module:
-    """The model that the client receives, trained or not; trials that differ in client, attack or
-    defence share it.
+    Parameters
+    ----------
+    client
+        A ``trials.Client``.
+    plainly
+        Only those that differ from its defaults.
     """
-    truth = data.load(trial.dataset, indices=[trial.index], source=trial.source)
-    shape, options = truth.images.shape[1:], trial.model_options
-    model = models.build(trial.model, shape, truth.num_classes, seed=trial.seed, **options)
+    about = [f for f in dataclasses.fields(client) if f.name not in ("dtype", "mode")]
+    given = {f.name: getattr(client, f.name) for f in about}
+    given["transmitted"] = None if client.transmitted is None else DTYPES[client.transmitted]
+    given["optimizer_options"] = dict(client.optimizer_options) or None
+    if not plainly:
+        return given
+    defaults = {f.name: f.default for f in about} | {"optimizer_options": None}
+    return {n: v for n, v in given.items() if n == "learning_rate" or v != defaults[n]}
+
+
+def received(trial: Any) -> nn.Module:
+    """The model that the client receives, trained or not: a copy, to be changed at will."""
+    same: dict[str, Any] = {"attack": "grey", "attack_options": {}, "client": {}}
+    start = dataclasses.replace(trial, **same, defence=None, protocol=None)
+    behind = (records.NETWORKS[trial.model], records.DATA_SETS[trial.dataset])
+    if any(record.function.__module__.split(".")[0] != "dlm_core" for record in behind):
+        return _made(start)  # a user's own, which may have changed since
+    return copy.deepcopy(_shared(start))
+
+
+def _made(trial: Any) -> nn.Module:
+    of = records.DATA_SETS[trial.dataset]
+    options = trial.model_options
+    model = models.build(trial.model, of.image_shape, of.num_classes, seed=trial.seed, **options)
     return train(model, trial) if trial.trained else model
+
+
+# Trials that differ in client, attack or defence share it.
+_shared = functools.lru_cache(maxsize=4)(_made)
 
 
 def train(model: nn.Module, trial: Any) -> nn.Module:

@@ -6,29 +6,32 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import hashlib
 import json
 import math
 import os
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from dlm_core import check
-from dlm_core.harness import registry, tables
+from dlm_core import check, data
+from dlm_core.harness import keys, registry, tables
 from dlm_core.harness.interrupts import kept_from_workers
 from dlm_core.harness.paths import home
 from dlm_core.records import plain
 
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
-ONE_AT_A_TIME = (
-    threading.Lock()
-)  # in a process: a trial's one torch thread, and a network's seed, are the whole process's
+# In a process: a trial's one torch thread, and a network's seed, are the whole process's.
+ONE_AT_A_TIME = threading.RLock()
+PROCESS = uuid.uuid4().hex  # this one; a worker has another
 
 
 class Default(enum.Enum):
@@ -37,10 +40,15 @@ class Default(enum.Enum):
     STORE = "DLM_STORE, or .store in the repository"
 
 
+class Failed(RuntimeError):
+    """A trial raised, or its worker ended: the sentence says which, and what is kept."""
+
+
 class Store:
     """Finished records, one safetensors file each, written atomically; survives kill -9.
 
-    A file that cannot be read is reported with a warning and its trial computed again.
+    A file that cannot be read, that was changed, or that is another trial's is reported with a
+    warning, and its trial computed again.
 
     Parameters
     ----------
@@ -53,66 +61,132 @@ class Store:
         Where it cannot be written.
     """
 
+    @check.arguments
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        probe = self.folder / f".writable-{uuid.uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f".writable-{os.getpid()}", "w"):
-                pass
-            os.remove(self.folder / f".writable-{os.getpid()}")
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise ValueError(
                 f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another"
             ) from None
 
-    def path(self, trial: Any) -> Path:
-        """The file of a trial's record, by its ``key``."""
-        return self.folder / trial.key[:2] / f"{trial.key}.safetensors"
+    def path(self, key: str) -> Path:
+        """The file of a record, by its trial's key."""
+        return self.folder / key[:2] / f"{key}.safetensors"
 
-    def get(self, trial: Any) -> dict[str, Any] | None:
-        """The record, or None where there is none that can be read."""
+    def get(self, trial: Any, key: str | None = None) -> dict[str, Any] | None:
+        """The record, or None where there is none that can be trusted.
+
+        Parameters
+        ----------
+        trial
+            What was asked for.
+        key
+            Its ``key``, where it is known.
+        """
         from safetensors import SafetensorError, safe_open
 
-        path = self.path(trial)
+        key = key or trial.key
+        path = self.path(key)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
+                about = file.metadata() or {}
                 names = file.keys()  # not a mapping: it has no items()
-                record["arrays"] = {name: file.get_tensor(name) for name in names}
-                return record
+                tensors = {name: file.get_tensor(name) for name in names}
+            if about.pop("digest", None) != _digest(about, tensors):
+                raise ValueError("its content was changed")
+            if (about["key"], about["trial"]) != (key, _text(trial)):
+                raise ValueError(f"it is that of another trial, {about['trial'][:60]}…")
+            return {**json.loads(about["record"]), "arrays": tensors}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())
             warnings.warn(
-                f"store entry {path.name} is damaged ({error}) and is computed again", stacklevel=2
+                f"store entry {path.name} is damaged ({why}) and is computed again", stacklevel=2
             )
             return None
 
-    def put(self, trial: Any, record: Mapping[str, Any]) -> None:
-        """Keep a trial's record, whole or not at all."""
+    def put(self, trial: Any, record: Mapping[str, Any], key: str | None = None) -> None:
+        """Keep a trial's record, whole or not at all.
+
+        Parameters
+        ----------
+        trial, key
+            As in ``get``.
+        record
+            As its ``run`` returned it.
+
+        Raises
+        ------
+        OSError
+            Where it cannot be written.
+        """
         from safetensors.torch import save
 
-        path = self.path(trial)
-        path.parent.mkdir(exist_ok=True)
+        key = key or trial.key
+        path = self.path(key)
         numbers = {name: value for name, value in record.items() if name != "arrays"}
         tensors = record["arrays"] or {"empty": torch.zeros(1)}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        about = {"key": key, "record": json.dumps(numbers), "trial": _text(trial)}
+        content = save(tensors, metadata={**about, "digest": _digest(about, tensors)})
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(
-                save(
-                    tensors,
-                    metadata={"record": json.dumps(numbers), "trial": json.dumps(plain(trial))},
-                )
-            )
+            path.parent.mkdir(exist_ok=True)
+            temporary.write_bytes(content)
             os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(
+                f"a record cannot be written to {path.parent} ({error.strerror}); "
+                "those that are there are kept"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
 
+def _text(trial: Any) -> str:
+    return json.dumps(plain(trial), sort_keys=True)
+
+
+def _digest(about: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of what a file says and holds."""
+    whole = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+class _Plan(NamedTuple):
+    """What a worker has to know of a sweep beside the trial.
+
+    Attributes
+    ----------
+    sweep
+        A name: what a worker reads for one sweep is read anew for the next.
+    process
+        ``PROCESS`` of the one that planned it.
+    parent
+        Its number, where it started the workers; else None.
+    shipment
+        The user's records.
+    """
+
+    sweep: str
+    process: str
+    parent: int | None
+    shipment: bytes
+
+
+@check.arguments
 def sweep(
     trials: Iterable[Any],
     *,
-    jobs: int | None = None,
+    jobs: check.Count | None = None,
     store: str | Path | None | Default = Default.STORE,
     scheduler: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -132,43 +206,87 @@ def sweep(
     scheduler
         Address of a Dask scheduler (tcp://…) to use instead of local processes; default SCHEDULER.
 
+    Raises
+    ------
+    ValueError
+        Where a user's code reaches what cannot be part of a key, or be sent to workers.
+    Failed
+        Where a trial raises, or a worker process ends.
+
     Notes
     -----
     Records are stored one by one as they finish, so that an interrupt loses only what is under way.
-    Keys are computed here, once, and never by a worker.
+    Keys are computed here, once, and never by a worker. Records are the same to the bit whatever
+    the number of processes, and of threads in each: a process runs one trial at a time.
     """
     import joblib
 
     trials = list(trials)
-    jobs = int(jobs or os.environ.get("DLM_JOBS") or os.cpu_count() or 1)
-    check.at_least("jobs", jobs, 1)
+    for trial in trials:
+        if not callable(getattr(trial, "run", None)):
+            raise ValueError(
+                f"trials holds {check.shown(trial)}; it takes values with a key and a run, "
+                "such as trials.Trial"
+            )
+    jobs = jobs or _jobs()
     if store is Default.STORE:
         store = os.environ.get("DLM_STORE") or home() / ".store"
     shelf = None if store is None else Store(store)
-    records: dict[Any, Any] = {trial: shelf.get(trial) if shelf else None for trial in trials}
-    missing = [trial for trial, record in records.items() if record is None]
     scheduler = scheduler or os.environ.get("SCHEDULER")
-    master = None if scheduler else os.getpid()
-    shipment = registry.shipped()
-    with (
-        _progress(len(records), len(records) - len(missing)) as bar,
-        engine(scheduler, jobs),
-        warnings.catch_warnings(),
-    ):
-        # joblib replaces workers that have grown; no trial is lost
-        warnings.filterwarnings("ignore", "A worker stopped")
-        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        calls = (
-            joblib.delayed(_numbered)(i, trial, master, shipment) for i, trial in enumerate(missing)
-        )
-        with kept_from_workers():
-            finished = parallel(calls)
-        for i, record in finished:
-            if shelf:
-                shelf.put(missing[i], record)
-            records[missing[i]] = record
-            bar.update()
-    return [record for trial in trials if (record := records[trial]) is not None]
+    with keys.at_once():
+        names = {trial: trial.key if shelf else "" for trial in trials}
+        records: dict[Any, Any] = {
+            trial: shelf.get(trial, key) if shelf else None for trial, key in names.items()
+        }
+        missing = [trial for trial, record in records.items() if record is None]
+        apart = bool(scheduler) or jobs > 1
+        shipment = registry.shipped() if apart and missing else b""
+        parent = None if scheduler else os.getpid()
+        plan = _Plan(uuid.uuid4().hex, PROCESS, parent, shipment)
+        with (
+            _progress(len(records), len(records) - len(missing)) as bar,
+            _said(len(missing), shelf),
+            engine(scheduler, jobs),
+            warnings.catch_warnings(),
+        ):
+            # joblib replaces workers that have grown; no trial is lost
+            warnings.filterwarnings("ignore", "A worker stopped")
+            parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
+            calls = (joblib.delayed(_numbered)(i, trial, plan) for i, trial in enumerate(missing))
+            with kept_from_workers():
+                finished = parallel(calls)
+            for i, record in finished:
+                if shelf:
+                    shelf.put(missing[i], record, names[missing[i]])
+                records[missing[i]] = record
+                bar.update()
+    return [records[trial] for trial in trials]
+
+
+def _jobs() -> int:
+    """As many as DLM_JOBS says, else as there are cores."""
+    said = os.environ.get("DLM_JOBS")
+    if said and not (said.isdecimal() and int(said) >= 1):
+        raise ValueError(f"DLM_JOBS is {said!r}; it takes a whole number of at least 1")
+    return int(said) if said else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _said(count: int, shelf: Store | None) -> Iterator[None]:
+    """What ends a sweep ends it in one sentence."""
+    kept = "none is kept" if shelf is None else f"those finished are kept in {shelf.folder}"
+    try:
+        yield
+    except Failed as error:
+        raise Failed(f"{error}; of {count} trials to run {kept}") from error.__cause__
+    except Exception as error:
+        if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":
+            raise
+        killed = " by SIGKILL, as where memory runs out" if "SIGKILL" in str(error) else ""
+        raise Failed(
+            f"a worker process was ended{killed}; of {count} trials to run {kept}: "
+            "run again, with fewer jobs where memory is short"
+        ) from error
 
 
 def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
@@ -259,16 +377,39 @@ def summarise(frame: tables.Frame, by: str | Sequence[str]) -> Any:
     return pandas.DataFrame(rows)
 
 
-def _numbered(
-    i: int, trial: Any, master: int | None, shipment: bytes
-) -> tuple[int, dict[str, Any]]:
+def _numbered(i: int, trial: Any, plan: _Plan) -> tuple[int, dict[str, Any]]:
     """(i, the trial's record), in a worker or in the process that planned the sweep."""
-    if master != os.getpid():
-        registry.receive(shipment)
-        if master is not None:
-            end_with(master)
-    with ONE_AT_A_TIME:
-        return i, trial.run()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ONE_AT_A_TIME)
+        if plan.process != PROCESS:
+            registry.receive(plan.shipment)
+            stack.enter_context(data.read_once(_read_for(plan.sweep)))
+            if plan.parent is not None:
+                end_with(plan.parent)
+        try:
+            return i, trial.run()
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Failed(f"{_short(trial)} failed: {why}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _read_for(sweep: str) -> dict[Any, Any]:
+    """What this worker has read of a user's data for a sweep."""
+    return {}
+
+
+def _short(value: Any) -> str:
+    """A trial or a part of one in words: what of it is not as usual."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return check.shown(value)
+    said = []
+    for each in dataclasses.fields(value):
+        its = getattr(value, each.name)
+        usual = each.default_factory() if callable(each.default_factory) else each.default
+        if its != usual:
+            said.append(f"{each.name}={_short(its)}")
+    return f"{type(value).__name__}({', '.join(said)})"
 
 
 @functools.cache

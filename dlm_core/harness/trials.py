@@ -1,20 +1,50 @@
 """A trial is a value, and running it is a pure function of it."""
 
-import math
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from dlm_core import check, data, records
+from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
-from dlm_core.records import Options, typed
+from dlm_core.records import Options, Record, plain, typed
 
 __all__ = ["Client", "Protocol", "Trial", "attack", "observe", "repeated", "run_trial"]
 
 MODES = ("train", "eval")
+
+
+class Written:
+    """The rule of ``Plain``: a mapping that JSON can write, so that trials can be told apart, kept
+    and sent.
+    """
+
+    def convert(self, value: Any) -> Any:
+        """The same as Options."""
+        if not isinstance(value, Mapping):
+            raise check.Wrong(str(self))
+        return Options(value)
+
+    def check(self, value: Options) -> Options:
+        """The same, where JSON can write it."""
+        for name, each in value.items():
+            try:
+                json.dumps(plain(each))
+            except (TypeError, ValueError):
+                kind = type(each).__name__
+                what = "numbers, texts, True, False, None, and lists and dicts of them"
+                raise check.Wrong(f"{what}, and no {kind} ({name!r})") from None
+        return value
+
+    def __str__(self) -> str:
+        return "a dict of options"
+
+
+Plain = Annotated[Options, Written()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +70,36 @@ class Client:
         For a value out of range.
     """
 
-    learning_rate: float = 0.01
-    local_steps: int = 1
-    batch_size: int | None = None
+    learning_rate: Positive = 0.01
+    local_steps: Count = 1
+    batch_size: Count | None = None
     client_optimizer: str = "sgd"
-    optimizer_options: Options = Options()
+    optimizer_options: Plain = Options()
     clear_gradients: bool = True
     transmitted: str | None = None
     dtype: str = "float32"
     mode: str = "train"
 
     def __post_init__(self) -> None:
-        check.in_range("learning_rate", self.learning_rate, 0, math.inf, open_low=True)
-        check.at_least("local_steps", self.local_steps, 1)
-        check.at_least("batch_size", 1 if self.batch_size is None else self.batch_size, 1)
+        check.fields(self)
         check.one_of("client_optimizer", self.client_optimizer, records.CLIENT_OPTIMIZERS)
         check.one_of("dtype", self.dtype, DTYPES)
         check.one_of("mode", self.mode, MODES)
         if self.transmitted is not None:
             check.one_of("transmitted", self.transmitted, DTYPES)
-        object.__setattr__(self, "optimizer_options", Options(self.optimizer_options))
+        record = records.CLIENT_OPTIMIZERS[self.client_optimizer]
+        record.check_options("optimizer_options", self.optimizer_options)
+
+    @classmethod
+    def of(cls, given: Any) -> "Client":
+        """The same, from a dict of its fields."""
+        return typed("client", cls, given)
 
     def training(self, *, plainly: bool = False) -> dict[str, Any]:
         """The keyword arguments of ``federated.train_locally``; ``plainly``: only those that differ
         from its defaults.
         """
-        given = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dtype", "mode")
-        }
-        given["transmitted"] = None if self.transmitted is None else DTYPES[self.transmitted]
-        given["optimizer_options"] = dict(self.optimizer_options) or None
-        if not plainly:
-            return given
-        defaults = {f.name: f.default for f in fields(self)} | {"optimizer_options": None}
-        return {n: v for n, v in given.items() if n == "learning_rate" or v != defaults[n]}
+        return scene.training(self, plainly=plainly)
 
 
 @dataclass(frozen=True)
@@ -89,17 +115,19 @@ class Protocol:
     """
 
     name: str
-    others: int = 0
-    options: Options = Options()
+    others: Whole = 0
+    options: Plain = Options()
 
     def __post_init__(self) -> None:
-        check.one_of("protocol", self.name, records.PROTOCOLS)
-        check.at_least("others", self.others, 0)
-        object.__setattr__(self, "options", Options(self.options))
-        records.PROTOCOLS[self.name].check_options("option", self.options)
+        check.fields(self)
+        check.one_of("name of a protocol", self.name, records.PROTOCOLS)
+        record = records.PROTOCOLS[self.name]
+        record.check_options("options", self.options)
+        if "attack" in self.options:
+            check.one_of("options: attack", self.options["attack"], records.ATTACKS)
 
     @property
-    def named(self) -> list[records.Record]:
+    def named(self) -> list[Record]:
         """What it names by key: its own record, and that of an attack that runs within it."""
         own = records.PROTOCOLS[self.name]
         within = own.parameters.get("attack")
@@ -112,10 +140,10 @@ class Protocol:
         """The same, from {"name": …, "others": …} with the options beside them."""
         if isinstance(given, Protocol):
             return given
-        if "name" not in given:
+        if not isinstance(given, Mapping) or "name" not in given:
             raise ValueError(
-                f"protocol is {dict(given)!r}; it takes a name, "
-                f"one of {', '.join(records.PROTOCOLS)}"
+                f"protocol is {check.shown(given)}; it takes a Protocol or a dict with a name: "
+                f"{', '.join(records.PROTOCOLS)}"
             )
         own = {name: given[name] for name in ("name", "others") if name in given}
         return cls(options=Options({n: v for n, v in given.items() if n not in own}), **own)
@@ -132,7 +160,8 @@ class Trial:
         Key of ``records.ATTACKS``, with ``attack_options``; "labels": "given" tells it the true
         labels. An attack that demands the defence is told it, but not its noise.
     dataset, source
-        Of ``data.load``.
+        Of ``data.load``; "auto" is the full set where it is present when the trial is made, else
+        the bundled one, and the trial says which.
     index, num_images
         The client's images: so many from that index on.
     model
@@ -157,69 +186,59 @@ class Trial:
     """
 
     attack: str = "dlm_plus"
-    attack_options: Options = Options()
+    attack_options: Plain = Options()
     dataset: str = "cifar100"
     source: str = "bundled"
-    index: int = 0
-    num_images: int = 1
+    index: Whole = 0
+    num_images: Count = 1
     model: str = "lenet"
-    model_options: Options = Options()
-    trained: int = 0
+    model_options: Plain = Options()
+    trained: Whole = 0
     client: Client = field(default_factory=Client)
     defence: Setting | None = None
     protocol: Protocol | None = None
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
-        for name in ("attack_options", "model_options"):
-            object.__setattr__(self, name, Options(getattr(self, name)))
-        object.__setattr__(self, "client", typed("client", Client, self.client))
-        for name, part in (("defence", Setting), ("protocol", Protocol)):
-            given = getattr(self, name)
-            object.__setattr__(self, name, part.of(given) if given else None)
+        parts = {"client": Client.of, "defence": Setting.of, "protocol": Protocol.of}
+        for name, of in parts.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, of(getattr(self, name)))
+        check.fields(self)
         check.one_of("attack", self.attack, records.ATTACKS)
         check.one_of("model", self.model, records.NETWORKS)
-        check.one_of("data set", self.dataset, records.DATA_SETS)
-        check.at_least("num_images", self.num_images, 1)
-        for name in ("index", "seed", "trained"):
-            check.at_least(name, getattr(self, name), 0)
+        check.one_of("dataset", self.dataset, records.DATA_SETS)
+        object.__setattr__(self, "source", data.served(self.dataset, self.source))
         self._check_attack()
-        self._check_model()
+        options = {name: value for name, value in self.model_options.items() if name != "init"}
+        records.NETWORKS[self.model].check_options("model_options", options)
         if self.protocol is not None and self.defence is not None:
             defended = [key for key, record in records.PROTOCOLS.items() if record.defended]
             check.one_of("protocol of defended clients", self.protocol.name, defended)
 
     def _check_attack(self) -> None:
         record = records.ATTACKS[self.attack]
-        record.check_options("option", self.attack_options)
+        record.check_options("attack_options", self.attack_options)
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
         record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
 
-    def _check_model(self) -> None:
-        options = {name: value for name, value in self.model_options.items() if name != "init"}
-        records.NETWORKS[self.model].check_options("option", options)
-
     @property
-    def functions(self) -> list[Any]:
-        """The functions that the trial names by key."""
-        named = [records.ATTACKS[self.attack], records.NETWORKS[self.model]]
+    def named(self) -> list[Record]:
+        """The records of what the trial names by key, its data set aside."""
+        named: list[Record] = [records.ATTACKS[self.attack], records.NETWORKS[self.model]]
         named.append(records.CLIENT_OPTIMIZERS[self.client.client_optimizer])
         if self.defence is not None:
             named.append(self.defence.record)
         if self.protocol is not None:
             named += self.protocol.named
-        return [record.function for record in named]
+        return named
 
-    @cached_property
+    @property
     def key(self) -> str:
-        """The name of the trial's result."""
-        return result_key(
-            self, ["dlm_core.harness.scene"], self.functions, data.digest(self.dataset)
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The name of the trial's result, by what the code and the images behind it are now."""
+        modules = ["dlm_core.harness.scene"]
+        return result_key(self, modules, self.named, self.dataset, self.source)
 
     def run(self) -> dict[str, Any]:
         """``run_trial`` of it: what a sweep calls."""
@@ -231,7 +250,8 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     return scene.play(trial)
 
 
-def repeated(trial: Trial, n: int, start: int = 0) -> list[Trial]:
+@check.arguments
+def repeated(trial: Trial, n: Count, start: Whole = 0) -> list[Trial]:
     """Trials like this one, each with images, a network and noise of its own.
 
     Parameters

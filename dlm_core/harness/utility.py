@@ -126,15 +126,17 @@ class Federation:
                 "to train on"
             )
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
         """The name of the result."""
-        named = [records.NETWORKS[self.model]] + ([self.defence.record] if self.defence else [])
-        functions = [record.function for record in named]
-        return result_key(self, ["dlm_core.harness.utility"], functions, data.digest(self.dataset))
+        named: list[records.Record] = [records.NETWORKS[self.model]]
+        named += [self.defence.record] if self.defence else []
+        return result_key(self, ["dlm_core.harness.utility"], named, self.dataset, self._source)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    @property
+    def _source(self) -> str:
+        """Of ``data.load``."""
+        return "full" if self.dataset in data.FULL else "bundled"
 
     def run(self) -> dict[str, Any]:
         """The record: accuracy on held-out images after each round, and averaged over the last
@@ -174,11 +176,6 @@ class Federation:
                 "stop_reason": stop_reason,
                 "arrays": {},
             }
-
-    @property
-    def _source(self) -> str:
-        """Of ``data.load``."""
-        return "full" if self.dataset in data.FULL else "bundled"
 
     def _build(self, image_shape: Sequence[int], num_classes: int) -> nn.Module:
         """The network at the start."""

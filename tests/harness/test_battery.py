@@ -1,5 +1,7 @@
 """Every registered attack and defence through one battery, and what the battery finds."""
 
+import sys
+from dataclasses import replace
 from functools import cached_property
 
 import pytest
@@ -90,7 +92,7 @@ def test_an_attack_of_one_s_own_passes(register):
     assert record.told == ("strength",)
     battery.check_attack("mine", strength=20.0)
     battery.check_attack(record, strength=20.0, scene=battery.Scene(network="mlp"))
-    with pytest.raises(AssertionError, match="attack 'mine' demands strength: give check_attack"):
+    with pytest.raises(AssertionError, match="attack 'mine' demands strength: give its record an"):
         battery.check_attack("mine")
 
 
@@ -127,6 +129,39 @@ def returns_nan(seen, *, num_images=1, seed=0):
     return baseline(torch.full((num_images, *seen.image_shape), float("nan")))
 
 
+def returns_bright(seen, *, num_images=1, seed=0):
+    found = is_seeded(seen, num_images=num_images, seed=seed)
+    found.images[0, 0, 0, :2] = torch.tensor([-1.0, 1e6])
+    return found
+
+
+def returns_other_labels(seen, *, num_images=1, seed=0):
+    found = is_seeded(seen, num_images=num_images, seed=seed)
+    return replace(found, labels=found.labels.int())
+
+
+def returns_a_file(seen, *, num_images=1, seed=0):
+    found = is_seeded(seen, num_images=num_images, seed=seed)
+    found.evidence.point["file"] = sys.stdout
+    return found
+
+
+def raises(seen, *, num_images=1, seed=0):
+    raise RuntimeError("a shape is wrong\nvery wrong")
+
+
+def asserts(seen, *, num_images=1, seed=0):
+    assert num_images == 0
+
+
+def has_no_seed(seen, *, num_images=1, seed=0):
+    return baseline(torch.full((num_images, *seen.image_shape), 0.5))
+
+
+def is_seeded(seen, *, num_images=1, seed=0):
+    return attacks.noise(seen, num_images=num_images, seed=seed)
+
+
 def takes_anything(seen, *, num_images=1, seed=0, **options):
     return baseline(torch.full((num_images, *seen.image_shape), 0.5))
 
@@ -147,8 +182,17 @@ def takes_one_precision(seen, *, num_images=1, seed=0):
         (returns_one_image, r"returns images of shape \[1, 1, 8, 8\] .* where \[2, 1, 8, 8\]"),
         (returns_a_tensor, "returns a Tensor, not a Reconstruction"),
         (returns_nan, "returns images that hold NaN"),
+        (returns_bright, r"returns images from -1 to 1e\+06; pixels lie in \[0, 1\]"),
+        (returns_other_labels, "returns labels .*, not 1 class indices of torch.int64"),
+        (returns_a_file, "returns what no process can send to another: TypeError"),
+        (raises, r"raises RuntimeError \(a shape is wrong\) on its own scene"),
+        (asserts, r"raises AssertionError \(.*\) on its own scene"),
+        (has_no_seed, "gives the same images for another seed: its record says seeded=True"),
         (takes_anything, "takes a wrong no_such_option without a word"),
-        (takes_one_precision, "raises on its own scene: the model must be float32"),
+        (
+            takes_one_precision,
+            r"raises ValueError \(the model must be float32.*\) on its own scene",
+        ),
     ],
 )
 def test_an_attack_that_errs_is_told_how(register, function, message):
@@ -156,6 +200,27 @@ def test_an_attack_that_errs_is_told_how(register, function, message):
     with pytest.raises(AssertionError, match=f"attack 'mine' {message}") as caught:
         battery.check_attack("mine")
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_record_says_of_its_seed_is_true(register):
+    register("attack", is_seeded)
+    battery.check_attack("mine")
+    register("attack", is_seeded, seeded=False)
+    with pytest.raises(AssertionError, match="'mine' takes a seed: its record says seeded=False"):
+        battery.check_attack("mine")
+
+
+def test_a_record_that_has_an_example_needs_no_more(register):
+    """Its module and its test: nothing else is edited."""
+    register("attack", scaled_search, example={"strength": 20.0}, scene={"network": "mlp"})
+    battery.check_attack("mine")
+    neutral = {"strength": 0.0}
+    register("defence", shift, variance=variance_of_shift, example=neutral, neutral=neutral)
+    with pytest.raises(AssertionError, match="gives the same tensors for another seed"):
+        battery.check_defence("mine")
+    about = {"example": {"strength": 1e-3}, "neutral": neutral}
+    register("defence", shift, variance=variance_of_shift, **about)
+    battery.check_defence("mine")
 
 
 def shift(weights, *, strength, seed=0, parameters=None):
@@ -179,7 +244,7 @@ def test_a_defence_of_one_s_own_passes(register):
     setting = defenses.Setting("mine", {"strength": 1e-3}, repeats=4)
     seen = battery.PLAIN.observe()
     assert setting.noise_variance(seen) == [2 * 1e-6 / 4] * len(seen.delta)
-    with pytest.raises(AssertionError, match="demands strength: give check_defence"):
+    with pytest.raises(AssertionError, match="demands strength: give its record an example"):
         battery.check_defence("mine")
 
 
@@ -220,6 +285,10 @@ def shift_alike(weights, *, strength, seed=0, parameters=None):
     return shift(weights, strength=strength, seed=0, parameters=parameters)
 
 
+def shift_wrongly(weights, *, strength, seed=0, parameters=None):
+    raise RuntimeError("a shape is wrong")
+
+
 def shift_ever(weights, *, strength, seed=0, parameters=None):
     return shift(weights, strength=strength + 1e-3, seed=seed, parameters=parameters)
 
@@ -233,6 +302,7 @@ def shift_ever(weights, *, strength, seed=0, parameters=None):
         (shift_and_drop, "does not return a state dict of the same names"),
         (shift_by_chance, "gives other tensors for the same seed"),
         (shift_alike, "gives the same tensors for another seed"),
+        (shift_wrongly, r"raises RuntimeError \(a shape is wrong\)"),
         (shift_ever, r"is not the identity at {'strength': 0.0}"),
     ],
 )

@@ -2,66 +2,94 @@
 
 import ast
 import shutil
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import dlm_core
-from dlm_core.harness import keys
+from dlm_core import models, records
+from dlm_core.harness import keys, registry, sources
 from dlm_core.harness.trials import Trial
+from dlm_core.harness.utility import Federation
 
 PACKAGE = Path(dlm_core.__file__).parent
-KEY = "from dlm_core.harness.trials import Trial; print(Trial({attack!r}, dataset='digits').key)"
+
+
+def forget():
+    """As in a process that has read no file yet."""
+    for module in (sources, keys):
+        for each in vars(module).values():
+            if hasattr(each, "cache_clear"):
+                each.cache_clear()
 
 
 @pytest.fixture
-def copy(tmp_path):
-    """A copy of the package, to be changed, beside the bundled data."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, tmp_path / "dlm_core", ignore=ignore)
-    (tmp_path / "data").symlink_to(PACKAGE.parent / "data")
-    return tmp_path
+def copy(tmp_path, monkeypatch):
+    """A copy of the package, to be changed, whose files are those that are read."""
+    shutil.copytree(
+        PACKAGE, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path)
+    forget()
+    yield tmp_path
+    forget()
 
 
-def key_in(folder, attack="dlm_plus"):
-    run = [sys.executable, "-c", KEY.format(attack=attack)]
-    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def keys_now(attack="dlm_plus"):
+    """Of a trial, of a federated training, and of one that is defended."""
+    forget()
+    defended = Federation(defence={"name": "noise", "scale": 1e-3})
+    return [each.key for each in (Trial(attack, dataset="digits"), Federation(), defended)]
 
 
-def test_only_what_takes_part_changes_a_key(copy):
-    plain, exactly = key_in(copy), key_in(copy, "exact")
-    assert plain == Trial("dlm_plus", dataset="digits").key, "the same code elsewhere, the same key"
-    registry = copy / "dlm_core" / "harness" / "registry.py"
-    (copy / "dlm_core" / "beyond" / "new.py").write_text("from dlm_core import attacks\n")
+def key_now(attack="dlm_plus"):
+    return keys_now(attack)[0]
+
+
+def test_only_what_takes_part_changes_a_key(copy, monkeypatch):
+    (plain, *trainings), exactly = keys_now(), key_now("exact")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sources, "PACKAGE", PACKAGE)
+        assert plain == key_now(), "the same code elsewhere, the same key"
+    registry = copy / "harness" / "registry.py"
+    (copy / "beyond" / "new.py").write_text("from dlm_core import attacks\n")
     text = registry.read_text()
     registry.write_text(text.replace("    exact,\n", "    exact,\n    new,\n", 1))
-    assert key_in(copy) == plain, "adding an attack costs no finished trial"
-    exact = copy / "dlm_core" / "beyond" / "exact.py"
+    assert keys_now() == [plain, *trainings], "adding an attack costs no finished result"
+    exact = copy / "beyond" / "exact.py"
     exact.write_text(exact.read_text() + "\n# a comment\n")
-    assert key_in(copy, "exact") == exactly
+    assert key_now("exact") == exactly
     exact.write_text(exact.read_text() + "\nCHANGED = 1\n")
-    assert key_in(copy, "exact") != exactly and key_in(copy) == plain
-    metrics = copy / "dlm_core" / "metrics.py"
+    assert key_now("exact") != exactly and key_now() == plain
+    metrics = copy / "metrics.py"
     metrics.write_text(metrics.read_text() + "\nCHANGED = 1\n")
-    assert key_in(copy) != plain, "the judge is part of every key"
+    assert key_now() != plain, "the judge is part of every key"
+    metrics.write_text(metrics.read_text().removesuffix("\nCHANGED = 1\n"))
+    for module in ("defenses", "harness/scene", "search"):
+        file = copy / f"{module}.py"
+        text = file.read_text()
+        file.write_text(text + "\nCHANGED = 1\n")
+        assert key_now() != plain, module
+        file.write_text(text)
+    assert keys_now() == [plain, *trainings]
 
 
 def test_a_module_that_becomes_a_folder_stays_part_of_the_key(copy):
-    before = key_in(copy, "exact")
-    folder = copy / "dlm_core" / "beyond" / "exact"
+    before = key_now("exact")
+    folder = copy / "beyond" / "exact"
     folder.mkdir()
-    (copy / "dlm_core" / "beyond" / "exact.py").rename(folder / "__init__.py")
-    moved = key_in(copy, "exact")
+    (copy / "beyond" / "exact.py").rename(folder / "__init__.py")
+    moved = key_now("exact")
     (folder / "more.py").write_text("VALUE = 1\n")
     init = folder / "__init__.py"
     init.write_text(init.read_text() + "\nfrom dlm_core.beyond.exact import more\n")
-    with_more = key_in(copy, "exact")
+    with_more = key_now("exact")
     (folder / "more.py").write_text("VALUE = 2\n")
-    assert moved == before and with_more != moved and key_in(copy, "exact") != with_more
+    assert moved == before and with_more != moved and key_now("exact") != with_more
 
 
 @pytest.mark.parametrize(
@@ -82,7 +110,7 @@ def test_a_module_that_becomes_a_folder_stays_part_of_the_key(copy):
     ],
 )
 def test_imports_are_followed_to_their_files(code, found):
-    assert keys.imported(ast.parse(code), "dlm_core.beyond.recursion") == found
+    assert sources.imported(ast.parse(code), "dlm_core.beyond.recursion") == found
 
 
 @pytest.mark.parametrize(
@@ -95,27 +123,65 @@ def test_imports_are_followed_to_their_files(code, found):
 )
 def test_an_import_that_resolves_to_no_file_is_loud(code):
     with pytest.raises(ImportError, match="resolves to no file"):
-        keys.imported(ast.parse(code), "dlm_core.beyond.recursion")
+        sources.imported(ast.parse(code), "dlm_core.beyond.recursion")
 
 
-def test_a_user_s_code_is_part_of_the_key():
-    from tests.harness import toys
+@pytest.fixture
+def changed(monkeypatch):
+    """Puts a record with other fields into the place of one of ours."""
 
-    def fingerprint(function):
-        return keys.fingerprint(function)
+    def change(record, **fields):
+        other = replace(record, **fields)
+        monkeypatch.setitem(records.TABLES[type(record)], record.key, other)
 
-    first = fingerprint(toys.toy_attack)
-    toys.BRIGHTNESS = 0.75
+    return change
+
+
+@pytest.mark.parametrize(
+    "record, fields",
+    [
+        (records.DEFENCES["noise"], {"variance": lambda seen, setting: [0.0] * len(seen.delta)}),
+        (records.DEFENCES["noise"], {"leaves_out": True}),
+        (records.DEFENCES["noise"], {"function": lambda weights, *, scale, seed=0: weights}),
+        (records.ATTACKS["dlm_plus"], {"seeded": False}),
+        (records.NETWORKS["lenet"], {"function": lambda *shape, **how: models.mlp(*shape)}),
+        (records.CLIENT_OPTIMIZERS["sgd"], {"step": None}),
+    ],
+)
+def test_all_that_a_result_depends_on_in_a_record_is_part_of_the_key(changed, record, fields):
+    trial = Trial(dataset="digits", defence={"name": "noise", "scale": 1e-3})
+    before = trial.key
+    changed(record, **fields)
+    assert trial.key != before
+
+
+def test_how_it_looks_is_none_of_the_key(changed):
+    trial = Trial(dataset="digits", defence={"name": "noise", "scale": 1e-3})
+    changed(records.DEFENCES["noise"], leaves_out=True)
+    before = trial.key
+    changed(records.DEFENCES["noise"], title="Noise", colour=3, marker="v")
+    assert trial.key == before
+
+
+def test_what_stands_in_our_records_is_covered_by_the_function_s_module():
+    """But for a client optimizer's step, which attacks import that read it."""
+    for table in records.TABLES.values():
+        for record in filter(registry.is_ours, table.values()):
+            home = record.function.__module__
+            if not isinstance(record, records.ClientOptimizer):
+                held = [v for v in vars(record).values() if callable(v)]
+                assert {each.__module__ for each in held} == {home}, record.key
+
+
+def test_a_user_s_optimizer_counts_with_the_version_of_its_package(monkeypatch):
+    record = records.ClientOptimizer(key="nadam", function=torch.optim.NAdam, title="NAdam")
+    before = keys.fingerprint(record)
+    sources.version.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "0.0")
     try:
-        assert fingerprint(toys.toy_attack) != first, "a value that the attack reads"
+        assert keys.fingerprint(record) != before
     finally:
-        toys.BRIGHTNESS = 0.25
-    assert fingerprint(toys.toy_attack) == first
-    wide, narrow = ({}, {})
-    for channels, into in ((32, wide), (16, narrow)):
-        exec(f"def build(shape, classes):\n    return {channels}\n", into)
-        into["build"].__module__ = "__main__"
-    assert fingerprint(wide["build"]) != fingerprint(narrow["build"])
+        sources.version.cache_clear()
 
 
 def test_equal_values_have_one_key_and_one_hash():
@@ -123,3 +189,32 @@ def test_equal_values_have_one_key_and_one_hash():
     assert whole == floating and hash(whole) == hash(floating) and whole.key == floating.key
     other = replace(whole, attack_options={"max_evaluations": 3})
     assert other != whole and other.key != whole.key
+
+
+def test_numbers_of_any_type_have_one_key():
+    rates = (1, 1.0, np.float32(1), np.int64(1))
+    made = [Trial(dataset="digits", client={"learning_rate": rate}) for rate in rates]
+    made += [Trial("dlg", {"learning_rate": rate}, dataset="digits") for rate in rates]
+    assert len(set(made)) == len({trial.key for trial in made}) == 2
+    assert Trial(dataset="digits", index=np.int64(3)).key == Trial(dataset="digits", index=3).key
+
+
+def test_the_key_names_the_data_that_serve(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_DATA", str(tmp_path))
+    before = Trial(source="auto")
+    assert before == Trial(source="bundled")
+    (tmp_path / "cifar-100-python").mkdir()
+    after = Trial(source="auto")
+    assert after == Trial(source="full") and after.key != before.key
+    assert before.source == "bundled", "a plan that was made before says what it was made of"
+    with pytest.raises(ValueError, match="source is 'full', and digits is bundled whole"):
+        Trial(dataset="digits", source="full")
+
+
+def test_one_key_of_ours_costs_less_than_a_millisecond():
+    plan = [Trial(dataset="digits", index=i) for i in range(200)]
+    assert plan[0].key
+    began = time.process_time()
+    with keys.at_once():
+        assert len({trial.key for trial in plan}) == len(plan)
+    assert time.process_time() - began < 0.2

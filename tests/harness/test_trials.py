@@ -1,12 +1,14 @@
 """Trials are values, records are reproducible, and no finished trial is ever lost."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,6 @@ import pytest
 import torch
 
 from dlm_core.harness import sweeps, trials
-from dlm_core.harness.keys import code_version as keys_of
 from dlm_core.harness.trials import Trial
 
 FAST = Trial(
@@ -49,18 +50,28 @@ def test_bit_identical_for_any_number_of_workers(expected, jobs, tmp_path):
     assert_same(sweeps.sweep(SWEEP, jobs=jobs, store=tmp_path), expected)  # and from the store
 
 
-def test_bit_identical_through_dask(expected, tmp_path):
+def cluster(threads):
     distributed = pytest.importorskip("distributed")
-    with (
-        warnings.catch_warnings(),
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
-        ) as cluster,
-    ):
+    made = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=threads, processes=True, dashboard_address=None
+    )
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_same(
-            sweeps.sweep(SWEEP, store=tmp_path, scheduler=cluster.scheduler_address), expected
-        )
+        return made
+
+
+def test_bit_identical_on_a_cold_dask_worker_of_four_threads(tmp_path):
+    """Its threads share the global random generator and torch's number of threads."""
+    networks = ({"model": "lenet", "model_options": {"depth": 2}}, {"model": "mlp"})
+    plan = [
+        replace(FAST, attack_options={"max_evaluations": 10}, index=i, seed=i, **network)
+        for i in range(12)
+        for network in networks
+    ]
+    with cluster(threads=4) as workers, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sweeps.sweep(plan, store=tmp_path, scheduler=workers.scheduler_address)
+    assert_same(found, [trials.run_trial(trial) for trial in plan])
 
 
 def test_thread_count_does_not_matter_and_is_restored(expected):
@@ -81,15 +92,48 @@ def test_a_second_sweep_computes_only_what_is_missing(tmp_path, monkeypatch):
     assert ran == SWEEP[2:4]
 
 
-def test_a_damaged_entry_is_said_and_computed_again(expected, tmp_path):
-    sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path)
-    path = sweeps.Store(tmp_path).path(SWEEP[0])
-    for content in (b"", b"not a record", path.read_bytes()[:200]):
-        path.write_bytes(content)
-        with pytest.warns(
-            UserWarning, match=f"store entry {path.name} is damaged .* computed again"
-        ):
-            assert_same(sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path), expected[:1])
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def emptied(content):
+    """The same file with a record that says nothing."""
+    from safetensors.torch import load, save
+
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length])["__metadata__"]
+    return save(load(content), metadata={**about, "record": "{}"})
+
+
+DAMAGES = {
+    "an empty file": lambda content, other: b"",
+    "no record": lambda content, other: b"not a record",
+    "half a file": lambda content, other: content[:200],
+    "a bit of a picture": lambda content, other: flipped(content, len(content) - 30),
+    "a bit of a number": lambda content, other: flipped(content, content.index(b"psnr") + 9),
+    "a record that says nothing": lambda content, other: emptied(content),
+    "the file of another trial": lambda content, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_said_and_computed_again(expected, tmp_path, damage):
+    sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
+    path, other = (sweeps.Store(tmp_path).path(trial.key) for trial in SWEEP[:2])
+    path.write_bytes(damage(path.read_bytes(), other.read_bytes()))
+    said = f"store entry {path.name} is damaged .* computed again"
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert_same(sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path), expected[:1])
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert_same(sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path), expected[:1])
+
+
+def test_two_that_write_one_entry_at_once_do_not_meet(expected, tmp_path):
+    store = sweeps.Store(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: store.put(SWEEP[0], expected[0]), range(40)))
+    assert_same([store.get(SWEEP[0])], expected[:1])
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".safetensors"]
 
 
 def test_kill_minus_nine_loses_no_finished_trial_and_ends_in_the_same_table(expected, tmp_path):
@@ -160,7 +204,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
-def test_keys_tell_trials_apart_and_ignore_comments():
+def test_keys_tell_trials_apart():
     keys = {
         trial.key
         for trial in (
@@ -170,7 +214,6 @@ def test_keys_tell_trials_apart_and_ignore_comments():
         )
     }
     assert len(keys) == len(SWEEP) + 2
-    assert keys_of("dlm_core.models") != keys_of("dlm_core.metrics")
 
 
 def test_a_client_that_diverges_is_a_record(tmp_path):
@@ -212,7 +255,7 @@ def test_record_of_a_defended_batch():
     [
         ({"attack": "dlm_pluss"}, "attack 'dlm_pluss' is unknown.*did you mean dlm_plus"),
         ({"model": "lenett"}, "model 'lenett' is unknown.*did you mean lenet"),
-        ({"dataset": "cifar10"}, "data set 'cifar10' is unknown.*did you mean cifar100"),
+        ({"dataset": "cifar10"}, "dataset 'cifar10' is unknown.*did you mean cifar100"),
         ({"index": -1}, "index is -1"),
         ({"num_images": 0}, "num_images is 0"),
         ({"client": {"learning_rate": -1}}, "learning_rate is -1"),
@@ -225,6 +268,18 @@ def test_record_of_a_defended_batch():
             {"attack_options": {"optimizer": "lbgs"}},
             "optimizer 'lbgs' is unknown.*did you mean lbfgs",
         ),
+        (
+            {"client": {"learning_rate": 1, "optimizer_options": {"momentun": 0.9}}},
+            "optimizer_options of sgd 'momentun' .* mean momentum",
+        ),
+        ({"protocol": {"name": "two_hops", "attack": "exactt"}}, "attack 'exactt' .* mean exact"),
+        ({"protocol": "fedsgd"}, "protocol is 'fedsgd'; it takes a Protocol or a dict with a name"),
+        (
+            {"attack_options": {"trusted": [torch.ones(2)]}},
+            "attack_options is .*numbers, texts.*'trusted'",
+        ),
+        ({"model_options": 3}, "model_options is 3; it takes a dict of options"),
+        ({"source": "bundle"}, "source 'bundle' is unknown.*did you mean bundled"),
         (
             {"attack_options": {"dtype": "float46"}},
             "dtype 'float46' is unknown.*did you mean float64",
@@ -254,10 +309,60 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
 
     sweeps.sweep(SWEEP[:1], jobs=1, store=tmp_path)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"^a record cannot be written to .*No space.*are kept$"):
         sweeps.sweep(SWEEP[:2], jobs=1, store=tmp_path)
     assert sweeps.Store(tmp_path).get(SWEEP[0]) is not None
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+@dataclass(frozen=True)
+class Unlucky:
+    """A value that a sweep runs: it ends its process, raises, or is fine."""
+
+    number: int
+    how: str = "fine"
+    key = property(lambda self: f"{self.number:032d}")
+
+    def run(self):
+        if self.how == "killed":
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "raises":
+            raise ZeroDivisionError("division\nby zero")
+        return {"number": self.number, "arrays": {}}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_trial_is_named_and_finished_ones_are_kept(tmp_path, jobs):
+    plan = [Unlucky(0), Unlucky(1), Unlucky(2, "raises")]
+    said = (
+        r"^Unlucky\(number=2, how='raises'\) failed: ZeroDivisionError: division by zero; "
+        f"of 3 trials to run those finished are kept in {tmp_path}$"
+    )
+    with pytest.raises(sweeps.Failed, match=said) as caught:
+        sweeps.sweep(plan, jobs=jobs, store=tmp_path)
+    assert "run" in str(caught.getrepr(style="long")), "where it failed can be read"
+    assert jobs > 1 or sweeps.Store(tmp_path).get(plan[1])["number"] == 1
+
+
+def test_a_killed_worker_is_said_in_one_sentence(tmp_path):
+    plan = [*map(Unlucky, range(3)), Unlucky(3, "killed")]
+    said = f"^a worker process was ended by SIGKILL.* kept in {tmp_path}: run again, with fewer"
+    with pytest.raises(sweeps.Failed, match=said) as caught:
+        sweeps.sweep(plan, jobs=2, store=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert sweeps.Store(tmp_path).get(plan[0])["number"] == 0
+    assert len(sweeps.sweep(plan[:3], jobs=2, store=tmp_path)) == 3
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.5, "2"])
+def test_a_wrong_number_of_jobs_is_refused(jobs, monkeypatch):
+    with pytest.raises(ValueError, match=f"jobs is {jobs!r}; it takes .*a whole number"):
+        sweeps.sweep([FAST], jobs=jobs, store=None)
+    monkeypatch.setenv("DLM_JOBS", str(jobs))
+    if jobs != "2":
+        with pytest.raises(ValueError, match=f"DLM_JOBS is '{jobs}'; it takes a whole number"):
+            sweeps.sweep([FAST], store=None)
 
 
 def test_a_client_may_compute_and_transmit_in_another_precision():

@@ -6,6 +6,8 @@ from torch import nn
 from dlm_core import attacks, records
 
 BRIGHTNESS = 0.25  # a global that the attack reads: part of its key
+CONTRAST = 1.0  # one that the data set reads
+GAIN = 1.0  # one that the network reads
 
 
 @records.attack("toy_attack", title="Toy", colour=6, marker="h", client="any client", audited=9)
@@ -28,10 +30,22 @@ def toy_network(image_shape, num_classes, *, hidden=16):
     channels, height, width = image_shape
     size = channels * height * width
     layers = [nn.Flatten(), nn.Linear(size, hidden), nn.Sigmoid(), nn.Linear(hidden, num_classes)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(Gain(), *layers)
 
 
+class Gain(nn.Module):
+    """Amplifies."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = GAIN
+
+    def forward(self, x):
+        return self.gain * x
+
+
+@records.data_set("toy_images", title="Toy images", image_shape=(1, 6, 6), num_classes=2)
 def toy_images():
     """Two images of noise, one of each class."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, 1, 6, 6, generator=generator), torch.tensor([0, 1])
+    return CONTRAST * torch.rand(2, 1, 6, 6, generator=generator), torch.tensor([0, 1])
