@@ -272,7 +272,7 @@ VALID: dict[str, Callable] = {
 # Arguments whose values may all be right: words to print, values to look for, gaps that are told as
 # such, and trials among others.
 OF_ANY_VALUE = {
-    *(("tables.where", "name"), ("tables.listed", "separator")),
+    *(("tables.where", "name"), ("tables.listed", "separator"), ("sweeps.sweep", "store")),
     *(("tables.spread", "unit"), ("tables.spread", "values")),
     *(("tables.brief", "values"), ("settings.sentence", "n"), ("settings.sentence", "trials")),
 }
@@ -480,7 +480,14 @@ def test_wrong_calls_are_many():
 
 # They start processes, train, write, or are called by a function that is tried, on its arguments.
 UNTRIED = {
-    *("models.resnet18_bn", "report.locked", "report.shared", "sweeps.engine"),
+    *(
+        "data.read_once",
+        "data.served",
+        "models.resnet18_bn",
+        "report.locked",
+        "report.shared",
+        "sweeps.engine",
+    ),
     "unrolled.find_steps",
     *("federated.descend", "memory.cost", "normalisation.gradient_and_statistics"),
     *("normalisation.matched", "options.accuracies", "protocols.data_parallel", "tables.per_image"),

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+import torch
+
 from dlm_core import check, data, records
 from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
+from dlm_core.federated import make_optimizer
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
@@ -89,6 +92,8 @@ class Client:
             check.one_of("transmitted", self.transmitted, DTYPES)
         record = records.CLIENT_OPTIMIZERS[self.client_optimizer]
         record.check_options("optimizer_options", self.optimizer_options)
+        weights = [torch.zeros(1, requires_grad=True)]
+        make_optimizer(record.function, weights, self.learning_rate, self.optimizer_options)
 
     @classmethod
     def of(cls, given: Any) -> "Client":
