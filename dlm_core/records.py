@@ -16,7 +16,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -150,6 +150,7 @@ class Record:
         for each in dataclasses.fields(self):
             if isinstance(each.default, Options):
                 object.__setattr__(self, each.name, Options(getattr(self, each.name)))
+        check.fields(self)
 
     # What the caller fills in, by place and by name; the other arguments are options.
     by_place: ClassVar[int] = 0
@@ -220,14 +221,14 @@ class Attack(Record):
     seeded
         Whether it starts at random.
     audited
-        Its place among the attacks that an audit tries in turn; None where an audit does not try
-        it.
+        Its place among the attacks that an audit tries in turn, and ``--list`` names; None where
+        an audit does not try it.
     scene
         The client that it is tried on, where it is not one step of SGD on a LeNet: fields of
         ``harness.battery.Scene``.
     """
 
-    colour: int = 7
+    colour: Annotated[int, check.Range(0, 9)] = 7
     marker: str = "o"
     assumes: tuple[str, ...] = ()
     client: str = ""
@@ -284,9 +285,9 @@ class Defence(Record):
         strength.
     """
 
-    colour: int = 7
+    colour: Annotated[int, check.Range(0, 9)] = 7
     marker: str = "o"
-    acts_on: str = "snapshot"
+    acts_on: Literal["snapshot", "update", "training"] = "snapshot"
     random: bool = True
     variance: Callable[..., list[float]] | None = None
     leaves_out: bool = False
@@ -340,8 +341,8 @@ class DataSet(Record):
     full_set: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,6 +388,10 @@ def add(record: Record) -> Record:
     """
     table = TABLES[type(record)]
     taken = table.get(record.key)
+    place = record.audited if isinstance(record, Attack) else None
+    for each in ATTACKS.values():
+        if each.audited == place is not None and each.key != record.key:
+            raise ValueError(f"audited is {place}; that is the place of {each.key!r}: take another")
     if taken is not None and _origin(taken.function) != _origin(record.function):
         kind = type(record).__name__
         raise ValueError(
@@ -406,6 +411,9 @@ def _decorator(kind: type[Record]) -> Callable[..., Callable[[Callable[..., Any]
         key: str, *, title: str | None = None, **about: Any
     ) -> Callable[[Callable[..., Any]], Any]:
         def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+            for name in about:
+                of_it = [each.name for each in dataclasses.fields(kind)]
+                check.one_of(f"field of {kind.__name__}", name, of_it)
             add(kind(key=key, function=function, title=title or key, **about))
             return function
 

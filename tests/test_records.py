@@ -148,3 +148,17 @@ def test_a_client_optimizer_of_a_user_s_is_registered_like_the_rest():
 def test_an_option_is_refused_before_anything_else():
     with pytest.raises(ValueError, match="option of dlm_plus 'restart' is unknown.*restarts"):
         attacks.dlm_plus(None, restart=3)
+
+
+@pytest.mark.parametrize(
+    "kind, about, message",
+    [
+        (records.attack, {"titel": "Mine"}, "field of Attack 'titel' is unknown.*mean title"),
+        (records.attack, {"colour": 99}, r"colour is 99; it takes a whole number in \[0, 9\]"),
+        (records.attack, {"audited": 2}, "audited is 2; that is the place of 'exact'"),
+        (records.defence, {"acts_on": "snapshots"}, "acts_on is 'snapshots'; it takes 'snapshot'"),
+    ],
+)
+def test_a_wrong_field_of_a_record_is_refused_when_it_is_registered(kind, about, message):
+    with pytest.raises(ValueError, match=message):
+        kind("mine", **about)(lambda seen, *, num_images=1, seed=0: None)

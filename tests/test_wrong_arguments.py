@@ -390,6 +390,8 @@ FINE = {
     # any weights can be rounded and defended, those of no network as well
     *(("weights.rounded", "weights", each) for each in ("{}", "{'0.weight': tensor([0., 0.])}")),
     *(("defenses.", "weights", each) for each in ("{}", "{'0.weight': tensor([0., 0.])}")),
+    # a notebook may ask for none
+    ("trials.repeated", "n", "0"),
     # no defence is told as None or as nothing
     ("adaptive.combined", "defence", "{}"),
     # the name that an argument goes by

@@ -90,6 +90,10 @@ def audit(
     ValueError
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
+    if attack in records.ATTACKS and attack not in tried():
+        raise ValueError(
+            f"attack {attack!r} is registered, but no audit tries it: its record has no audited=…"
+        )
     check.one_of("attack", attack, ["all", *tried()])
     if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
         raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")

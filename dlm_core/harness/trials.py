@@ -256,7 +256,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
 
 @check.arguments
-def repeated(trial: Trial, n: Count, start: Whole = 0) -> list[Trial]:
+def repeated(trial: Trial, n: Whole, start: Whole = 0) -> list[Trial]:
     """Trials like this one, each with images, a network and noise of its own.
 
     Parameters

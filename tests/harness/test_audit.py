@@ -105,7 +105,9 @@ def test_where_no_attack_applies_it_is_said(capsys, tmp_path):
         audit(before, after, image_shape=(1, 8, 8), num_images=2, out=tmp_path / "found.png") == {}
     )
     said = capsys.readouterr().out
-    assert said.count("does not apply: ") == 3 and "no attack applies, which is no proof" in said
+    tried = [line for line in said.splitlines() if line.endswith(") ...")]
+    assert said.count("does not apply: ") == len(tried) >= 3
+    assert "no attack applies, which is no proof" in said
 
 
 def test_images_that_explain_the_update_but_differ_from_start_to_start_are_no_leak(
