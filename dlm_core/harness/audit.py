@@ -91,6 +91,8 @@ def audit(
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
     check.one_of("attack", attack, ["all", *tried()])
+    if isinstance(model, str):
+        check.one_of("model", model, records.NETWORKS)
     if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
         raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
     if client is not None:
