@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from sphinx.util.fileutil import copy_asset
 
-from dlm_core.harness.keys import imported
+from dlm_core.harness.sources import imported
 from dlm_core.project.reproduce import title
 
 REPOSITORY = Path(__file__).resolve().parents[1]

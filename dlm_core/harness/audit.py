@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dlm_core import check, metrics, models, records
+from dlm_core.arrays import ImageShape
 from dlm_core.beyond import recognise
 from dlm_core.harness import registry  # noqa: F401, it fills the tables
 from dlm_core.observation import Observation, Unchanged, observe
@@ -51,7 +52,7 @@ def audit(
     after: str | Path | Mapping[str, Any],
     *,
     model: str | nn.Module = "lenet",
-    image_shape: Sequence[check.Count] = (3, 32, 32),
+    image_shape: ImageShape = (3, 32, 32),
     num_classes: Annotated[int, check.Range(2, PIXELS)] | None = None,
     num_images: check.Count = 1,
     attack: str = "all",
@@ -95,15 +96,14 @@ def audit(
             f"attack {attack!r} is registered, but no audit tries it: its record has no audited=…"
         )
     check.one_of("attack", attack, ["all", *tried()])
+    if isinstance(model, str):
+        check.one_of("model", model, records.NETWORKS)
     if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
         raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
     if client is not None:
         check.one_of("client", client, records.CLIENT_OPTIMIZERS)
         if attack not in ("all", "unrolled_dlm"):
             raise ValueError(f"client is {client!r}; it is simulated by unrolled_dlm, not {attack}")
-    if len(image_shape) != 3:
-        raise ValueError(f"image_shape is {tuple(image_shape)}; it takes (C, H, W)")
-    image_shape = tuple(image_shape)
     if num_images * math.prod(image_shape) > PIXELS:
         raise ValueError(
             f"image_shape is {image_shape} and num_images {num_images}; "
@@ -192,7 +192,7 @@ def _read(
     before: Any,
     after: Any,
     model: str | nn.Module,
-    image_shape: tuple[int, ...],
+    image_shape: Sequence[int],
     num_classes: int | None,
 ) -> tuple[Observation, torch.dtype | None]:
     """(Observation, dtype of half precision to which the weights that came back are rounded, or
@@ -234,7 +234,7 @@ def _read(
     return seen, coarse
 
 
-def _shapes(model: str, image_shape: tuple[int, ...], num_classes: int) -> StateDict:
+def _shapes(model: str, image_shape: Sequence[int], num_classes: int) -> StateDict:
     """The state dict of a network by name, without its numbers where the network allows."""
     try:
         try:
@@ -251,7 +251,7 @@ def _shapes(model: str, image_shape: tuple[int, ...], num_classes: int) -> State
         ) from None
 
 
-def _classes_of(model: str, image_shape: tuple[int, ...], before: StateDict) -> int:
+def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> int:
     """The number of classes in a snapshot: where networks of more of them are larger."""
     one, more = (_shapes(model, image_shape, count) for count in (100, 101))
     for name, shape in ((name, w.shape) for name, w in one.items() if name in before):

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from dlm_core.harness.keys import imported
+from dlm_core.harness.sources import imported
 from dlm_core.project import parameters, reproduce
 
 REPOSITORY = Path(__file__).parents[2]

@@ -224,7 +224,7 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
         (["figures", "--parameter", "seeds"], "--parameter is 'seeds'; it takes NAME=VALUE"),
         (["figures", "--parameter", "seeds=1 seeds=2"], "--parameter seeds is given twice"),
         (["attack", "a"], "attack takes two files"),
-        (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number of at least 1"),
+        (["figures", "--jobs", "0"], "JOBS is 0; it takes a whole number in [1, 4096]"),
         (
             ["attack", "absent.safetensors", "absent.pt"],
             "snapshot 'absent.safetensors' does not exist",
@@ -236,12 +236,10 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
         (["bench", "--peer-images", "-1"], "peer_images is -1"),
     ],
 )
-def test_bad_arguments_get_one_sentence(arguments, message, environment):
-    done = command(*arguments, environment=environment)
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    )
-    assert message in done.stderr
+def test_bad_arguments_get_one_sentence(arguments, message, capsys):
+    """Which names the argument; that nothing else is said or done, test_wrong_commands sees to."""
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_interrupt_says_what_is_kept_and_nothing_else(tmp_path, environment):
