@@ -87,7 +87,9 @@ def test_they_are_in_the_audit_s_list():
 def test_they_run_on_fresh_dask_workers_as_they_come(tmp_path):
     """Two threads each, the package imported by none of them before."""
     distributed = pytest.importorskip("distributed")
-    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None)
+    cluster = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"
+    )
     with warnings.catch_warnings(), cluster:
         warnings.simplefilter("ignore")
         same(sweeps.sweep(plan(), store=tmp_path, scheduler=cluster.scheduler_address), expected())

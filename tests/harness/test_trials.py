@@ -53,7 +53,7 @@ def test_bit_identical_for_any_number_of_workers(expected, jobs, tmp_path):
 def cluster(threads):
     distributed = pytest.importorskip("distributed")
     made = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=threads, processes=True, dashboard_address=None
+        n_workers=1, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
