@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dlm_core
-from dlm_core import models, records
+from dlm_core import data, federated, models, records
 from dlm_core.harness import figures, registry, sources, sweeps
 from dlm_core.harness.trials import Trial, observe
 from tests.harness import toys
@@ -290,3 +290,35 @@ def test_every_record_says_who_it_is_for_and_what_it_is_told():
 def test_a_typo_is_refused_at_once(change, message):
     with pytest.raises(ValueError, match=message):
         replace(plan()[0], **change)
+
+
+class Idle(torch.nn.Module):
+    """A frozen layer in front, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
+        self.head = torch.nn.Linear(16, 10)
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.first(x.flatten(1)).tanh())
+
+
+@pytest.mark.parametrize("key", sorted(records.ATTACKS))
+def test_every_attack_lives_with_frozen_and_unused_layers_or_says_a_sentence(key):
+    record = records.ATTACKS[key]
+    images, labels, *_ = data.load("digits", n=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seen = federated.train_locally(Idle(), images, labels, learning_rate=0.1)
+    told = {"learning_rate": 0.1, "k0": 10.0, "local_steps": 1}
+    told["defence"] = {"name": "noise", "scale": 1e-4, "observer": "server"}
+    options = {name: told[name] for name in record.demands}
+    options |= {"max_evaluations": 5} if "max_evaluations" in record.options else {}
+    try:
+        found = record([seen] if key == "aware_combined" else seen, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.images.isfinite().all()
