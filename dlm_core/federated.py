@@ -3,7 +3,7 @@ come back.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,22 +104,40 @@ def train_locally(
     model = copy.deepcopy(model)
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
-    stepper = _stepper(kind, client, learning_rate, optimizer_options or {})
+    stepper = optimizer_of(kind, client.parameters(), learning_rate, optimizer_options or {})
     seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
     if transmitted is None:
         return seen
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 
 
-def _stepper(
-    kind: Callable[..., Any], client: nn.Module, rate: float, options: Mapping[str, Any]
+def optimizer_of(
+    kind: Callable[..., Any],
+    parameters: Iterable[torch.Tensor],
+    learning_rate: float,
+    options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """The optimizer of a client's parameters."""
+    """A client's optimizer.
+
+    Parameters
+    ----------
+    kind
+        A class of ``torch.optim``.
+    parameters
+        What it steps.
+    learning_rate, options
+        Its arguments.
+
+    Raises
+    ------
+    ValueError
+        For options that it has not, or whose values it refuses.
+    """
     takes = [name for name in keyword_names(kind) if name != "lr"]
     for name in options:
         check.one_of("optimizer_options", name, takes)
     try:
-        return kind(client.parameters(), lr=rate, **options)
+        return kind(parameters, lr=learning_rate, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer_options is {check.shown(dict(options))}; "

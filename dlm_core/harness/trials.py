@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from dlm_core import check, data, records
+import torch
+
+from dlm_core import check, data, federated, records
 from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
@@ -87,8 +89,9 @@ class Client:
         check.one_of("mode", self.mode, MODES)
         if self.transmitted is not None:
             check.one_of("transmitted", self.transmitted, DTYPES)
-        record = records.CLIENT_OPTIMIZERS[self.client_optimizer]
-        record.check_options("optimizer_options", self.optimizer_options)
+        if self.optimizer_options:
+            kind, options = records.CLIENT_OPTIMIZERS[self.client_optimizer], self.optimizer_options
+            federated.optimizer_of(kind.function, [torch.zeros(1)], self.learning_rate, options)
 
     @classmethod
     def of(cls, given: Any) -> "Client":
