@@ -21,7 +21,18 @@ from dlm_core import check
 
 # Modules whose functions are called by others of ours alone, on what was checked at the door.
 INNER = {
-    *("battery", "check", "information", "interrupts", "keys", "likelihood", "memory", "paths"),
+    *(
+        "battery",
+        "check",
+        "contents",
+        "information",
+        "interrupts",
+        "keys",
+        "sources",
+        "likelihood",
+        "memory",
+        "paths",
+    ),
     *("reading", "records", "recursion", "registry", "results", "rounding", "scene", "stacks"),
     "threads",
 }
@@ -115,7 +126,8 @@ VALID: dict[str, Callable] = {
     "attacks.grey": lambda s: {"seen": s.seen, "num_images": 1},
     "attacks.noise": lambda s: {"seen": s.seen, "num_images": 1, "seed": 0},
     "data.load": lambda s: {"name": "digits", "n": 2, "source": "bundled", "download": False},
-    "data.digest": lambda s: {"name": "digits"},
+    "data.digest": lambda s: {"name": "digits", "source": "bundled"},
+    "data.served": lambda s: {"name": "digits", "source": "auto"},
     "data.bundled_file": lambda s: {"name": "digits.png"},
     "label_inference.infer": lambda s: {"seen": s.seen, "num_images": 1, "local_steps": 1},
     "observation.Observation": lambda s: {
@@ -394,6 +406,8 @@ FINE = {
     ("trials.repeated", "n", "0"),
     # no defence is told as None or as nothing
     ("adaptive.combined", "defence", "{}"),
+    # a folder that is made
+    ("sweeps.sweep", "store", "'x'"),
     # the name that an argument goes by
     *(("clients.step_of", "argument", each) for each in ("'clients'", "''")),
 }
@@ -491,7 +505,12 @@ UNTRIED = {
         "sweeps.engine",
     ),
     "unrolled.find_steps",
-    *("federated.descend", "memory.cost", "normalisation.gradient_and_statistics"),
+    *(
+        "data.read_once",
+        "federated.descend",
+        "memory.cost",
+        "normalisation.gradient_and_statistics",
+    ),
     *("normalisation.matched", "options.accuracies", "protocols.data_parallel", "tables.per_image"),
 }
 

@@ -270,7 +270,7 @@ def test_record_of_a_defended_batch():
         ),
         (
             {"client": {"learning_rate": 1, "optimizer_options": {"momentun": 0.9}}},
-            "optimizer_options of sgd 'momentun' .* mean momentum",
+            "optimizer_options 'momentun' is unknown.* mean momentum",
         ),
         ({"protocol": {"name": "two_hops", "attack": "exactt"}}, "attack 'exactt' .* mean exact"),
         ({"protocol": "fedsgd"}, "protocol is 'fedsgd'; it takes a Protocol or a dict with a name"),
