@@ -104,32 +104,19 @@ def train_locally(
     model = copy.deepcopy(model)
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
-<<<<<<< HEAD
-    stepper = make_optimizer(kind, client.parameters(), learning_rate, optimizer_options or {})
-=======
     stepper = optimizer_of(kind, client.parameters(), learning_rate, optimizer_options or {})
->>>>>>> 7bdf95300154a11f37b020916e01a96e2440629d
     seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
     if transmitted is None:
         return seen
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
 
 
-<<<<<<< HEAD
-def make_optimizer(
-    kind: Callable[..., torch.optim.Optimizer],
-=======
 def optimizer_of(
     kind: Callable[..., Any],
->>>>>>> 7bdf95300154a11f37b020916e01a96e2440629d
     parameters: Iterable[torch.Tensor],
     learning_rate: float,
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-<<<<<<< HEAD
-    """The optimizer of a client's parameters; a ValueError that names its options where it refuses
-    them.
-=======
     """A client's optimizer.
 
     Parameters
@@ -145,7 +132,6 @@ def optimizer_of(
     ------
     ValueError
         For options that it has not, or whose values it refuses.
->>>>>>> 7bdf95300154a11f37b020916e01a96e2440629d
     """
     takes = [name for name in keyword_names(kind) if name != "lr"]
     for name in options:

@@ -7,14 +7,9 @@ from typing import Annotated, Any
 
 import torch
 
-<<<<<<< HEAD
-from dlm_core import check, data, records
-=======
 from dlm_core import check, data, federated, records
->>>>>>> 7bdf95300154a11f37b020916e01a96e2440629d
 from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
-from dlm_core.federated import make_optimizer
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
@@ -94,16 +89,9 @@ class Client:
         check.one_of("mode", self.mode, MODES)
         if self.transmitted is not None:
             check.one_of("transmitted", self.transmitted, DTYPES)
-<<<<<<< HEAD
-        record = records.CLIENT_OPTIMIZERS[self.client_optimizer]
-        record.check_options("optimizer_options", self.optimizer_options)
-        weights = [torch.zeros(1, requires_grad=True)]
-        make_optimizer(record.function, weights, self.learning_rate, self.optimizer_options)
-=======
         if self.optimizer_options:
             kind, options = records.CLIENT_OPTIMIZERS[self.client_optimizer], self.optimizer_options
             federated.optimizer_of(kind.function, [torch.zeros(1)], self.learning_rate, options)
->>>>>>> 7bdf95300154a11f37b020916e01a96e2440629d
 
     @classmethod
     def of(cls, given: Any) -> "Client":
