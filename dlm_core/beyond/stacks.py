@@ -221,6 +221,8 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
     layers: list[Layer] = []
     shape = tuple(image_shape)
     for name, module in _leaves(model):
+        if any(not parameter.requires_grad for parameter in module.parameters()):
+            raise _unsupported(name, module, "is frozen, and its update says nothing")
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             layer = _layer(name, module, shape)
             layers.append(layer)

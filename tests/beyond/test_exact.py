@@ -652,3 +652,13 @@ def test_a_transmission_finer_than_the_weights_adds_no_precision():
     plain = exact.recover(seen)
     for dtype in (torch.float32, torch.float64):
         assert torch.equal(plain.images, exact.recover(seen, transmitted=dtype).images)
+
+
+def test_a_frozen_layer_is_named(small, digit):
+    for parameter in small[0].parameters():
+        parameter.requires_grad_(False)
+    seen = federated.train_locally(small, *digit, learning_rate=0.05)
+    with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\) is frozen"):
+        exact.recover(seen)
+    with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\) is frozen"):
+        exact.bound(seen, *digit, learning_rate=0.05)
