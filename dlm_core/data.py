@@ -136,6 +136,7 @@ def load(
 
 
 @check.arguments
+@check.arguments
 def served(name: str, source: str = "auto", root: str | Path | None = None) -> str:
     """Which of a set's versions ``load`` takes now: "full", or "bundled" for all others.
 
