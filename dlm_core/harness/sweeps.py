@@ -13,9 +13,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,8 +220,6 @@ def sweep(
     Keys are computed here, once, and never by a worker. Records are the same to the bit whatever
     the number of processes, and of threads in each: a process runs one trial at a time.
     """
-    import joblib
-
     trials = list(trials)
     for trial in trials:
         if not callable(getattr(trial, "run", None)):
@@ -246,16 +245,10 @@ def sweep(
         with (
             _progress(len(records), len(records) - len(missing)) as bar,
             _said(len(missing), shelf),
-            engine(scheduler, jobs),
-            warnings.catch_warnings(),
+            engine(scheduler, jobs) as finished,
         ):
-            # joblib replaces workers that have grown; no trial is lost
-            warnings.filterwarnings("ignore", "A worker stopped")
-            parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-            calls = (joblib.delayed(_numbered)(i, trial, plan) for i, trial in enumerate(missing))
-            with kept_from_workers():
-                finished = parallel(calls)
-            for i, record in finished:
+            calls = ((i, trial, plan) for i, trial in enumerate(missing))
+            for i, record in finished(_numbered, calls):
                 if shelf:
                     shelf.put(missing[i], record, names[missing[i]])
                 records[missing[i]] = record
@@ -278,7 +271,8 @@ def _said(count: int, shelf: Store | None) -> Iterator[None]:
     try:
         yield
     except Failed as error:
-        raise Failed(f"{error}; of {count} trials to run {kept}") from error.__cause__
+        error.args = (f"{error}; of {count} trials to run {kept}",)
+        raise
     except Exception as error:
         if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":
             raise
@@ -390,7 +384,10 @@ def _numbered(i: int, trial: Any, plan: _Plan) -> tuple[int, dict[str, Any]]:
             return i, trial.run()
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Failed(f"{_short(trial)} failed: {why}") from error
+            failed = Failed(f"{_short(trial)} failed: {why}")
+            if plan.process != PROCESS:  # which no cause leaves
+                failed.add_note(traceback.format_exc())
+            raise failed from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -427,8 +424,8 @@ def end_with(master: int) -> None:
 
 
 @contextlib.contextmanager
-def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
-    """joblib's processes on this machine, or its Dask backend on a cluster.
+def engine(scheduler: str | None, jobs: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Processes on this machine, by joblib, or a cluster's, by Dask.
 
     Parameters
     ----------
@@ -437,16 +434,19 @@ def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
     jobs
         Processes on this machine, at least 1; 1 starts none.
 
+    Returns
+    -------
+    callable
+        A function of a function and its calls, each a tuple of arguments: it yields what they
+        return as they finish.
+
     Raises
     ------
     ConnectionError
         Where the scheduler does not answer.
     """
-    import joblib
-
     if not scheduler:
-        with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
-            yield
+        yield functools.partial(_here, jobs)
         return
     from dask.distributed import Client
 
@@ -458,8 +458,31 @@ def engine(scheduler: str | None, jobs: int) -> Iterator[None]:
             f"({type(error).__name__}); give the tcp:// address of a running Dask scheduler, "
             "or leave it unset to use this machine"
         ) from None
-    with client, joblib.parallel_config(backend="dask"):
-        yield
+    with client:
+        yield functools.partial(_there, client)
+
+
+def _here(jobs: int, function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
+    import joblib
+
+    backend = "loky" if jobs > 1 else "sequential"
+    parallel = joblib.Parallel(jobs, backend, return_as="generator_unordered", batch_size=1)
+    with warnings.catch_warnings():
+        # joblib replaces workers that have grown; no trial is lost
+        warnings.filterwarnings("ignore", "A worker stopped")
+        with kept_from_workers():
+            finished = parallel(joblib.delayed(function)(*each) for each in calls)
+        yield from finished
+
+
+def _there(client: Any, function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
+    # joblib's Dask backend runs a cluster of one thread here, and waits for a killed worker forever
+    from dask.distributed import as_completed
+
+    submitted = [client.submit(function, *each, pure=False) for each in calls]
+    for future in as_completed(submitted):
+        yield future.result()
+        future.release()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -336,12 +337,14 @@ class Unlucky:
 def test_a_failing_trial_is_named_and_finished_ones_are_kept(tmp_path, jobs):
     plan = [Unlucky(0), Unlucky(1), Unlucky(2, "raises")]
     said = (
-        r"^Unlucky\(number=2, how='raises'\) failed: ZeroDivisionError: division by zero; "
-        f"of 3 trials to run those finished are kept in {tmp_path}$"
+        "Unlucky(number=2, how='raises') failed: ZeroDivisionError: division by zero; "
+        f"of 3 trials to run those finished are kept in {tmp_path}"
     )
-    with pytest.raises(sweeps.Failed, match=said) as caught:
+    with pytest.raises(sweeps.Failed) as caught:
         sweeps.sweep(plan, jobs=jobs, store=tmp_path)
-    assert "run" in str(caught.getrepr(style="long")), "where it failed can be read"
+    assert str(caught.value) == said
+    where = "".join(traceback.format_exception(caught.value))
+    assert 'raise ZeroDivisionError("division' in where, "where it failed can be read"
     assert jobs > 1 or sweeps.Store(tmp_path).get(plan[1])["number"] == 1
 
 
