@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import random
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,8 @@ READING = {
     "safetensors.torch.load_file",
     "torch.serialization.load",
 }
+# Random generators of the whole process, which no digest could tell.
+GLOBAL = (random.random.__self__, np.random.random.__self__)  # type: ignore[attr-defined]
 # Of C: they have a name, and nothing else to be told apart by.
 COMPILED = (
     types.BuiltinFunctionType,
@@ -160,6 +163,8 @@ class _Reading:
             yield self.of(value.__wrapped__, "")
         elif value is os.environ:
             self.refuse("os.environ")
+        elif any(value is each for each in GLOBAL):
+            raise self.error("of the whole process", "draw from one of your own, with the seed")
         else:
             yield from self.reduced(value)
 
@@ -263,9 +268,13 @@ class _Reading:
             if not hasattr(value, more[0]):
                 return
             value = getattr(value, more.pop(0))
+        name = ".".join(path[: len(path) - len(more)])
+        bound = getattr(value, "__self__", None)
         is_code = isinstance(value, (*COMPILED, types.FunctionType, types.ModuleType, type))
-        if within is Origin.FOREIGN or is_code or value is os.environ:
-            yield self.of(value, ".".join(path[: len(path) - len(more)]))
+        if any(bound is each for each in GLOBAL):
+            yield self.of(bound, name)
+        elif within is Origin.FOREIGN or is_code or value is os.environ:
+            yield self.of(value, name)
         else:  # a constant of a package
             yield version(known[first].__name__)
 

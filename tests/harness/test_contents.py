@@ -114,6 +114,9 @@ REACHED = {
     "a relative import inside": (
         "__package__ = 'lib'\ndef mine():\n    from . import deep\n    return deep.get()"
     ),
+    "a generator of one's own": (
+        "import random\nA = random.Random(«1|2»)\ndef mine(): return A.random()"
+    ),
     "a constant of another module": "import helper\ndef mine(): return helper.A",
 }
 HELPER = "A = «1|2»\ndef double(): return 2 * A\ndef unused(): return A"
@@ -202,6 +205,9 @@ UNFOLLOWABLE = {
     "import numpy\ndef mine(): return numpy.load('x')": "what numpy.load returns",
     "def mine(): return open('x').read()": "what open returns",
     "import os\ndef mine(): return os.environ['x']": "what os.environ returns",
+    "import random\ndef mine(): return random.random()": "draw from one of your own",
+    "import random\ndef mine(): return random.uniform(0, 1)": "draw from one of your own",
+    "import numpy\ndef mine(): return numpy.random.rand()": "draw from one of your own",
     "from dlm_core.weights import load_weights as w\ndef mine(): return w('x')": "load_weights",
 }
 
