@@ -91,24 +91,7 @@ def audit(
     ValueError
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
-    if attack in records.ATTACKS and attack not in tried():
-        raise ValueError(
-            f"attack {attack!r} is registered, but no audit tries it: its record has no audited=…"
-        )
-    check.one_of("attack", attack, ["all", *tried()])
-    if isinstance(model, str):
-        check.one_of("model", model, records.NETWORKS)
-    if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
-        raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
-    if client is not None:
-        check.one_of("client", client, records.CLIENT_OPTIMIZERS)
-        if attack not in ("all", "unrolled_dlm"):
-            raise ValueError(f"client is {client!r}; it is simulated by unrolled_dlm, not {attack}")
-    if num_images * math.prod(image_shape) > PIXELS:
-        raise ValueError(
-            f"image_shape is {image_shape} and num_images {num_images}; "
-            f"an audit takes up to {PIXELS:,} pixels in all"
-        )
+    _check_asked(model, image_shape, num_images, attack, client)
     _check_out(Path(out))
     seen, coarse = _read(before, after, model, image_shape, num_classes)
     optimizer, kin, swapped = _first_look(seen, num_images, coarse)
@@ -144,6 +127,34 @@ def audit(
     print(f"{out} shows what {best} found")
     _conclude(ranks[best][0], attack, num_images, swapped)
     return results
+
+
+def _check_asked(
+    model: str | nn.Module,
+    image_shape: tuple[int, ...],
+    num_images: int,
+    attack: str,
+    client: str | None,
+) -> None:
+    """Raise ValueError for arguments of ``audit`` that are unknown or do not fit each other."""
+    if attack in records.ATTACKS and attack not in tried():
+        raise ValueError(
+            f"attack {attack!r} is registered, but no audit tries it: its record has no audited=…"
+        )
+    check.one_of("attack", attack, ["all", *tried()])
+    if isinstance(model, str):
+        check.one_of("model", model, records.NETWORKS)
+    if attack != "all" and num_images > 1 and not records.ATTACKS[attack].several:
+        raise ValueError(f"num_images is {num_images}; attack {attack} takes one image")
+    if client is not None:
+        check.one_of("client", client, records.CLIENT_OPTIMIZERS)
+        if attack not in ("all", "unrolled_dlm"):
+            raise ValueError(f"client is {client!r}; it is simulated by unrolled_dlm, not {attack}")
+    if num_images * math.prod(image_shape) > PIXELS:
+        raise ValueError(
+            f"image_shape is {image_shape} and num_images {num_images}; "
+            f"an audit takes up to {PIXELS:,} pixels in all"
+        )
 
 
 def _sentence(error: Exception) -> str:
