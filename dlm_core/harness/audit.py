@@ -131,7 +131,7 @@ def audit(
 
 def _check_asked(
     model: str | nn.Module,
-    image_shape: tuple[int, ...],
+    image_shape: Sequence[int],
     num_images: int,
     attack: str,
     client: str | None,
