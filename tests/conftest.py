@@ -1,6 +1,7 @@
 """Shared fixtures: a small network, attacked in a fraction of a second, and real images."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from dlm_core import data, federated, models
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore interrupts, and all they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -254,9 +254,6 @@ def test_an_interrupt_says_what_is_kept_and_nothing_else(tmp_path, environment):
         str(tmp_path / "out"),
     ]
     where = {"cwd": REPOSITORY, "env": {**environment, "DLM_STORE": str(tmp_path / "store")}}
-    where["preexec_fn"] = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # which shells ignore in the background
     process = subprocess.Popen(
         run, **where, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
