@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlm_core.check import Wrong, shown
+from dlm_core.check import Must, Wrong, shown
 
 ROUNDING = 1e-6  # by which a pixel may leave [0, 1]: resizing and float32 arithmetic do that
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -95,24 +95,11 @@ class Shape:
         return "(channels, height, width), each at least 1"
 
 
-class FloatingPoint:
-    """The rule of ``Precision``."""
-
-    def check(self, value: torch.dtype) -> torch.dtype:
-        """A dtype of floating point."""
-        if not value.is_floating_point:
-            raise Wrong("a dtype of floating point")
-        return value
-
-    def __str__(self) -> str:
-        return "of floating point"
-
-
 Images = Annotated[torch.Tensor, Pixels()]
 Labels = Annotated[torch.Tensor, ClassIndices()]
 Pictures = Annotated[torch.Tensor, Numbers()]
 ImageShape = Annotated[Sequence[int], Shape()]
-Precision = Annotated[torch.dtype, FloatingPoint()]
+Precision = Annotated[torch.dtype, Must("of floating point", lambda d: d.is_floating_point)]
 
 
 def for_model(images: torch.Tensor, model: nn.Module) -> torch.Tensor:

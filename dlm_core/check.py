@@ -52,6 +52,28 @@ class Range:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
+@dataclass(frozen=True)
+class Must:
+    """Of a value, in an annotation: what else must hold of it than its type.
+
+    Attributes
+    ----------
+    said
+        In words that follow the type's: "of floating point".
+    holds
+        Value to bool.
+    """
+
+    said: str
+    holds: Callable[[Any], bool]
+
+    def __contains__(self, value: Any) -> bool:
+        return self.holds(value)
+
+    def __str__(self) -> str:
+        return self.said
+
+
 Count = Annotated[int, Range(1)]  # at least one
 Whole = Annotated[int, Range(0)]  # a seed, an index, a number that may be none
 Finite = Annotated[float, Range()]
@@ -155,10 +177,10 @@ def fitting(argument: str, value: Any, hint: Any) -> Any:
     value
         What was given.
     hint
-        A class, None, Any, a union, Literal, or Annotated with a ``Range`` or another object that
-        has a method ``convert`` (before the type is looked at) or ``check`` (after), of value to
-        value, which raises ``Wrong``; Sequence, tuple, list, Mapping, dict and Callable with or
-        without types.
+        A class, None, Any, a union, Literal, or Annotated with a ``Range``, a ``Must`` or another
+        object that has a method ``convert`` (before the type is looked at) or ``check`` (after), of
+        value to value, which raises ``Wrong``; Sequence, tuple, list, Mapping, dict and Callable
+        with or without types.
 
     Raises
     ------
@@ -215,7 +237,7 @@ def _within(value: Any, hint: Any) -> Any:
     except Wrong:
         raise Wrong(_named(hint)) from None
     for rule in rules:
-        if isinstance(rule, Range) and value not in rule:
+        if isinstance(rule, (Range, Must)) and value not in rule:
             raise Wrong(_named(hint))
         if hasattr(rule, "check"):
             value = rule.check(value)
@@ -281,6 +303,8 @@ def _named(hint: Any) -> str:
             return f"a whole number of at least {inner[1].low:g}"
         if isinstance(inner[1], Range):
             return f"{_named(inner[0]).replace('a number', 'a finite number')} in {said[0]}"
+        if isinstance(inner[1], Must):
+            return said[0] if inner[0] is Any else f"{_named(inner[0])} {said[0]}"
         return f"{_named(inner[0])}: {said[0]}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_named(each) for each in inner)

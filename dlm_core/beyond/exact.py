@@ -158,7 +158,7 @@ def recover(
     weight_decay: bool = False,
     trusted: rounding.Masks | None = None,
     extra_variance: rounding.Variances | None = None,
-    transmitted: rounding.Precision | None = None,
+    transmitted: arrays.Precision | None = None,
     max_steps: check.Whole = 40,
 ) -> Reconstruction:
     """Recover image, label and learning rate from one client's single SGD step on a single image.

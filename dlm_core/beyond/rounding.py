@@ -32,49 +32,18 @@ FLOAT64 = 4 * torch.finfo(torch.float64).eps ** 2 / 12
 TINY = 1e-300  # keeps divisors from 0
 
 
-class Boolean:
-    """The rule of ``Masks``."""
-
-    def check(self, mask: torch.Tensor) -> torch.Tensor:
-        """The mask, where it is of True and False."""
-        if mask.dtype != torch.bool:
-            raise check.Wrong(str(self))
-        return mask
-
-    def __str__(self) -> str:
-        return "of True and False"
-
-
-class NotNegative:
-    """The rule of ``Variances`` for tensors."""
-
-    def check(self, variance: torch.Tensor) -> torch.Tensor:
-        """The variance, where all of it is finite and at least 0."""
-        if variance.is_complex() or not (variance.isfinite() & (variance >= 0)).all():
-            raise check.Wrong(str(self))
-        return variance
-
-    def __str__(self) -> str:
-        return "finite, at least 0"
-
-
-class FloatingPoint:
-    """The rule of ``Precision``."""
-
-    def check(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype, where it is one of real floating point."""
-        if not dtype.is_floating_point:
-            raise check.Wrong(str(self))
-        return dtype
-
-    def __str__(self) -> str:
-        return "of floating point, such as torch.bfloat16"
+def _can_be_variances(tensor: torch.Tensor) -> bool:
+    return not tensor.is_complex() and bool((tensor.isfinite() & (tensor >= 0)).all())
 
 
 # Of one entry per parameter, in annotations.
-Masks = Sequence[Annotated[torch.Tensor, Boolean()]]
-Variances = Sequence[check.NonNegative | Annotated[torch.Tensor, NotNegative()]]
-Precision = Annotated[torch.dtype, FloatingPoint()]
+Masks = Sequence[
+    Annotated[torch.Tensor, check.Must("of True and False", lambda t: t.dtype == torch.bool)]
+]
+Variances = Sequence[
+    check.NonNegative
+    | Annotated[torch.Tensor, check.Must("of finite numbers of at least 0", _can_be_variances)]
+]
 
 
 @dataclass(frozen=True)

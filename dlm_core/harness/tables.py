@@ -4,35 +4,15 @@ sentence.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 
 from dlm_core import check
 
-
-@dataclass(frozen=True)
-class Has:
-    """Of an argument, in an annotation: a pandas object, known by an attribute, since pandas is
-    imported where it is used.
-    """
-
-    attribute: str
-    said: str
-
-    def check(self, value: Any) -> Any:
-        """The value, where it has the attribute."""
-        if not hasattr(value, self.attribute):
-            raise check.Wrong(self.said)
-        return value
-
-    def __str__(self) -> str:
-        return self.said
-
-
-Frame = Annotated[Any, Has("columns", "a pandas DataFrame")]
-Column = Annotated[Any, Has("std", "a pandas Series")]
+# pandas is imported where it is used: its objects are known by an attribute.
+Frame = Annotated[Any, check.Must("a pandas DataFrame", lambda x: hasattr(x, "columns"))]
+Column = Annotated[Any, check.Must("a pandas Series", lambda x: hasattr(x, "std"))]
 
 # How every share and every median counts a trial that ended without a picture, because its client
 # diverged or did not change, or the attack's equations are singular.
