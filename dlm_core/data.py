@@ -135,7 +135,18 @@ def load(
     return Dataset(images, labels, whole.num_classes, whole.source)
 
 
-@check.arguments
+def size(name: str, source: str = "auto") -> int:
+    """How many images ``load`` serves, none of which is read.
+
+    Parameters
+    ----------
+    name, source
+        Of ``load``.
+    """
+    served(name, source)
+    return len(_whole(name, source, None, False).labels)
+
+
 @check.arguments
 def served(name: str, source: str = "auto", root: str | Path | None = None) -> str:
     """Which of a set's versions ``load`` takes now: "full", or "bundled" for all others.

@@ -19,7 +19,7 @@ from torch import nn
 from dlm_core import check, federated, records
 from dlm_core.arrays import Images, Labels, for_model
 from dlm_core.observation import Observation
-from dlm_core.records import DEFENCES, Defence, Options
+from dlm_core.records import DEFENCES, Defence, Options, with_options
 from dlm_core.weights import StateDict, check_fit
 
 Distribution = Literal["laplace", "gaussian"]
@@ -81,16 +81,7 @@ class Setting:
         ValueError
             Where ``given`` is no mapping or has no name, and as the class does.
         """
-        if isinstance(given, cls):
-            return given
-        if not isinstance(given, Mapping) or "name" not in given:
-            known = ", ".join(DEFENCES)
-            raise ValueError(
-                f"defence is {given!r}; it takes a Setting or a dict with a name: {known}"
-            )
-        own = {name: given[name] for name in ("name", "observer", "repeats") if name in given}
-        options = {name: value for name, value in given.items() if name not in own}
-        return cls(options=Options(options), **own)
+        return with_options("defence", cls, given, DEFENCES)
 
     @property
     def record(self) -> Defence:
@@ -517,7 +508,8 @@ def _finite(what: str, weights: StateDict) -> StateDict:
 
 def _observed(seen: Observation, model: nn.Module, afters: Sequence[StateDict]) -> Observation:
     """What an observer of ``model`` and of several answers to it holds."""
-    return Observation(model, _mean(afters), seen.image_shape, seen.num_classes)
+    name = seen.head.names[0].rpartition(".")[0]
+    return Observation(model, _mean(afters), seen.image_shape, seen.num_classes, name)
 
 
 def _mean(snapshots: Sequence[StateDict]) -> StateDict:

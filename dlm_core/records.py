@@ -15,12 +15,13 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 
 from dlm_core import check
+from dlm_core.arrays import Shape
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +71,34 @@ def typed(argument: str, kind: type[Any], given: Any) -> Any:
     return kind(**given)
 
 
+def with_options(argument: str, kind: type[Any], given: Any, known: Iterable[str]) -> Any:
+    """What is given as a dataclass with a name and options, or as a dict of its fields with the
+    options beside them.
+
+    Parameters
+    ----------
+    argument, kind, given
+        As in ``typed``.
+    known
+        Names that it may have, for the error.
+
+    Raises
+    ------
+    ValueError
+        For anything else, and as the class does.
+    """
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping) or "name" not in given:
+        raise ValueError(
+            f"{argument} is {check.shown(given)}; it takes a {kind.__name__} "
+            f"or a dict with a name: {', '.join(known)}"
+        )
+    names = [f.name for f in dataclasses.fields(kind) if f.name != "options"]
+    own = {name: given[name] for name in names if name in given}
+    return kind(options=Options({n: v for n, v in given.items() if n not in own}), **own)
+
+
 class Options(Mapping):
     """Named options as a value: immutable, compared and hashed by content, written as JSON.
 
@@ -112,6 +141,35 @@ class Options(Mapping):
     @property
     def _written(self) -> str:
         return json.dumps(plain(self._content), sort_keys=True, default=repr)
+
+
+class Written:
+    """The rule of ``Plain``: a mapping that JSON can write, so that trials can be told apart, kept
+    and sent.
+    """
+
+    def convert(self, value: Any) -> Any:
+        """The same as Options."""
+        if not isinstance(value, Mapping):
+            raise check.Wrong(str(self))
+        return Options(value)
+
+    def check(self, value: Options) -> Options:
+        """The same, where JSON can write it."""
+        for name, each in value.items():
+            try:
+                json.dumps(plain(each))
+            except (TypeError, ValueError):
+                kind = type(each).__name__
+                what = "numbers, texts, True, False, None, and lists and dicts of them"
+                raise check.Wrong(f"{what}, and no {kind} ({name!r})") from None
+        return value
+
+    def __str__(self) -> str:
+        return "a dict of options"
+
+
+Plain = Annotated[Options, Written()]
 
 
 def _frozen(value: Any) -> Any:
@@ -245,10 +303,11 @@ class Attack(Record):
         """All that it is told beside the Observation."""
         return (*(name.replace("_", " ") for name in self.demands), *self.assumes)
 
-    def __call__(self, seen: Any, *, num_images: int = 1, seed: int = 0, **options: Any) -> Any:
+    @check.arguments
+    def __call__(
+        self, seen: Any, *, num_images: check.Count = 1, seed: check.Whole = 0, **options: Any
+    ) -> Any:
         """Run it, with ``num_images`` and ``seed`` where it takes them."""
-        check.at_least("num_images", num_images, 1)
-        check.at_least("seed", seed, 0)
         if num_images > 1 and not self.several:
             several = [key for key, record in ATTACKS.items() if record.several]
             raise ValueError(
@@ -336,13 +395,9 @@ class DataSet(Record):
         Whether there is a larger set than the one bundled.
     """
 
-    image_shape: tuple[int, int, int] = field(default=(3, 32, 32))
+    image_shape: Annotated[tuple[int, ...], Shape()] = (3, 32, 32)
     num_classes: int = 2
     full_set: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image_shape", tuple(self.image_shape))
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,9 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(w, torch.Tensor) for w in value.values())
 
 
-def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor]) -> None:
+def check_fit(
+    argument: str, weights: Any, expected: Mapping[str, torch.Tensor], *, dtypes: bool = True
+) -> None:
     """Raise ValueError, naming the tensor, unless state dicts have the same names, shapes, dtypes.
 
     Parameters
@@ -118,6 +120,8 @@ def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor])
         A state dict, or what was given for one.
     expected
         The model's own.
+    dtypes
+        Whether these are compared as well.
     """
     check_weights(argument, weights)
     lacks = [name for name in expected if name not in weights]
@@ -133,7 +137,7 @@ def check_fit(argument: str, weights: Any, expected: Mapping[str, torch.Tensor])
         ("shape", lambda tensor: list(tensor.shape)),
         ("dtype", lambda tensor: tensor.dtype),
     )
-    for what, of in properties:
+    for what, of in properties if dtypes else properties[:1]:
         for name, tensor in expected.items():
             if of(weights[name]) != of(tensor):
                 raise ValueError(

@@ -223,7 +223,7 @@ def _read(
         where, expected = "", model.state_dict()
     try:
         for argument, given in snapshots.items():  # before anything of its size is made of one
-            check_fit(argument, given, _of_dtypes(expected, given))
+            check_fit(argument, given, expected, dtypes=False)
         if isinstance(model, str):
             model = models.build(model, image_shape, count)
         coarse = _half_precision(snapshots["after"])
@@ -270,15 +270,6 @@ def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> in
             if size != larger and before[name].ndim > axis:
                 return before[name].shape[axis]
     return 100
-
-
-def _of_dtypes(expected: StateDict, given: StateDict) -> StateDict:
-    """Tensors of the shapes expected and the dtypes given, without numbers."""
-    dtypes = {name: given[name].dtype for name in expected if name in given}
-    return {
-        name: torch.empty(w.shape, dtype=dtypes.get(name, w.dtype), device="meta")
-        for name, w in expected.items()
-    }
 
 
 def _half_precision(weights: StateDict) -> torch.dtype | None:

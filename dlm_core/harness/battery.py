@@ -188,9 +188,7 @@ def check_defence(
         _fail(record, "is not in records.DEFENCES: register it with records.defence")
     options = {**record.example, **options}
     neutral = {**record.neutral, **(neutral or {})}
-    lacking = [name for name in record.demands if name not in options]
-    if lacking:
-        _fail(record, f"demands {', '.join(lacking)}: give its record an example of each")
+    _check_demands(record, options)
     run = _RUNS[record.acts_on](record)
     _check_output(record, run, options)
     if neutral:
@@ -207,10 +205,14 @@ def check_defence(
     _check_setting(record, seen, options)
 
 
-def _check_told(record: Attack, options: Mapping[str, Any]) -> None:
+def _check_demands(record: Attack | Defence, options: Mapping[str, Any]) -> None:
     lacking = [name for name in record.demands if name not in options]
     if lacking:
         _fail(record, f"demands {', '.join(lacking)}: give its record an example of each")
+
+
+def _check_told(record: Attack, options: Mapping[str, Any]) -> None:
+    _check_demands(record, options)
     for name in record.demands:
         if name.replace("_", " ") not in record.told:
             _fail(record, f"demands {name}, which its record does not count as told")

@@ -29,7 +29,7 @@ import torch
 from dlm_core.harness.sources import Origin, digest, exists, origin, version
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
-HIDING = {"eval", "exec", "globals", "__import__"}
+HIDING = {"eval", "exec", "globals", "__import__", "importlib.import_module"}
 READING = {
     "_io.open",
     "open",
@@ -243,7 +243,8 @@ class _Reading:
 
     def refuse(self, name: str) -> None:
         """Raise for a function whose results are told by nothing that the code holds."""
-        if name in HIDING or name == "importlib.import_module":
+        name = name.removeprefix("builtins.")
+        if name in HIDING:
             raise self.error(f"and it calls {name}, which hides what it takes", "write it out")
         if name in READING:
             how = "read that outside, into a global, whose content counts"

@@ -198,11 +198,11 @@ def _epsilon(
 @check.arguments
 def accuracies(choices: Iterable[Option], seeds: check.Count) -> dict[Option, list[float]]:
     """Train under each option, and return the accuracies, one a seed."""
-    choices = list(choices)
-    plan = [training for option in choices for training in option.trainings(seeds)]
+    plans = {option: option.trainings(seeds) for option in choices}
+    plan = [training for trainings in plans.values() for training in trainings]
     records = sweeps.sweep(plan)
     reached = {each: record["accuracy"] for each, record in zip(plan, records)}
-    return {option: [reached[each] for each in option.trainings(seeds)] for option in choices}
+    return {option: [reached[each] for each in trainings] for option, trainings in plans.items()}
 
 
 @check.arguments

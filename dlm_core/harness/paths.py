@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 # In an installed copy: the folder of all packages.
@@ -53,10 +54,29 @@ def writable(folder: Path) -> Path:
     if in_checkout() and (own or whole == REPOSITORY):
         raise ValueError(f"{refused}: the repository's own files are there; set OUT to another")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        probe(folder)
     except OSError as error:
         raise ValueError(f"{refused} ({error.strerror}); set OUT to another") from None
     return folder
+
+
+def probe(folder: Path) -> None:
+    """Make a folder where it does not exist; OSError where nothing can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".writable-{secrets.token_hex(8)}"
+    file.touch()
+    file.unlink()
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole;
+    of several processes that write it, one is the last.
+    """
+    path = Path(path)
+    # A name of its own: a process, or another thread of this one, may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import platform
-import secrets
 import subprocess
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,13 @@ import numpy
 from dlm_core import check, data, records
 from dlm_core.harness import figures, settings, tables
 from dlm_core.harness.cells import parameters
-from dlm_core.harness.paths import REPOSITORY, home, in_checkout, writable
+from dlm_core.harness.paths import (
+    REPOSITORY,
+    home,
+    in_checkout,
+    writable,
+    write_atomically,
+)
 from dlm_core.observation import Observation
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -383,20 +388,6 @@ def shared(path: Path) -> Iterator[dict[str, Any]]:
         write_atomically(
             path, json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n"
         )
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace a file in one step, so that an interrupt leaves the old one or the new one, whole;
-    of several processes that write it, one is the last.
-    """
-    path = Path(path)
-    # A name of its own: a process, or another thread of this one, may be writing the same file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _row(cells: Iterable[Any]) -> str:

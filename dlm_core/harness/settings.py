@@ -98,13 +98,11 @@ def _labels(trials: list[Trial]) -> str:
     return "label " + _listed(each if each in own else "told" for each in asked)
 
 
-def _record(trial: Trial) -> records.Attack:
-    return records.ATTACKS[trial.attack]
-
-
 def _search(trials: list[Trial]) -> str:
-    searches = [t for t in trials if "max_evaluations" in _record(t).options]
-    others = [r.title for r in map(_record, trials) if "max_evaluations" not in r.options]
+    named = {t.attack for t in trials}
+    searching = {key for key in named if "max_evaluations" in records.ATTACKS[key].options}
+    searches = [t for t in trials if t.attack in searching]
+    others = [records.ATTACKS[t.attack].title for t in trials if t.attack not in searching]
     ours = [t for t in searches if not set(SEARCH) & t.attack_options.keys()]
     texts = ["our search"] if ours else []
     if len(ours) < len(searches):

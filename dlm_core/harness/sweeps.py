@@ -26,7 +26,7 @@ import torch
 from dlm_core import check, data
 from dlm_core.harness import keys, registry, tables
 from dlm_core.harness.interrupts import kept_from_workers
-from dlm_core.harness.paths import home
+from dlm_core.harness.paths import home, probe, write_atomically
 from dlm_core.records import plain
 
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
@@ -65,11 +65,8 @@ class Store:
     @check.arguments
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        probe = self.folder / f".writable-{uuid.uuid4().hex}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            probe(self.folder)
         except OSError as error:
             raise ValueError(
                 f"store folder {str(folder)!r} cannot be written ({error.strerror}); choose another"
@@ -135,18 +132,14 @@ class Store:
         tensors = record["arrays"] or {"empty": torch.zeros(1)}
         about = {"key": key, "record": json.dumps(numbers), "trial": _text(trial)}
         content = save(tensors, metadata={**about, "digest": _digest(about, tensors)})
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            write_atomically(path, content)
         except OSError as error:
             raise OSError(
                 f"a record cannot be written to {path.parent} ({error.strerror}); "
                 "those that are there are kept"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _text(trial: Any) -> str:
@@ -523,6 +516,4 @@ class _Watched:
         self.write()
 
     def write(self):
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(f"{self.done} {self.total}")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, f"{self.done} {self.total}")

@@ -1,9 +1,7 @@
 """A trial is a value, and running it is a pure function of it."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
@@ -13,40 +11,11 @@ from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
-from dlm_core.records import Options, Record, plain, typed
+from dlm_core.records import Options, Plain, Record, typed, with_options
 
 __all__ = ["Client", "Protocol", "Trial", "attack", "observe", "repeated", "run_trial"]
 
 MODES = ("train", "eval")
-
-
-class Written:
-    """The rule of ``Plain``: a mapping that JSON can write, so that trials can be told apart, kept
-    and sent.
-    """
-
-    def convert(self, value: Any) -> Any:
-        """The same as Options."""
-        if not isinstance(value, Mapping):
-            raise check.Wrong(str(self))
-        return Options(value)
-
-    def check(self, value: Options) -> Options:
-        """The same, where JSON can write it."""
-        for name, each in value.items():
-            try:
-                json.dumps(plain(each))
-            except (TypeError, ValueError):
-                kind = type(each).__name__
-                what = "numbers, texts, True, False, None, and lists and dicts of them"
-                raise check.Wrong(f"{what}, and no {kind} ({name!r})") from None
-        return value
-
-    def __str__(self) -> str:
-        return "a dict of options"
-
-
-Plain = Annotated[Options, Written()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +110,7 @@ class Protocol:
     @classmethod
     def of(cls, given: Any) -> "Protocol":
         """The same, from {"name": …, "others": …} with the options beside them."""
-        if isinstance(given, Protocol):
-            return given
-        if not isinstance(given, Mapping) or "name" not in given:
-            raise ValueError(
-                f"protocol is {check.shown(given)}; it takes a Protocol or a dict with a name: "
-                f"{', '.join(records.PROTOCOLS)}"
-            )
-        own = {name: given[name] for name in ("name", "others") if name in given}
-        return cls(options=Options({n: v for n, v in given.items() if n not in own}), **own)
+        return with_options("protocol", cls, given, records.PROTOCOLS)
 
 
 @dataclass(frozen=True)
@@ -208,6 +169,8 @@ class Trial:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, of(getattr(self, name)))
         check.fields(self)
+        if self.defence is not None:
+            check.fitting("defence", self.defence.options, Plain)
         check.one_of("attack", self.attack, records.ATTACKS)
         check.one_of("model", self.model, records.NETWORKS)
         check.one_of("dataset", self.dataset, records.DATA_SETS)

@@ -4,7 +4,7 @@ it sends.
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from dlm_core import check, data, defenses, federated, models, records
 from dlm_core.defenses import Setting
 from dlm_core.harness.keys import result_key
 from dlm_core.observation import Observation, Unchanged
-from dlm_core.records import Options, typed
+from dlm_core.records import Options, Plain, typed
 from dlm_core.threads import one_thread
 
 HELD_OUT = 0.2  # of the images: for the accuracy
@@ -96,18 +96,17 @@ class Federation:
     defence: Setting | None = None
     dataset: str = "digits"
     model: str = "lenet"
-    model_options: Options = Options(depth=2)
+    model_options: Plain = Options(depth=2)
     num_clients: check.Count = 5
     num_rounds: check.Count = 30
     client: Training = field(default_factory=lambda: Training(batch_size=96))
     seed: check.Whole = 0
 
     def __post_init__(self) -> None:
-        options = check.fitting("model_options", self.model_options, Mapping[str, Any])
-        object.__setattr__(self, "model_options", Options(options))
         object.__setattr__(self, "client", typed("client", Training, self.client))
         if self.defence is not None:
             defence = replace(Setting.of(self.defence), observer="server")
+            check.fitting("defence", defence.options, Plain)
             object.__setattr__(self, "defence", defence)
         check.fields(self)
         check.one_of("model", self.model, records.NETWORKS)
@@ -218,7 +217,7 @@ class Federation:
 @functools.lru_cache(maxsize=16)
 def _count(record: records.DataSet, source: str) -> int:
     """How many images a set has."""
-    return len(data.load(record.key, source=source).labels)
+    return data.size(record.key, source)
 
 
 def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -138,17 +138,17 @@ def marks(notebook: "NotebookNode") -> dict[str, tuple[float, float]]:
     return {cell.metadata.nbgrader.grade_id: utils.determine_grade(cell)[:2] for cell in cells}
 
 
-def release(folder: str | Path | None = None) -> list[Path]:
+def release(folder: str | Path) -> list[Path]:
     """Write the students' versions of the lessons, and return their paths.
 
     Parameters
     ----------
     folder
-        Where; None means build/assignment in the repository.
+        Where.
     """
     import nbformat
 
-    folder = writable(Path(folder or REPOSITORY / "build" / "assignment"))
+    folder = writable(Path(folder))
     written = []
     for path in paths("teaching"):
         written.append(folder / path.name)
