@@ -89,7 +89,7 @@ class Shape:
         several = isinstance(value, (tuple, list)) and len(value) == 3
         if several and all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in value):
             return tuple(map(int, value))
-        raise Wrong("(channels, height, width), each at least 1")
+        raise Wrong(str(self))
 
     def __str__(self) -> str:
         return "(channels, height, width), each at least 1"

@@ -79,7 +79,6 @@ Whole = Annotated[int, Range(0)]  # a seed, an index, a number that may be none
 Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
 Percent = Annotated[float, Range(0, 100)]
 
 
@@ -298,14 +297,14 @@ def _named(hint: Any) -> str:
     """An annotation in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        said = [str(rule) for rule in inner[1:]]
-        if isinstance(inner[1], Range) and inner[0] is int and math.isinf(inner[1].high):
-            return f"a whole number of at least {inner[1].low:g}"
-        if isinstance(inner[1], Range):
-            return f"{_named(inner[0]).replace('a number', 'a finite number')} in {said[0]}"
-        if isinstance(inner[1], Must):
-            return said[0] if inner[0] is Any else f"{_named(inner[0])} {said[0]}"
-        return f"{_named(inner[0])}: {said[0]}"
+        kind, rule = inner[:2]
+        if isinstance(rule, Range) and kind is int and math.isinf(rule.high):
+            return f"a whole number of at least {rule.low:g}"
+        if isinstance(rule, Range):
+            return f"{_named(kind).replace('a number', 'a finite number')} in {rule}"
+        if isinstance(rule, Must):
+            return f"{rule}" if kind is Any else f"{_named(kind)} {rule}"
+        return f"{_named(kind)}: {rule}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_named(each) for each in inner)
     if origin is typing.Literal:
@@ -346,21 +345,6 @@ def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
 def at_least(argument: str, value: object, lowest: int) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``lowest``."""
     fitting(argument, value, Annotated[int, Range(lowest)])
-
-
-def in_range(argument: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise ValueError unless ``value`` is a finite number in [low, high].
-
-    Parameters
-    ----------
-    argument, value
-        As in ``one_of``.
-    low, high
-        The interval; ``high`` may be infinite.
-    open_low
-        Whether ``low`` itself is refused.
-    """
-    fitting(argument, value, Annotated[float, Range(low, high, open_low=open_low)])
 
 
 def renamed(**new_names: str) -> Callable[[F], F]:

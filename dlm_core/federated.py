@@ -174,7 +174,7 @@ def descend(
     ValueError, FloatingPointError
         As ``train_locally`` does.
     """
-    num_classes = num_classes_of(model, images, labels)
+    name, head = head_for(model, images, labels)
     images, labels = for_model(images, model), labels.to(next(model.parameters()).device)
     batch_size = len(images) if batch_size is None else batch_size
     for step in range(local_steps):
@@ -191,7 +191,7 @@ def descend(
         raise FloatingPointError(
             f"the client's training diverged within {local_steps} steps; lower learning_rate"
         )
-    return Observation(model, weights_after, tuple(images.shape[1:]), num_classes)
+    return Observation(model, weights_after, tuple(images.shape[1:]), head.out_features, name)
 
 
 @check.arguments
@@ -274,8 +274,8 @@ def rounds(
         yield model, seen
 
 
-def num_classes_of(model: nn.Module, images: Images, labels: Labels) -> int:
-    """K, the width of the model's head.
+def head_for(model: nn.Module, images: Images, labels: Labels) -> tuple[str, nn.Linear]:
+    """The model's head with its name, once images and labels are found to suit it.
 
     Raises
     ------
@@ -287,10 +287,10 @@ def num_classes_of(model: nn.Module, images: Images, labels: Labels) -> int:
             f"labels has shape {tuple(labels.shape)}; it takes {len(images)} class indices, "
             "one for each of the images"
         )
-    num_classes = find_head(model, images.shape[1:])[1].out_features
-    if labels.max() >= num_classes:
+    name, head = find_head(model, images.shape[1:])
+    if labels.max() >= head.out_features:
         raise ValueError(
             f"labels run from {labels.min()} to {labels.max()}; "
-            f"the model has classes 0 to {num_classes - 1}"
+            f"the model has classes 0 to {head.out_features - 1}"
         )
-    return num_classes
+    return name, head

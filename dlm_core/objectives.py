@@ -40,10 +40,17 @@ def gradient(
     """
     value = loss(model(images), labels)
     parameters = list(model.parameters())
+    gradients = gradients_of(value, parameters)
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters))
+
+
+def gradients_of(value: torch.Tensor, parameters: Tensors) -> list[torch.Tensor | None]:
+    """The gradient of a loss in each parameter, itself differentiable; None for a frozen or an
+    unused one.
+    """
     trained = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(value, trained, create_graph=True, allow_unused=True))
-    gradients = [next(found) if p.requires_grad else None for p in parameters]
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:

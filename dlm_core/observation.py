@@ -7,7 +7,7 @@ gives Δ = η·g.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple
 
@@ -63,6 +63,8 @@ class Observation:
         (C, H, W), as public as the architecture.
     num_classes
         K, the width of the network's head.
+    head_name
+        Where ``find_head`` was asked before, the name that it gave; else it is asked. No attribute.
 
     Raises
     ------
@@ -83,9 +85,12 @@ class Observation:
     weights_after: StateDict = field(repr=False)
     image_shape: Annotated[tuple[int, ...], Shape()]
     num_classes: check.Count
+    head_name: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, head_name: str | None) -> None:
         check.fields(self)
+        if head_name is not None:
+            self.__dict__["_last_layer"] = head_name, self.model.get_submodule(head_name)
         before = self.model.state_dict()
         check_fit("weights_after", self.weights_after, before)
         check_finite("the model", before)
@@ -100,7 +105,7 @@ class Observation:
             raise ValueError(f"num_classes is {self.num_classes}; the model has {found} classes")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+        return {each.name: self.__dict__[each.name] for each in fields(self)}
 
     @property
     def _after(self) -> list[torch.Tensor]:
@@ -183,8 +188,8 @@ def observe(
     check_fit("before", before, model.state_dict())
     model = copy.deepcopy(model)
     model.load_state_dict(before)
-    num_classes = find_head(model, image_shape)[1].out_features
-    return Observation(model, dict(after), tuple(image_shape), num_classes)
+    name, head = find_head(model, image_shape)
+    return Observation(model, dict(after), tuple(image_shape), head.out_features, name)
 
 
 @check.arguments

@@ -384,13 +384,12 @@ def known_labels(
         if labels == "optimised":
             return None
         return label_inference.infer(seen, num_images, local_steps=local_steps)
-    told = check.fitting("labels", labels, Labels)
-    if len(told) != num_images:
+    if len(labels) != num_images:
         raise ValueError(
-            f"labels has shape {list(told.shape)}; it takes {num_images} class indices"
+            f"labels has shape {list(labels.shape)}; it takes {num_images} class indices"
         )
-    if told.max() >= seen.num_classes:
+    if labels.max() >= seen.num_classes:
         raise ValueError(
-            f"labels is {told.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
+            f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
         )
-    return told.to(next(seen.model.parameters()).device)
+    return labels.to(next(seen.model.parameters()).device)

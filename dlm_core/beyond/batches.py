@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import check, records
+from dlm_core import check, objectives, records
 from dlm_core.beyond.rounding import CHI2_RANGE, TINY, TWO_CLASSES
 from dlm_core.beyond.stacks import REWRITE_HINT
 from dlm_core.federated import loss as training_loss
@@ -640,8 +640,8 @@ def _gradients(
     in_client = copy.deepcopy(seen.model)
 
     def gradient(model, images):
-        loss = training_loss(model(images), labels)
-        return [g.double() for g in torch.autograd.grad(loss, list(model.parameters()))]
+        found = objectives.gradient(model, training_loss, images, labels)
+        return [g.detach().double() for g in found]
 
     g = gradient(model, images)
     others = [gradient(in_client, images.to(dtype))]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from dlm_core import check, federated, records
+from dlm_core import check, federated, objectives, records
 from dlm_core.arrays import Images, Labels
 from dlm_core.observation import find_head
 
@@ -244,7 +244,8 @@ def update(
         For arguments out of range, and for images and labels that do not fit the model.
     """
     if not labels.is_floating_point():
-        federated.num_classes_of(model, images, check.fitting("labels", labels, Labels))
+        labels = check.fitting("labels", labels, Labels)
+        federated.head_for(model, images, labels)
     elif labels.shape != (len(images), find_head(model, images.shape[1:])[1].out_features):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and {labels.dtype}; "
@@ -291,10 +292,8 @@ def simulate(
             batch = positions % len(images)
             images, labels = images[batch], labels[batch]
         value = loss(functional_call(model, dict(zip(names, weights)), images), labels)
-        trained = [w for w in weights if w.requires_grad]
-        found = iter(torch.autograd.grad(value, trained, create_graph=True, allow_unused=True))
         # Like torch.optim, it leaves alone what has no gradient: a frozen or an unused layer.
-        gradients = [next(found) if w.requires_grad else None for w in weights]
+        gradients = objectives.gradients_of(value, weights)
         stepped = [
             (w, state) if g is None else client_optimizer(w, g, state, rate, **options)
             for w, g, state in zip(weights, gradients, states)

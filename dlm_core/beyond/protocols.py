@@ -220,7 +220,7 @@ def data_parallel(
     """
     check.at_least("number of clients", len(clients), 2)
     for images, labels in clients:
-        federated.num_classes_of(model, images, labels)
+        federated.head_for(model, images, labels)
     clients = [(for_model(images, model), labels) for images, labels in clients]
     with tempfile.TemporaryDirectory() as folder:
         task = (model, clients, learning_rate, num_rounds, timeout, _has_unused(model, clients[0]))
