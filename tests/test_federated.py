@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dlm_core import attacks, data, federated, models, objectives
+from tests.networks import Idle
 
 
 @settings(max_examples=10, deadline=None)
@@ -288,19 +289,6 @@ def test_images_and_labels_as_users_hold_them_are_one_training(dtype):
         seen = federated.train_locally(model, *pair, learning_rate=0.1)
         for ours, theirs in zip(seen.delta, expected.delta):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-
-
-class Idle(torch.nn.Module):
-    """A frozen layer in front, and one that is never used."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
-        self.head = torch.nn.Linear(16, 10)
-        self.first.requires_grad_(False)
-
-    def forward(self, x):
-        return self.head(self.first(x.flatten(1)).tanh())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dlm_core import attacks, check, data, defenses, federated, models, records
-from dlm_core.harness import registry  # noqa: F401, fills the tables
+from dlm_core.harness.trials import Trial
+from dlm_core.harness.utility import Federation
 from dlm_core.records import ATTACKS, Options
 from dlm_core.results import baseline
 
@@ -156,9 +157,17 @@ def test_an_option_is_refused_before_anything_else():
         (records.attack, {"titel": "Mine"}, "field of Attack 'titel' is unknown.*mean title"),
         (records.attack, {"colour": 99}, r"colour is 99; it takes a whole number in \[0, 9\]"),
         (records.attack, {"audited": 2}, "audited is 2; that is the place of 'exact'"),
+        (records.data_set, {"image_shape": 3}, "image_shape is 3; it takes .channels, height"),
+        (records.data_set, {"image_shape": (0, 8, 8)}, "image_shape is .0, 8, 8.; it takes"),
         (records.defence, {"acts_on": "snapshots"}, "acts_on is 'snapshots'; it takes 'snapshot'"),
     ],
 )
 def test_a_wrong_field_of_a_record_is_refused_when_it_is_registered(kind, about, message):
     with pytest.raises(ValueError, match=message):
         kind("mine", **about)(lambda seen, *, num_images=1, seed=0: None)
+
+
+@pytest.mark.parametrize("kind", [Trial, Federation])
+def test_a_defence_s_options_are_plain_data(kind):
+    with pytest.raises(ValueError, match="scale is a Tensor"):
+        kind(defence={"name": "noise", "scale": torch.ones(2)})

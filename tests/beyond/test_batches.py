@@ -373,3 +373,13 @@ def test_the_threads_of_the_caller_are_restored_and_change_no_bit():
 
 def test_what_it_is_told_is_declared():
     assert "the number of images, if some left no trace" in records.ATTACKS["exact_batch"].told
+
+
+def test_a_frozen_layer_behind_the_first_is_no_obstacle():
+    _, images, labels = client(2, hidden=40)
+    model = models.build("mlp", SHAPE, CLASSES, hidden=40, init="default", seed=2)
+    list(model.modules())[-1].requires_grad_(False)
+    frozen = train_locally(model, images, labels, learning_rate=0.01)
+    found = batches.recover_batch(frozen, num_images=2)
+    order = metrics.match(found.images, images.double())
+    assert metrics.psnr(found.images[order], images.double(), data_range=1.0) > 60

@@ -9,6 +9,7 @@ from dlm_core import attacks, data, federated, metrics, models, objectives, reco
 from dlm_core.beyond import clients, unrolled
 from dlm_core.harness.trials import Trial, run_trial
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
+from tests.networks import Idle
 
 FAMILIES = [
     ("sgd", {}),
@@ -362,18 +363,18 @@ def test_the_former_names_serve(seen):
     assert torch.equal(found.images, again.images)
 
 
+def test_labels_of_any_whole_type_train_the_simulated_client(digit):
+    model = models.build("mlp", (1, 8, 8), 10, seed=0).to(digit[0].device)
+    told = [digit[1], digit[1].to(torch.int32), digit[1].to(torch.uint8)]
+    first, *others = [
+        clients.update(model, federated.loss, digit[0], each, learning_rate=0.1) for each in told
+    ]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("optimizer, options", [("sgd", {"momentum": 0.9}), ("adamw", {})])
 def test_a_frozen_and_an_unused_layer_stay_in_the_simulation(digit, optimizer, options):
-    class Idle(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
-            self.head = torch.nn.Linear(16, 10)
-            self.first.requires_grad_(False)
-
-        def forward(self, x):
-            return self.head(self.first(x.flatten(1)).tanh())
-
     model = Idle().double().to(digit[0].device)
     training = {"learning_rate": 0.1, "local_steps": 3}
     options = {**options, "weight_decay": 0.1}

@@ -200,6 +200,7 @@ UNFOLLOWABLE = {
     "import threading\nA = threading.Lock()\ndef mine(): return A": "function.A, a _thread.lock",
     "A = {'b': (i for i in range(3))}\ndef mine(): return A": "function.A.b, a generator",
     "def mine(): return eval('1')": "it calls eval",
+    "import builtins\ndef mine(): return builtins.eval('1')": "it calls",
     "import importlib\ndef mine(): return importlib.import_module('x')": "calls importlib.import",
     "import torch\ndef mine(): return torch.load('x')": "what torch.serialization.load returns",
     "import numpy\ndef mine(): return numpy.load('x')": "what numpy.load returns",

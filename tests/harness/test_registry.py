@@ -20,6 +20,7 @@ from dlm_core import data, federated, models, records
 from dlm_core.harness import figures, registry, sources, sweeps
 from dlm_core.harness.trials import Trial, observe
 from tests.harness import toys
+from tests.networks import Idle
 
 TABLES = ("ATTACKS", "DEFENCES", "NETWORKS", "DATA_SETS", "CLIENT_OPTIMIZERS")
 PACKAGE = Path(dlm_core.__file__).parent
@@ -290,19 +291,6 @@ def test_every_record_says_who_it_is_for_and_what_it_is_told():
 def test_a_typo_is_refused_at_once(change, message):
     with pytest.raises(ValueError, match=message):
         replace(plan()[0], **change)
-
-
-class Idle(torch.nn.Module):
-    """A frozen layer in front, and one that is never used."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.unused = torch.nn.Linear(64, 16), torch.nn.Linear(3, 3)
-        self.head = torch.nn.Linear(16, 10)
-        self.first.requires_grad_(False)
-
-    def forward(self, x):
-        return self.head(self.first(x.flatten(1)).tanh())
 
 
 @pytest.mark.parametrize("key", sorted(records.ATTACKS))
