@@ -85,6 +85,54 @@ def idlg(seen: Observation, *, learning_rate: check.Positive, **options: Any) ->
 
 
 @records.attack(
+    "dlg_factor",
+    title="DLG with a factor",
+    colour=0,
+    marker="<",
+    assumes=(PLAIN_STEP,),
+    client="one step of plain SGD",
+)
+@records.passes_on_to(reconstruct, fixed=["scale", "update_of", "unknowns"])
+@check.arguments
+def dlg_factor(
+    seen: Observation,
+    *,
+    learning_rate: check.Positive,
+    k0: check.Positive,
+    labels: str | Labels = "optimised",
+    **options: Any,
+) -> Reconstruction:
+    """DLG with a factor on the dummy gradient, of the released experiments: Σ_layers ‖k·g - Δ/η‖²,
+    k optimised along with the images.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    learning_rate
+        η > 0 of the client's one step, told.
+    k0
+        The guess > 0 that k starts from, told; the true factor is 1. What the search makes of it is
+        ``found.point["k"]``.
+    labels, **options
+        Of ``search.reconstruct``.
+    """
+    return reconstruct(
+        seen,
+        objectives.squared_distance,
+        scale=1 / learning_rate,
+        labels=labels,
+        update_of=_factored,
+        unknowns={"k": k0},
+        **options,
+    )
+
+
+def _factored(model, loss, images, labels, *, k: torch.Tensor) -> list[torch.Tensor]:
+    return [k * layer for layer in objectives.gradient(model, loss, images, labels)]
+
+
+@records.attack(
     "inverting_gradients",
     title="IG",
     colour=2,
@@ -131,7 +179,9 @@ def inverting_gradients(
 )
 @records.passes_on_to(reconstruct, fixed=["scale"])
 @check.arguments
-def dlm(seen: Observation, *, k0: check.Positive, **options: Any) -> Reconstruction:
+def dlm(
+    seen: Observation, *, k0: check.Positive, relative: bool = True, **options: Any
+) -> Reconstruction:
     """DLM (Zhao et al. 2024): Σ_layers ‖g - kΔ‖², k, which stands for 1/η, optimised along with the
     images.
 
@@ -141,11 +191,13 @@ def dlm(seen: Observation, *, k0: check.Positive, **options: Any) -> Reconstruct
         What the observer sees.
     k0
         The guess > 0 that k starts from, told.
+    relative
+        Whether the search's variable is k/k0; in the released code it is k itself.
     **options
         Of ``search.reconstruct``. The label is inferred; the released code optimises it
         (``labels="optimised"``), and then g -> 0, k -> 0 is a global minimum.
     """
-    return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0), **options)
+    return reconstruct(seen, objectives.scaled_distance, scale=Trained(k0, relative), **options)
 
 
 @records.attack(

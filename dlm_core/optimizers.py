@@ -41,7 +41,7 @@ def released_lbfgs(variables: Variables, max_evaluations: int) -> torch.optim.Op
 
 
 def adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
-    """Adam, lr 0.1, as released for the MLP.
+    """Adam, lr 0.1, as released for the MLP (of DLM+ alone: ``slow_adam``).
 
     Parameters
     ----------
@@ -49,6 +49,17 @@ def adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
         As in ``lbfgs``; the budget is not used.
     """
     return torch.optim.Adam(variables, lr=0.1)
+
+
+def slow_adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
+    """Adam, lr 0.01, as released for DLM+ on the MLP.
+
+    Parameters
+    ----------
+    variables, max_evaluations
+        As in ``lbfgs``; the budget is not used.
+    """
+    return torch.optim.Adam(variables, lr=0.01)
 
 
 class SignedAdam(torch.optim.Adam):

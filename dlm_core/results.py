@@ -16,6 +16,7 @@ class Status(StrEnum):
     STALLED = "stalled"
     DIVERGED = "diverged"
     BUDGET = "budget"
+    WHOLE = "whole budget"
     BASELINE = "baseline"
     CLIENT_DIVERGED = "client diverged"
     CLIENT_UNCHANGED = "client unchanged"
@@ -31,6 +32,7 @@ _SENTENCES = {
     Status.CONVERGED: "as closely as the weights' rounding allows or was asked for",
     Status.STALLED: "it came to rest there, as most searches do",
     Status.BUDGET: "it was still falling at its last evaluation",
+    Status.WHOLE: "it ran its whole budget, as the released code does, and this is its last point",
     Status.DIVERGED: "past its best point it diverged",
     Status.BASELINE: "nothing was attacked: a guess of an observer who looks at nothing",
     Status.CLIENT_DIVERGED: "the client's own training diverged, so there is nothing to attack",

@@ -3,6 +3,7 @@ stop, start again.
 """
 
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -31,12 +32,18 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """When a search ends.
+    """When a search ends, and with which of its points.
 
     Attributes
     ----------
     max_evaluations
         Budget of each restart.
+    max_iterations
+        Budget in steps of the optimizer, each of one evaluation or several; None for no other
+        budget than that of evaluations.
+    whole_budget
+        True as in the released code: tolerance and patience are not asked, and the last point is
+        returned instead of the best one.
     tolerance
         Relative misfit ‖g - d‖²/‖d‖² at which the search has converged, if it is also a
         hundred-thousandth of the start's; or the one that rounding of the transmitted weights
@@ -53,6 +60,8 @@ class StopRule:
     max_evaluations: check.Count = 400
     tolerance: check.NonNegative = 1e-6
     patience: check.Count = 50
+    max_iterations: check.Count | None = None
+    whole_budget: bool = False
 
     def __post_init__(self) -> None:
         check.fields(self)
@@ -60,14 +69,32 @@ class StopRule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A scale that is optimised along with the images: start · growth, where growth is the variable
-    and begins at 1, as L-BFGS likes them.
+    """A scale that is optimised along with the images.
+
+    Attributes
+    ----------
+    start
+        Its first value.
+    relative
+        Whether the variable is the scale over ``start``, which begins at 1, as L-BFGS likes them;
+        the released code optimises the scale itself.
     """
 
     start: check.Positive
+    relative: bool = True
 
     def __post_init__(self) -> None:
         check.fields(self)
+
+    @property
+    def factor(self) -> float:
+        """The scale over its variable."""
+        return self.start if self.relative else 1.0
+
+    @property
+    def variable(self) -> float:
+        """The variable's first value."""
+        return self.start / self.factor
 
 
 @passes_on_to(StopRule)
@@ -181,31 +208,34 @@ class _Target:
         self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
     ) -> None:
         self.trained = scale if isinstance(scale, Trained) else None
-        self.unknowns = {"growth": 1.0} if self.trained else {}
+        self.unknowns = {"growth": scale.variable} if isinstance(scale, Trained) else {}
+        self.start = scale.start if isinstance(scale, Trained) else 1.0
         factor = 1.0 if isinstance(scale, Trained) else scale
         self.update = [factor * layer.to(dtype) for layer in seen.delta]
         self.distance = distance
         # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares,
         # 1/2 for the cosine, whose small angles count as θ²/2
-        start = self.trained.start if self.trained else 1.0
-        one = {name: torch.ones_like(self.update[0].sum()) for name in self.unknowns}
-        opposite = [-layer * start for layer in self.update]
-        self.unit = float(self._distance_from(opposite, one)) / 4
+        one = torch.ones_like(self.update[0].sum())
+        first = {name: one * value for name, value in self.unknowns.items()}
+        opposite = [-layer * self.start for layer in self.update]
+        self.unit = float(self._distance_from(opposite, first)) / 4
 
     def scale(self, variables: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """A trained scale at ``variables``, else None."""
-        return self.trained.start * variables["growth"] if self.trained else None
+        return self.trained.factor * variables["growth"] if self.trained else None
 
     def k_at(self, variables: Mapping[str, torch.Tensor]) -> float | None:
         """The same as a number for the trace."""
-        return self.trained.start * float(variables["growth"].detach()) if self.trained else None
+        scale = self.scale(variables)
+        return None if scale is None else float(scale.detach())
 
     def misfit(
         self, g: Tensors, variables: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(distance, distance relative to the target's length)."""
         distance = self._distance_from(g, variables)
-        grown = variables["growth"].detach() ** 2 if self.trained else 1.0
+        scale = self.scale(variables)
+        grown = 1.0 if scale is None else (scale.detach() / self.start) ** 2
         return distance, distance.detach() / (self.unit * grown)
 
     def _distance_from(self, g: Tensors, variables: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -305,16 +335,24 @@ class _Search:
         self.history: list[tuple[int, torch.Tensor]] = []
         self.ks: list[float] = []
         self.loss, self.best = math.inf, self._copy()
-        self.status = Status.BUDGET
+        self.status = Status.WHOLE if rule.whole_budget else Status.BUDGET
 
     def run(self, optimizer) -> None:
         """Descend until the verdict falls."""
         stepper = optimizer(list(self.variables.values()), self.rule.max_evaluations)
+        steps = itertools.repeat(None, self.rule.max_iterations or self.rule.max_evaluations)
         try:
-            while True:
+            for _ in steps:
                 stepper.step(self._closure)
         except _Finished:
             pass
+        if self.rule.whole_budget:
+            self.loss, self.best = self._last(), self._copy()
+
+    def _last(self) -> float:
+        """The loss where the search has ended: its optimizer's last step is not evaluated."""
+        _, loss, _ = self.objective(self.variables)
+        return float(loss.detach())
 
     def _closure(self):
         misfit, loss, images = self.objective(self.variables)
@@ -345,6 +383,8 @@ class _Search:
         """The reason to stop now, or None."""
         if not finite:
             return Status.DIVERGED
+        if self.rule.whole_budget:
+            return Status.WHOLE if len(self.losses) >= self.rule.max_evaluations else None
         assert self.enough is not None  # set before the first verdict
         if misfit <= self.enough:
             return Status.CONVERGED

@@ -1,5 +1,6 @@
 """The shared search, and the named attacks on a small network."""
 
+import copy
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from dlm_core import (
     optimizers,
     records,
 )
+from dlm_core.results import Status
 from dlm_core.search import reconstruct
 
 
@@ -178,6 +180,41 @@ def test_restarts_are_chosen_by_attack_loss(seen):
     found = attacks.dlm_plus(seen, seed=0, max_evaluations=20, restarts=3)
     assert found.loss == min(each.loss for each in single)
     assert found.losses in [each.losses for each in single]
+
+
+def test_the_whole_budget_ends_at_its_last_point_whatever_was_reached(seen):
+    options = {"whole_budget": True, "optimizer": optimizers.released_lbfgs, "seed": 1}
+    found = attacks.dlm_plus(seen, max_iterations=20, max_evaluations=500, **options)
+    assert found.stop_reason == Status.WHOLE and 20 <= found.evaluations <= 500
+    del options["whole_budget"]
+    early = attacks.dlm_plus(seen, max_evaluations=500, **options)
+    assert early.evaluations < found.evaluations
+    assert early.losses == found.losses[: early.evaluations]
+    model = copy.deepcopy(seen.model).double()
+    g = objectives.gradient(model, federated.loss, found.images, found.labels)
+    loss = objectives.normalised_distance(g, [layer.double() for layer in seen.delta])
+    assert found.loss == float(loss.detach())
+    options["whole_budget"] = True
+    short = attacks.dlm_plus(seen, max_iterations=1, max_evaluations=500, **options)
+    assert short.evaluations <= 25  # one step of L-BFGS
+
+
+def test_dlm_s_own_variable_is_k_over_k0_and_the_released_one_is_k(seen, digit):
+    options = {"k0": 30.0, "max_evaluations": 100, "seed": 1}
+    for relative in (True, False):
+        found = attacks.dlm(seen, relative=relative, optimizer=optimizers.lbfgs, **options)
+        assert found.ks[0] == 30.0 and found.k == pytest.approx(
+            found.point["growth"] * (30 if relative else 1)
+        )
+    one_step = attacks.dlm(seen, relative=False, optimizer=optimizers.adam, **options)
+    assert abs(one_step.ks[1] - 30.0) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_factor_on_the_dummy_gradient_is_found_along_with_the_image(seen, digit):
+    found = attacks.dlg_factor(seen, learning_rate=0.05, k0=1.1, labels="inferred", seed=1)
+    assert psnr(found, digit[0]) > 20 and found.point["k"] == pytest.approx(1.0, rel=0.02)
+    halved = attacks.dlg_factor(seen, learning_rate=0.1, k0=1.1, labels="inferred", seed=1)
+    assert halved.point["k"] == pytest.approx(0.5, rel=0.02)
 
 
 def test_history_on_request(seen):

@@ -24,10 +24,16 @@ PARTS = {
     "lbfgs": optimizers.lbfgs,
     "released_lbfgs": optimizers.released_lbfgs,
     "adam": optimizers.adam,
+    "slow_adam": optimizers.slow_adam,
     "signed_adam": optimizers.SignedAdam,
 }
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 OPTION_PARTS = {"optimizer": PARTS, "coordinates": PARTS, "transmitted": DTYPES, "dtype": DTYPES}
+# What an attack is told of the true labels [B]; "last" is what the released script does on a batch.
+TOLD_LABELS = {
+    "given": lambda labels: labels,
+    "last": lambda labels: labels[-1:].expand(len(labels)),
+}
 
 
 def play(trial: Any) -> dict[str, Any]:
@@ -66,19 +72,27 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     seen
         The Observation after the defence; of the protocol "rounds" a list of them.
     images, labels
-        The truth, [B, C, H, W] and [B].
+        The truth, [B, C, H, W], and what the client trained them with, [B].
     """
-    chosen = range(trial.index, trial.index + trial.num_images)
-    truth = data.load(trial.dataset, indices=chosen, source=trial.source)
+    images, labels = truth_of(trial, trial.num_images)
     with own_generator(trial.seed):
         model = received(trial)
         model.train(trial.client.mode == "train")
         model = model.to(DTYPES[trial.client.dtype])
         if trial.protocol is not None:
-            return take_part(trial, model), truth.images, truth.labels
-        images = truth.images.to(DTYPES[trial.client.dtype])
-        seen = federated.train_locally(model, images, truth.labels, **training(trial.client))
-        return defend(trial, seen), truth.images, truth.labels
+            return take_part(trial, model), images, labels
+        in_client = images.to(DTYPES[trial.client.dtype])
+        seen = federated.train_locally(model, in_client, labels, **training(trial.client))
+        return defend(trial, seen), images, labels
+
+
+def truth_of(trial: Any, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trial's first images [B, C, H, W], and the labels [B] that clients train them with."""
+    chosen = range(trial.index, trial.index + num_images)
+    truth = data.load(trial.dataset, indices=chosen, source=trial.source)
+    if trial.client.label is None:
+        return truth.images, truth.labels
+    return truth.images, torch.full_like(truth.labels, trial.client.label)
 
 
 def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Observation:
@@ -102,10 +116,9 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
 
 def take_part(trial: Any, model: nn.Module) -> Any:
     """What the trial's protocol leaves to its observer: an Observation, of "rounds" a list."""
-    last = trial.index + trial.num_images + trial.protocol.others
-    everyone = data.load(trial.dataset, indices=range(trial.index, last), source=trial.source)
-    images = everyone.images.to(next(model.parameters()))
-    clients = list(zip(images.split(1), everyone.labels.split(1)))
+    images, labels = truth_of(trial, trial.num_images + trial.protocol.others)
+    images = images.to(next(model.parameters()))
+    clients = list(zip(images.split(1), labels.split(1)))
     options = dict(trial.protocol.options)
     if trial.defence is not None:
         options["defend"] = functools.partial(defend, trial)
@@ -123,7 +136,7 @@ def training(client: Any, *, plainly: bool = False) -> dict[str, Any]:
     plainly
         Only those that differ from its defaults.
     """
-    about = [f for f in dataclasses.fields(client) if f.name not in ("dtype", "mode")]
+    about = [f for f in dataclasses.fields(client) if f.name not in ("dtype", "mode", "label")]
     given = {f.name: getattr(client, f.name) for f in about}
     given["transmitted"] = None if client.transmitted is None else DTYPES[client.transmitted]
     given["optimizer_options"] = dict(client.optimizer_options) or None
@@ -192,8 +205,8 @@ def attack(trial: Any, seen: Any, labels: torch.Tensor) -> Reconstruction:
     for name, value in trial.attack_options.items():
         known = OPTION_PARTS.get(name)
         options[name] = known[value] if known else value
-    if options.get("labels") == "given":
-        options["labels"] = labels
+    if options.get("labels") in TOLD_LABELS:
+        options["labels"] = TOLD_LABELS[options["labels"]](labels)
     if "defence" in record.demands:
         options["defence"] = trial.defence
     return record(seen, num_images=trial.num_images, seed=trial.seed, **options)

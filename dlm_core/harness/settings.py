@@ -92,7 +92,7 @@ def _defences(trials: list[Trial]) -> str:
 
 
 def _labels(trials: list[Trial]) -> str:
-    defaults = {"dlg": "optimised"}
+    defaults = dict.fromkeys(("dlg", "dlg_factor"), "optimised")
     asked = [t.attack_options.get("labels", defaults.get(t.attack, "inferred")) for t in trials]
     own = ("inferred", "optimised")
     return "label " + _listed(each if each in own else "told" for each in asked)

@@ -1,7 +1,7 @@
 """A trial is a value, and running it is a pure function of it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -34,6 +34,8 @@ class Client:
         Name of the precision that the client computes in.
     mode
         "eval" where it leaves batch norm's running statistics alone, else "train".
+    label
+        The class that it takes all its images for; None for their own.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class Client:
     transmitted: str | None = None
     dtype: str = "float32"
     mode: str = "train"
+    label: Whole | None = None
 
     def __post_init__(self) -> None:
         check.fields(self)
@@ -122,7 +125,8 @@ class Trial:
     ----------
     attack
         Key of ``records.ATTACKS``, with ``attack_options``; "labels": "given" tells it the true
-        labels. An attack that demands the defence is told it, but not its noise.
+        labels, "last" that of the last image for all. An attack that demands the defence is told
+        it, but not its noise.
     dataset, source
         Of ``data.load``; "auto" is the full set where it is present when the trial is made, else
         the bundled one, and the trial says which.
@@ -175,6 +179,9 @@ class Trial:
         check.one_of("model", self.model, records.NETWORKS)
         check.one_of("dataset", self.dataset, records.DATA_SETS)
         object.__setattr__(self, "source", data.served(self.dataset, self.source))
+        if self.client.label is not None:
+            classes = records.DATA_SETS[self.dataset].num_classes
+            check.fitting("label", self.client.label, Annotated[int, check.Range(0, classes - 1)])
         self._check_attack()
         options = {name: value for name, value in self.model_options.items() if name != "init"}
         records.NETWORKS[self.model].check_options("model_options", options)

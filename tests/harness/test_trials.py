@@ -410,3 +410,17 @@ def test_trials_that_share_a_trained_model_do_not_share_its_changes():
     assert next(third.model.parameters()).dtype == torch.float32 and third.model.training
     untrained, *_ = trials.observe(FAST)
     assert not torch.equal(next(untrained.model.parameters()), next(third.model.parameters()))
+
+
+def test_a_batch_may_be_told_the_last_image_s_label_and_trained_for_one_class():
+    plain = Trial(attack="dlm_plus", dataset="digits", model="mlp", num_images=3)
+    seen, _, labels = trials.observe(replace(plain, client={"label": 7}))
+    assert labels.tolist() == [7, 7, 7] and int(seen.delta[-1].argmin()) == 7
+    assert len(set(trials.observe(plain)[2].tolist())) == 3
+    budget = {"max_evaluations": 2}
+    for told, expected in (("given", [0, 1, 2]), ("last", [2, 2, 2])):
+        seen, _, labels = trials.observe(plain)
+        trial = replace(plain, attack_options={"labels": told, **budget})
+        assert trials.attack(trial, seen, labels).labels.tolist() == expected
+    with pytest.raises(ValueError, match=r"label is 10; it takes a whole number in \[0, 9\]"):
+        Trial(dataset="digits", client={"label": 10})
