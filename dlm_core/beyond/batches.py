@@ -22,7 +22,7 @@ counts as zero is read off the noise of two snapshots.
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from dlm_core import check, objectives, records
 from dlm_core.beyond.rounding import CHI2_RANGE, TINY, TWO_CLASSES
-from dlm_core.beyond.stacks import REWRITE_HINT
+from dlm_core.beyond.stacks import REWRITE_HINT, check_walk
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
@@ -247,7 +247,7 @@ class _MovedUnits:
 
 
 def _moved_units(seen: Observation) -> _MovedUnits:
-    name, layer = _first_layer(seen.model)
+    name, layer = _first_layer(seen.model, seen.image_shape)
     variances = dict(zip(seen.parameter_names, seen.rounding_variance))
     update = seen.delta_by_name[f"{name}.weight"]
     bias_update = seen.delta_by_name[f"{name}.bias"]
@@ -264,7 +264,7 @@ def _moved_units(seen: Observation) -> _MovedUnits:
     )
 
 
-def _first_layer(model: nn.Module) -> tuple[str, nn.Linear]:
+def _first_layer(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
     """(name, layer) of the nn.Linear that the model begins with; ValueError for other models."""
     passed_over = (nn.Sequential, nn.Flatten, nn.Identity)
     modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, passed_over)]
@@ -284,6 +284,7 @@ def _first_layer(model: nn.Module) -> tuple[str, nn.Linear]:
         raise ValueError(
             f"layer {name!r} (Linear) has no bias; the bias fixes the scale of the images"
         )
+    check_walk(model, image_shape)
     return name, layer
 
 

@@ -10,6 +10,7 @@ then is [O, I + 1]. With δ = dloss/dz [O, L], the gradient in the kernel is δ 
 δ's sum over patches.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
+from torch.nn.utils.parametrize import is_parametrized
+
+from dlm_core.observation import scores
+from dlm_core.threads import own_generator
 
 REWRITE_HINT = (
     "layers called one after the other can be written as one: "
@@ -240,7 +245,31 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
         raise ValueError(
             f"the model does not end in a Linear layer without activation; {SUPPORTED}"
         )
+    check_walk(model, image_shape)
     return layers
+
+
+def check_walk(model: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raise ValueError unless the model's own forward pass is that of its layers, one after the
+    other: a subclass of ``nn.Sequential`` may do more, and a layer may be called twice.
+    """
+    copied = copy.deepcopy(model).double().eval()
+    for name, module in _leaves(copied):
+        if is_parametrized(module) or module._forward_pre_hooks:
+            raise _unsupported(name, module, "computes its weight from other numbers")
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(2, *image_shape, generator=draws, dtype=torch.float64)
+    walked = images = images.to(next(copied.parameters()).device)
+    with torch.no_grad(), own_generator(seed=0):
+        own = scores(copied(images))
+        for _, module in _leaves(copied):
+            walked = module(walked)
+    if own.shape != walked.shape or not torch.allclose(own, walked, rtol=1e-6, atol=1e-9):
+        kind = type(model).__name__
+        raise ValueError(
+            f"the model ({kind}) does more than to call its layers one after the other, "
+            "so that they cannot be walked"
+        )
 
 
 def first_linear(layers: Sequence[Layer]) -> int:

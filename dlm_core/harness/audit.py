@@ -9,30 +9,30 @@ weights, others explain the update nearly as well.
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlm_core import check, metrics, models, records
+from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import recognise
 from dlm_core.harness import registry  # noqa: F401, it fills the tables
+from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
+from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.observation import Observation, Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
 from dlm_core.weights import StateDict, check_fit, check_weights, load_weights, rounded
 
-# An attack's loss up to which its images explain the update: all of it, some of it.
-EXPLAINED, PARTLY = 1e-3, 0.1
-# dB between the images of two searches that found the same: right ones 40 and more, wrong below 20.
-AGREED = 25.0
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
-# Of unrolled searches once their steps are known.
-CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}
+# Images that are looked for unasked.
+MOST_IMAGES = 16
+# Of a pixel outside [0, 1] which rounding may explain.
+BEYOND = 0.02
 # Pixels of the picture's width, about.
 SIDE = 256
 # Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
@@ -58,7 +58,7 @@ def audit(
     attack: str = "all",
     client: str | None = None,
     out: str | Path = "reconstruction.png",
-) -> dict[str, Reconstruction]:
+) -> Audit:
     """Print what two snapshots of a client show, and write the picture.
 
     Parameters
@@ -72,7 +72,7 @@ def audit(
     num_classes
         Outputs of the network; None: as in ``before``.
     num_images
-        In the client's step.
+        In the client's step, as far as known: where the update speaks of more, more are looked for.
     attack
         A key of ``tried``, or "all": one after the other until one explains the update.
     client
@@ -83,8 +83,8 @@ def audit(
 
     Returns
     -------
-    dict of str to Reconstruction
-        What each attack found.
+    Audit
+        The verdict, and what each attack found.
 
     Raises
     ------
@@ -94,39 +94,50 @@ def audit(
     _check_asked(model, image_shape, num_images, attack, client)
     _check_out(Path(out))
     seen, coarse = _read(before, after, model, image_shape, num_classes)
-    optimizer, kin, swapped = _first_look(seen, num_images, coarse)
-    names = _chosen(num_images, kin, optimizer) if attack == "all" else [attack]
+    look = first_look(seen, num_images, coarse)
+    print(*look.sentences, sep="\n")
+    plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options: dict[str, dict[str, Any]] = {
+        "division": {"transmitted": coarse},
         "exact": {"transmitted": coarse},
         "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client_optimizer": client or kin},
+        "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
-    results, ranks = {}, {}
-    for name in names:
+    results: dict[str, Reconstruction] = {}
+    beliefs: dict[str, Belief] = {}
+    notes = []
+    for name, count in plan:
         record = records.ATTACKS[name]
-        print(f"{name} ({record.client}) ...", flush=True)
-        run = partial(record, seen, num_images=num_images, **options.get(name, {}))
+        key = name if name not in results else f"{name}, {count} images"
+        many = f"; {count} images" if count > num_images else ""
+        print(f"{name} ({record.client}{many}) ...", flush=True)
+        run = partial(record, seen, num_images=count, **options.get(name, {}))
         try:
-            with one_thread():  # searches side by side on several threads each slow down tenfold
-                found, agreement = _twice(run, record.seeded)
+            # searches side by side on several threads each slow down tenfold; the fused kernels of
+            # attention have no second derivative
+            with one_thread(), sdpa_kernel(SDPBackend.MATH):
+                found, agreement = twice(run, record)
         except Exception as why:  # whatever a user's network or attack raises
             if attack != "all":
-                raise ValueError(f"attack {name} does not apply: {_sentence(why)}") from None
-            print(f"    does not apply: {_sentence(why)}")
+                raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
+            print(f"    does not apply: {sentence(why)}")
+            notes.append(f"{name} does not apply: {sentence(why)}")
             continue
-        grade = _grade(found, agreement)
-        results[name], ranks[name] = found, (grade, agreement or 0)
-        print(*(f"    {line}" for line in _lines(found, agreement, grade)), sep="\n", flush=True)
-        if grade is Explains.FULLY:
+        results[key], beliefs[key] = found, believe(found, agreement, look)
+        lines = _lines(found, agreement, beliefs[key])
+        print(*(f"    {line}" for line in lines), sep="\n", flush=True)
+        if beliefs[key].grade is Explains.FULLY:
             break
+    all_found = Audit(results=results, beliefs=beliefs, look=look, notes=notes)
     if not results:
         print("no attack applies, which is no proof that nothing leaks")
-        return results
-    best = max(ranks, key=ranks.__getitem__)  # the first of equals
-    _save(results[best].images.float(), out)
+        return all_found
+    best = max(beliefs, key=beliefs.__getitem__)  # the first of equals
+    for line in _save(results[best].images.float(), out):
+        print(line)
     print(f"{out} shows what {best} found")
-    _conclude(ranks[best][0], attack, num_images, swapped)
-    return results
+    _conclude(all_found, beliefs[best], attack, len(results[best].images))
+    return all_found
 
 
 def _check_asked(
@@ -157,14 +168,6 @@ def _check_asked(
         )
 
 
-def _sentence(error: Exception) -> str:
-    """An error in one line; its kind too, where it is none of ours."""
-    line = next(iter(str(error).splitlines()), "")
-    if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:
-        return line
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
 def _check_out(out: Path) -> None:
     """Raise ValueError unless the picture can be written to ``out``, in a known format."""
     from PIL import Image
@@ -191,10 +194,22 @@ def _check_out(out: Path) -> None:
         ) from None
 
 
-def _chosen(num_images: int, kin: str, optimizer: str) -> list[str]:
-    """The attacks that suit what was seen at the first look."""
-    left_out = {"exact_batch" if num_images == 1 else "exact"}
-    if kin != "adam" or optimizer == "several steps":
+def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
+    """The attacks that suit what was seen at the first look, each with the images it looks for:
+    those told, or the more that passed through the first layer; and then as many as a later layer's
+    directions, which may be steps as well.
+    """
+    told = max(num_images, look.images)
+    plan = [(name, told) for name in _suitable(told, look)]
+    if told < look.directions <= MOST_IMAGES:
+        more = [name for name in _suitable(look.directions, look) if name != "unrolled_dlm"]
+        plan += [(name, look.directions) for name in more]
+    return plan
+
+
+def _suitable(num_images: int, look: Look) -> list[str]:
+    left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
+    if look.kin != "adam" or look.optimizer == "several steps":
         left_out.add("interval_dlm")
     return [name for name in tried() if name not in left_out]
 
@@ -258,7 +273,7 @@ def _shapes(model: str, image_shape: Sequence[int], num_classes: int) -> StateDi
     except Exception as why:
         raise ValueError(
             f"model {model!r} cannot be made for image_shape {image_shape} and {num_classes} "
-            f"classes ({_sentence(why)})"
+            f"classes ({sentence(why)})"
         ) from None
 
 
@@ -284,72 +299,11 @@ def _half_precision(weights: StateDict) -> torch.dtype | None:
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)
 
 
-def _first_look(
-    seen: Observation, num_images: int, coarse: torch.dtype | None
-) -> tuple[str, str, bool]:
-    """Print what the update says at once; return the optimizer's name, whose kin it is, and whether
-    the files look swapped.
-    """
-    bias = seen.head.delta_bias
-    # The labels' classes fall in Δ, all others rise.
-    swapped = bool((bias > 0).sum() <= num_images < (bias < 0).sum())
-    if swapped:
-        print("have the two files changed places? the last layer moved away from its labels")
-    try:
-        found = recognise.recognise(seen)
-    except Exception as why:  # whatever a user's network raises
-        print(f"the update cannot be read at a first look: {_sentence(why)}")
-        return "several steps", "sgd", swapped
-    kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
-    if found.optimizer == "several steps":
-        unread = (
-            "one step of which rounding leaves too little"
-            if coarse
-            else "one step whose gradients are too large to read"
-        )
-        more = f" or {unread}" if coarse or kin == "adam" else ""
-        print(f"the update looks like {kin} or its kin: several steps or several images{more}")
-    else:
-        print(
-            f"the update looks like one step of {found.optimizer} on one image, "
-            f"learning rate {found.learning_rate:.3g}"
-        )
-    return found.optimizer, kin, swapped
-
-
-def _twice(run: Callable[..., Reconstruction], seeded: bool) -> tuple[Reconstruction, float | None]:
-    """(the result, PSNR in dB between its images and those of a search from another start; None for
-    exact attacks, and for those that have one start).
-    """
-    found = run()
-    if not isinstance(found.evidence, SearchEvidence):
-        return found, None
-    if found.local_steps is not None:
-        run = partial(run, local_steps=found.local_steps, **CLOSER)
-        found = run()
-    if not seeded:
-        return found, None
-    again = run(seed=1)
-    images, others = (each.images.double().cpu().clamp(0, 1) for each in (found, again))
-    matched = images[metrics.match(images, others)]
-    return found, float(metrics.psnr(matched, others, data_range=1.0, per_image=True).median())
-
-
-def _grade(found: Reconstruction, agreement: float | None) -> Explains:
-    """How much the images explain, and for a search whether nothing else does as well."""
-    if found.evidence.explains is not None:
-        return found.evidence.explains
-    agreed = agreement is not None and agreement >= AGREED
-    if found.evidence.loss <= EXPLAINED and agreed:
-        return Explains.FULLY
-    return Explains.PARTLY if found.evidence.loss <= PARTLY or agreed else Explains.LITTLE
-
-
-def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> Iterator[str]:
+def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> Iterator[str]:
     """What to print of a result."""
     if found.evidence.verdict is not None:  # its loss is the chi2/N that the verdict names
         yield found.evidence.verdict
-        if grade is Explains.LITTLE:
+        if belief.grade is Explains.LITTLE:
             return
     searched = isinstance(found.evidence, SearchEvidence)
     if searched:
@@ -370,6 +324,8 @@ def _lines(found: Reconstruction, agreement: float | None, grade: Explains) -> I
             f"local steps {found.local_steps} (where later ones hardly move the weights, "
             "other numbers explain it as well)"
         )
+    if belief.doubt is not None:
+        yield f"not believed: {belief.doubt}"
 
 
 def _agreed(agreement: float | None) -> str:
@@ -380,9 +336,17 @@ def _agreed(agreement: float | None) -> str:
     return f"a search from another start ends at {which} picture {between}"
 
 
-def _save(images: torch.Tensor, out: str | Path) -> None:
+def _save(images: torch.Tensor, out: str | Path) -> Iterator[str]:
+    """Write the picture; what to say of its range."""
     from torchvision.utils import save_image
 
+    low, high = float(images.min()), float(images.max())
+    if low < -BEYOND or high > 1 + BEYOND:
+        yield (
+            f"its values run from {low:.2g} to {high:.2g}: the client normalised its images, "
+            "perhaps, and the picture is stretched to that range"
+        )
+        images = (images - low) / (high - low)
     if images.shape[1] not in (1, 3):  # a picture each of its channels
         images = images.reshape(-1, 1, *images.shape[2:])
     factor = max(1, SIDE // images.shape[-1])
@@ -391,19 +355,22 @@ def _save(images: torch.Tensor, out: str | Path) -> None:
     )
 
 
-def _conclude(grade: Explains, attack: str, num_images: int, swapped: bool) -> None:
-    if grade is Explains.FULLY:
+def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:
+    if belief.grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
         return
+    if found.leaks:
+        print(f"what stands in the update has leaked: {'; '.join(found.leaks)}")
     print(
         "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. "
         "Each attack is for one kind of client,"
     )
     print(
         f"here with {num_images} image{'s' * (num_images > 1)} in the step "
-        "(--num-images, num_images), and some need an nn.Sequential"
+        "(--num-images, num_images), and some need an nn.Sequential; searches look for pixels in "
+        "[0, 1], so that a client that normalises its images is not reached by them"
     )
-    if swapped:
+    if found.look.swapped:
         print("and the files look as if they had changed places")
     if attack != "all":
         print("others to try, by what the client did:")

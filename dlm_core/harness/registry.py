@@ -18,6 +18,7 @@ from dlm_core.beyond import (  # noqa: F401
     batches,
     clients,
     exact,
+    inputs,
     normalisation,
     protocols,
     signlike,

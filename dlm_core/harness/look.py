@@ -1,0 +1,159 @@
+"""The first look at an update, in milliseconds and before any attack: what it shows without one,
+and what kind of client it may come from.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dlm_core.beyond import inputs, recognise
+from dlm_core.beyond.inputs import LayerInput
+from dlm_core.observation import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What an update says at once.
+
+    Attributes
+    ----------
+    optimizer
+        That ``recognise`` names; "several steps" where one step on one image explains nothing.
+    kin
+        "adam" or "sgd", by the sizes of the weights' moves.
+    learning_rate
+        Of one step, where that was recognised.
+    swapped
+        Whether the two files look as if they had changed places.
+    unmoved
+        Names of the parameters that did not change.
+    layers
+        What the linear layers say.
+    numbers
+        How many weights moved.
+    num_parameters
+        How many tensors the network has.
+    num_classes
+        Its outputs.
+    coarse
+        Whether the weights were rounded to half precision.
+    unread
+        Why the update cannot be read, in a sentence; None where it can.
+    """
+
+    optimizer: str
+    kin: str
+    learning_rate: float
+    swapped: bool
+    unmoved: list[str]
+    layers: list[LayerInput] = field(repr=False)
+    numbers: int
+    num_parameters: int
+    num_classes: int
+    coarse: bool = False
+    unread: str | None = None
+
+    @property
+    def images(self) -> int:
+        """Images in the client's round, at least: the directions in a layer that sees the pixels
+        themselves, whatever steps it took; 1 where there is no such layer.
+        """
+        return max([1, *(each.directions for each in self.layers if each.pixels)])
+
+    @property
+    def directions(self) -> int:
+        """Images times steps, at least: the directions in any linear layer."""
+        return max([1, *(each.directions for each in self.layers)])
+
+    @property
+    def one_input(self) -> bool:
+        """Whether some layer's update can be that of one input alone."""
+        return any(each.alone for each in self.layers)
+
+    @property
+    def sentences(self) -> Iterator[str]:
+        """What to say of it."""
+        if self.swapped:
+            yield "have the two files changed places? the last layer moved away from its labels"
+        if self.unmoved:
+            yield (
+                f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
+                f"nothing: {_some(self.unmoved)}"
+            )
+        yield from filter(None, (each.sentence for each in self.layers))
+        if self.unread is not None:
+            yield f"the update cannot be read at a first look: {self.unread}"
+        elif self.optimizer != "several steps":
+            yield (
+                f"the update looks like one step of {self.optimizer} on one image, "
+                f"learning rate {self.learning_rate:.3g}"
+            )
+        else:
+            unread = (
+                "one step of which rounding leaves too little"
+                if self.coarse
+                else "one step whose gradients are too large to read"
+            )
+            more = f" or {unread}" if self.coarse or self.kin == "adam" else ""
+            several = f"several steps or several images{more}"
+            yield f"the update looks like {self.kin} or its kin: {several}"
+
+
+def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -> Look:
+    """Look at an update.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    num_images
+        In the client's step, as far as known.
+    coarse
+        Half precision to which the weights were rounded, or None.
+
+    Raises
+    ------
+    Exception
+        None: whatever a user's network raises is ``unread``.
+    """
+    bias = seen.head.delta_bias
+    moved = [bool(layer.any()) for layer in seen.delta]
+    about: dict[str, Any] = {
+        # the labels' classes fall in Δ, all others rise
+        "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
+        "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
+        "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
+        "num_parameters": len(moved),
+        "num_classes": seen.num_classes,
+        "coarse": coarse is not None,
+    }
+    try:
+        layers = inputs.layer_inputs(seen, coarse)
+        found = recognise.recognise(seen)
+    except Exception as why:
+        nothing: dict[str, Any] = {
+            "optimizer": "several steps",
+            "kin": "sgd",
+            "learning_rate": float("nan"),
+        }
+        return Look(**about, **nothing, layers=[], unread=sentence(why))
+    kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
+    named = found.optimizer
+    if max([1, *(each.directions for each in layers)]) > 1:
+        named = "several steps"
+    return Look(**about, layers=layers, optimizer=named, kin=kin, learning_rate=found.learning_rate)
+
+
+def sentence(error: Exception) -> str:
+    """An error in one line; its kind too, where it is none of ours."""
+    line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
