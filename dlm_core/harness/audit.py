@@ -7,6 +7,7 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
+import copy
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,11 @@ from torch import nn
 from dlm_core import check, metrics, models, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import recognise
-from dlm_core.harness import registry  # noqa: F401, it fills the tables
+from dlm_core.harness import files, registry  # noqa: F401, the registry fills the tables
 from dlm_core.observation import Observation, Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
-from dlm_core.weights import StateDict, check_fit, check_weights, load_weights, rounded
+from dlm_core.weights import StateDict, rounded
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
 EXPLAINED, PARTLY = 1e-3, 0.1
@@ -48,8 +49,8 @@ def tried() -> dict[str, records.Attack]:
 
 @check.arguments
 def audit(
-    before: str | Path | Mapping[str, Any],
-    after: str | Path | Mapping[str, Any],
+    before: files.Given,
+    after: files.Given,
     *,
     model: str | nn.Module = "lenet",
     image_shape: ImageShape = (3, 32, 32),
@@ -64,7 +65,7 @@ def audit(
     Parameters
     ----------
     before, after
-        W_t and W_{t+1}: files, or state dicts.
+        W_t and W_{t+1}: files, state dicts, or what else ``files.snapshots`` takes.
     model
         A network of your own with these weights' names, or a name of ``models.build``.
     image_shape
@@ -209,40 +210,50 @@ def _read(
     """(Observation, dtype of half precision to which the weights that came back are rounded, or
     None).
     """
-    snapshots = {
-        argument: load_weights(given)
-        if isinstance(given, (str, Path))
-        else check_weights(argument, given)
-        for argument, given in (("before", before), ("after", after))
-    }
+    where = ""
+    expected: Any
     if isinstance(model, str):
-        count = num_classes or _classes_of(model, image_shape, snapshots["before"])
-        where = f" (image_shape is {image_shape}, num_classes {count})"
-        expected = _shapes(model, image_shape, count)
+        where = f" (image_shape is {image_shape}, num_classes {num_classes or 'as in before'})"
+        expected = partial(_shapes_for, model, image_shape, num_classes)
     else:
-        where, expected = "", model.state_dict()
+        expected = model.state_dict(keep_vars=True)  # in which parameters are marked as such
     try:
-        for argument, given in snapshots.items():  # before anything of its size is made of one
-            check_fit(argument, given, expected, dtypes=False)
+        before, after, notes = files.snapshots(before, after, expected)
+    except files.Unfit as why:
+        raise ValueError(f"{why}{where}") from None
+    try:
         if isinstance(model, str):
+            count = num_classes or _classes_of(model, image_shape, before)
             model = models.build(model, image_shape, count)
-        coarse = _half_precision(snapshots["after"])
-        if coarse:
-            print(f"the weights that came back are rounded to {coarse}")
-            snapshots = {
-                argument: {n: w.float() if w.is_floating_point() else w for n, w in each.items()}
-                for argument, each in snapshots.items()
-            }
-        seen = observe(model, snapshots["before"], snapshots["after"], image_shape)
+        names = {name for name, _ in model.named_parameters()}
+        sent = {name: w for name, w in after.items() if name in names}
+        coarse = _half_precision(sent)
+        double = all(w.dtype == torch.float64 for w in sent.values())
+        dtype = torch.float64 if double else torch.float32  # all in one, as networks compute
+        before, after = (
+            {name: w.to(dtype) if w.is_floating_point() else w for name, w in each.items()}
+            for each in (before, after)
+        )
+        seen = observe(copy.deepcopy(model).to(dtype), before, after, image_shape)
     except Unchanged:
         raise
     except ValueError as why:
         raise ValueError(f"{why}{where}") from None
+    if coarse:
+        notes.append(f"the weights that came back are rounded to {coarse}")
+    print(*notes, sep="\n", end="\n" * bool(notes))
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
     return seen, coarse
+
+
+def _shapes_for(
+    model: str, image_shape: Sequence[int], num_classes: int | None, known: Mapping[str, Any]
+) -> StateDict:
+    """The same as ``_shapes``, with the number of classes that ``known`` entries show."""
+    return _shapes(model, image_shape, num_classes or _classes_of(model, image_shape, dict(known)))
 
 
 def _shapes(model: str, image_shape: Sequence[int], num_classes: int) -> StateDict:
