@@ -228,8 +228,9 @@ def _read(
         names = {name for name, _ in model.named_parameters()}
         sent = {name: w for name, w in after.items() if name in names}
         coarse = _half_precision(sent)
-        double = all(w.dtype == torch.float64 for w in sent.values())
-        dtype = torch.float64 if double else torch.float32  # all in one, as networks compute
+        # All in one, as networks compute; float32 held in float64 has the rounding of float32.
+        single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
+        dtype = torch.float32 if single else torch.float64
         before, after = (
             {name: w.to(dtype) if w.is_floating_point() else w for name, w in each.items()}
             for each in (before, after)

@@ -354,10 +354,12 @@ def _by_order(
     names = next((each for each in choices if len(each) == len(given)), None)
     if names is None:
         sizes = sorted({len(each) for each in choices}, reverse=True)
-        fewer = f" ({' or '.join(map(str, sizes[1:]))} without buffers)" if sizes[1:] else ""
+        fewer = (
+            f" ({' or '.join(map(str, sizes[1:]))} where some are left out)" if sizes[1:] else ""
+        )
         raise Unfit(
             f"{argument} is a list of {_count(len(given), 'array')}; "
-            f"the network's state dict has {_count(len(expected), 'entry')}{fewer}"
+            f"the network's state dict has {len(expected)}{fewer}"
         )
     note = f"arrays without names go to {names[0]!r} and so on, in the state dict's order"
     return dict(zip(names, given)), [note]
@@ -475,8 +477,7 @@ def _last(name: str) -> str:
 
 
 def _count(n: int, what: str) -> str:
-    """So many of them: "1 name", "3 entries"."""
-    return f"{n} {what if n == 1 else what[:-1] + 'ies' if what.endswith('y') else what + 's'}"
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _some(names: Iterable[Any]) -> str:
