@@ -95,7 +95,7 @@ def snapshots(
     return first, second, both + alone + [f"after: {note}" for note in more if note not in both]
 
 
-# ---- files
+# --- files
 
 
 def _called(path: str | Path) -> str:
@@ -194,7 +194,7 @@ def _tensors(path: Path) -> Any:
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-# ---- what in them is the network's
+# --- what in them is the network's
 
 
 def _taken(
@@ -365,7 +365,7 @@ def _by_order(
     return dict(zip(names, given)), [note]
 
 
-# ---- what may be absent
+# --- what may be absent
 
 
 def _shared(expected: Network) -> dict[str, str]:
@@ -469,7 +469,7 @@ def _tensor(argument: str, name: str, w: Any, like: torch.Tensor) -> torch.Tenso
     return (w.round() if w.is_floating_point() else w).to(like.dtype)
 
 
-# ---- words
+# --- words
 
 
 def _last(name: str) -> str:

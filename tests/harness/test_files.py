@@ -511,7 +511,7 @@ def test_the_number_of_classes_may_be_read_off_the_snapshots():
         files.snapshots(sent, other, expected)
 
 
-# ---- what the audit says of them
+# --- what the audit says of them
 
 
 @pytest.fixture(scope="module")
