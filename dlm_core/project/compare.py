@@ -29,6 +29,7 @@ class Tolerance(NamedTuple):
 
 # The first that fits; where none does, whole numbers and words are the same, see DEFAULT.
 TOLERANCES = (
+    Tolerance("statement|whose|verdict|criterion|units", 0, "", "what is asked, and the answer"),
     Tolerance(
         "seconds|milliseconds|minutes|ms|s|MiB", math.inf, "", "time and memory are a machine's own"
     ),
@@ -39,7 +40,7 @@ TOLERANCES = (
         "trials",
         "a search that stops beside a threshold may stop on its other side",
     ),
-    Tolerance(r"(low|high)_\d+|interval.*", 3, "trials", "the limits move with their share"),
+    Tolerance(r"(low|high)_\d+|ends of %", 3, "trials", "the limits move with their share"),
     Tolerance(
         r"dB|(\w+_)?psnr(_\w+)?|0\.\d+|bound|worst|lowest|median|grey|leaks|(exact_)?(un)?aware"
         "|as sent|.* repaired",
@@ -191,21 +192,34 @@ def _moved(name: str, one: str, other: str, n: str, identical: bool) -> tuple[fl
     """
     if one == other or (one.lower() in GAPS and other.lower() in GAPS):
         return 0.0, ""
-    if _tolerance(name).amount == math.inf:
+    amount, words = _tolerance(name).amount, NUMBER.split(one)
+    if amount == math.inf:
         return 0.0, ""
-    words = NUMBER.split(one)
-    if words != NUMBER.split(other):
+    if amount == 0 or words != NUMBER.split(other):
         return math.inf, Difference.allowed
-    moves = [(0.0, "")]
+    moves, unit, trials = [(0.0, "")], name, float(n) if n.isdigit() and int(n) else USUAL
     for match, after in zip(NUMBER.finditer(one), NUMBER.findall(other)):
-        before, of, trials = match[0], name, float(n) if n.isdigit() and int(n) else USUAL
-        if unit := UNIT.match(one, match.end()):
-            of = unit[1][:1] if unit[1].startswith("%") else unit[1]
-            trials = {"%": float(unit[2] or USUAL) / 100, "of": 1.0}.get(of, trials)
-        elif "e" in before and any(words):
-            of = "loss"  # a text says orders of magnitude so, "1e-07"
-        moves.append(_number(_tolerance(of), before, after, trials, identical))
+        unit, divided = _unit(name, one, match, unit, trials)
+        moves.append(_number(_tolerance(unit), match[0], after, divided, identical))
     return max(moves)
+
+
+def _unit(
+    name: str, text: str, match: re.Match[str], last: str, trials: float
+) -> tuple[str, float]:
+    """(what a number of a cell is measured in, how many of it are one trial): its unit, or that of
+    the number before, whose interval it ends; else the column's.
+    """
+    if name.startswith("interval"):  # as a claim keeps it, of shares or of dB
+        return ("ends of %", trials) if 0 <= float(match[0]) <= 1 else ("dB", trials)
+    if text[: match.start()].endswith("[") or text[match.end() :].startswith("]"):
+        return ("ends of %", trials / 100) if last in ("%", "ends of %") else (last, trials)
+    if unit := UNIT.match(text, match.end()):
+        if unit[1].startswith("%"):
+            return "%", float(unit[2] or trials) / 100
+        return unit[1], 1.0 if unit[1] == "of" else trials
+    # A text says orders of magnitude so: "1e-07".
+    return "loss" if "e" in match[0] and match[0] != text else name, trials
 
 
 def _number(

@@ -76,7 +76,7 @@ def verify(
     now = Path(out or BUILD / profile / "now").resolve()
     new = [name for name in names if run and reference == ours and not _has(ours, name)]
     known = [name for name in names if name not in new]
-    _comparable("AGAINST", reference, known, profile)
+    _comparable("the reference" if against is None else "AGAINST", reference, known, profile)
     if now in (reference, FIGURES):
         raise ValueError(f"OUT is {str(now)!r}, which is compared with; set OUT to another folder")
     if not run:

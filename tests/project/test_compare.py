@@ -20,8 +20,11 @@ CLAIM = {
     "statement": "It works",
     "whose": "paper",
     "verdict": "holds",
-    "evidence": "90% of 10 at 20 dB, median 41.7 dB; 9 of 10; loss reached 1.0e-09 in 3 s",
+    "criterion": "share of at least 20 %",
+    "evidence": "90% of 10 at 20 dB, median 41.7 dB; 9 of 10; loss reached 1.0e-09 in 3 s; "
+    "DLM+: 90 % [60, 98]; median 41.5 dB [39.1, 43.0] (n = 10 images)",
     "n": 10,
+    "units": "images, 20 networks",
     "interval": [0.6, 0.98],
     "cause": None,
 }
@@ -130,9 +133,17 @@ def test_on_one_machine_there_is_none_but_for_time(folders):
         ({"evidence": CLAIM["evidence"].replace("1.0e-09", "4.0e-09")}, True),
         ({"evidence": CLAIM["evidence"].replace("1.0e-09", "4.0e-08")}, False),
         ({"evidence": CLAIM["evidence"].replace("reached", "found")}, False),
+        ({"evidence": CLAIM["evidence"].replace("[60, 98]", "[40, 90]")}, True),
+        ({"evidence": CLAIM["evidence"].replace("[60, 98]", "[60, 67]")}, False),
+        ({"evidence": CLAIM["evidence"].replace("39.1, 43.0", "38.2, 43.9")}, True),
+        ({"evidence": CLAIM["evidence"].replace("39.1, 43.0", "39.1, 44.1")}, False),
+        ({"evidence": CLAIM["evidence"].replace("n = 10", "n = 11")}, False),
+        ({"criterion": "share of at least 21 %"}, False),
+        ({"units": "images, 21 networks"}, False),
         ({"n": 11}, False),
         ({"interval": [0.4, 0.9]}, True),
         ({"interval": [0.1, 0.9]}, False),
+        ({"interval": ["-inf", 0.98]}, False),
         ({"interval": [0.6, None]}, False),
     ],
 )
@@ -146,10 +157,10 @@ def test_claims_are_compared_field_by_field(folders, changed, within):
 def test_what_is_missing_is_named(folders):
     write(folders[1], TABLE.replace("chi2", "chi3").replace("grey", "gray"))
     assert {"90_it.csv, column chi2", "90_it.csv, column chi3"} < set(said(folders))
-    write(folders[1], "".join(TABLE.splitlines(keepends=True)[:2]), criterion="more than 20 dB")
+    write(folders[1], "".join(TABLE.splitlines(keepends=True)[:2]), kind="new")
     found = said(folders)
     assert {"90_it.csv, number of rows", "90_it.csv, row attack grey"} < set(found)
-    assert "claims.json, column criterion" in found
+    assert "claims.json, column kind" in found
     (folders[1] / "90_it.csv").rename(folders[1] / "90_it_more.csv")
     assert {"90_it.csv", "90_it_more.csv"} <= set(said(folders))
     (folders[1] / "claims.json").unlink()

@@ -82,7 +82,8 @@ finished = len(list(Path(os.environ["DLM_STORE"]).rglob("*.safetensors")))
 table = sweeps.table(plan, sweeps.sweep(plan))
 {more}
 run.table(table[["index", "psnr", "loss"]], "a table")
-run.claim("No trial was finished before", finished == 0, f"{{finished}} trials")
+said = f"{{finished}} trials"
+run.claim("No trial was finished before", finished == 0, said, whose="ours")
 run.finish()
 """
 BREAKS = 'if Path("{flag}").exists(): raise RuntimeError("on purpose")'
