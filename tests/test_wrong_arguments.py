@@ -258,6 +258,9 @@ VALID: dict[str, Callable] = {
         **{"image_shape": (1, 8, 8), "num_images": 1, "num_classes": 10, "client": None},
         "out": f"{tempfile.gettempdir()}/reconstruction.png",
     },
+    "files.snapshots": lambda s: {
+        **{"before": s.sent, "after": s.seen.weights_after, "expected": s.sent}
+    },
     "tables.success": lambda s: {"frame": s.frame, "threshold": 20.0},
     "tables.said": lambda s: {"frame": s.frame, "threshold": 20.0},
     "tables.rms": lambda s: {"tensors": s.update},

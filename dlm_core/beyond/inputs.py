@@ -16,8 +16,8 @@ length. A layer that sees several inputs of one image (patches, tokens) has thei
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +181,12 @@ def division(seen: Observation, *, transmitted: Precision | None = None) -> Reco
         Where no linear layer's update has rank one, or where its input is not the image.
     """
     began = time.perf_counter()
-    found = [each for each in layer_inputs(seen, transmitted) if each.image is not None]
+    return replace(shown(layer_inputs(seen, transmitted)), seconds=time.perf_counter() - began)
+
+
+def shown(layers: Iterable[LayerInput]) -> Reconstruction:
+    """The image that one of these layers shows, the best of them; ValueError where none does."""
+    found = [each for each in layers if each.image is not None]
     if not found:
         raise ValueError(
             "no linear layer that the image passes through has an update of rank one, "
@@ -189,7 +194,7 @@ def division(seen: Observation, *, transmitted: Precision | None = None) -> Reco
         )
     best = min(found, key=lambda each: (not each.alone, each.error))
     assert best.image is not None and best.sentence is not None
-    device = seen.delta[0].device
+    device = best.image.device
     return Reconstruction(
         images=best.image,
         labels=torch.full((1,), -1, device=device),
@@ -203,7 +208,6 @@ def division(seen: Observation, *, transmitted: Precision | None = None) -> Reco
             alone=best.alone,
             said=best.sentence,
         ),
-        seconds=time.perf_counter() - began,
     )
 
 
@@ -458,14 +462,14 @@ class _Traced:
         """dL/dz at the layer's output for each input [N, features], L the usual loss."""
         layer, kept = self.layers[name], {}
 
-        def replace(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        def given_instead(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             return (given.reshape(len(given), *arguments[0].shape[1:]),)
 
         def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
             kept["output"] = output.detach().requires_grad_()
             return kept["output"]
 
-        hooks = [layer.register_forward_pre_hook(replace), layer.register_forward_hook(keep)]
+        hooks = [layer.register_forward_pre_hook(given_instead), layer.register_forward_hook(keep)]
         self.model.eval()
         try:
             with torch.enable_grad(), own_generator(seed=0, device=self.device):

@@ -7,12 +7,13 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
+import copy
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
-from dlm_core.harness import registry  # noqa: F401, it fills the tables
+from dlm_core.beyond import inputs
+from dlm_core.harness import files, registry  # noqa: F401, the registry fills the tables
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
 from dlm_core.harness.look import Look, first_look, sentence
-from dlm_core.observation import Observation, Unchanged, observe
+from dlm_core.observation import Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
-from dlm_core.weights import StateDict, check_fit, check_weights, load_weights, rounded
+from dlm_core.weights import StateDict, rounded
 
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 # Images that are looked for unasked.
@@ -48,8 +50,8 @@ def tried() -> dict[str, records.Attack]:
 
 @check.arguments
 def audit(
-    before: str | Path | Mapping[str, Any],
-    after: str | Path | Mapping[str, Any],
+    before: files.Given,
+    after: files.Given,
     *,
     model: str | nn.Module = "lenet",
     image_shape: ImageShape = (3, 32, 32),
@@ -64,7 +66,7 @@ def audit(
     Parameters
     ----------
     before, after
-        W_t and W_{t+1}: files, or state dicts.
+        W_t and W_{t+1}: files, state dicts, or what else ``files.snapshots`` takes.
     model
         A network of your own with these weights' names, or a name of ``models.build``.
     image_shape
@@ -93,9 +95,19 @@ def audit(
     """
     _check_asked(model, image_shape, num_images, attack, client)
     _check_out(Path(out))
-    seen, coarse = _read(before, after, model, image_shape, num_classes)
-    look = first_look(seen, num_images, coarse)
-    print(*look.sentences, sep="\n")
+    read = _read(before, after, model, image_shape, num_classes)
+    try:
+        seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
+    except Unchanged:
+        raise
+    except ValueError as why:
+        return _without_head(f"{why}{read.where}", read, image_shape, out)
+    if num_classes not in (None, seen.num_classes):
+        raise ValueError(
+            f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
+        )
+    look, coarse = first_look(seen, num_images, read.coarse), read.coarse
+    print(*read.notes, *look.sentences, sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options: dict[str, dict[str, Any]] = {
         "division": {"transmitted": coarse},
@@ -133,11 +145,16 @@ def audit(
         print("no attack applies, which is no proof that nothing leaks")
         return all_found
     best = max(beliefs, key=beliefs.__getitem__)  # the first of equals
-    for line in _save(results[best].images.float(), out):
+    _show(all_found, best, out, attack)
+    return all_found
+
+
+def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
+    """Write the picture, and conclude."""
+    for line in _save(found[best].images.float(), out):
         print(line)
     print(f"{out} shows what {best} found")
-    _conclude(all_found, beliefs[best], attack, len(results[best].images))
-    return all_found
+    _conclude(found, found.beliefs[best], attack, len(found[best].images))
 
 
 def _check_asked(
@@ -214,50 +231,100 @@ def _suitable(num_images: int, look: Look) -> list[str]:
     return [name for name in tried() if name not in left_out]
 
 
+class _Read(NamedTuple):
+    """What was read of two snapshots.
+
+    Attributes
+    ----------
+    network
+        With the weights W_t.
+    after
+        W_{t+1}.
+    coarse
+        Half precision to which these are rounded, or None.
+    where
+        What to add to an error of the network's.
+    notes
+        What was done to the files, in sentences.
+    """
+
+    network: nn.Module
+    after: StateDict
+    coarse: torch.dtype | None
+    where: str
+    notes: list[str]
+
+
 def _read(
     before: Any,
     after: Any,
     model: str | nn.Module,
     image_shape: Sequence[int],
     num_classes: int | None,
-) -> tuple[Observation, torch.dtype | None]:
-    """(Observation, dtype of half precision to which the weights that came back are rounded, or
-    None).
-    """
-    snapshots = {
-        argument: load_weights(given)
-        if isinstance(given, (str, Path))
-        else check_weights(argument, given)
-        for argument, given in (("before", before), ("after", after))
-    }
+) -> _Read:
+    where = ""
+    expected: Any
     if isinstance(model, str):
-        count = num_classes or _classes_of(model, image_shape, snapshots["before"])
-        where = f" (image_shape is {image_shape}, num_classes {count})"
-        expected = _shapes(model, image_shape, count)
+        where = f" (image_shape is {image_shape}, num_classes {num_classes or 'as in before'})"
+        expected = partial(_shapes_for, model, image_shape, num_classes)
     else:
-        where, expected = "", model.state_dict()
+        expected = model.state_dict(keep_vars=True)  # in which parameters are marked as such
     try:
-        for argument, given in snapshots.items():  # before anything of its size is made of one
-            check_fit(argument, given, expected, dtypes=False)
-        if isinstance(model, str):
-            model = models.build(model, image_shape, count)
-        coarse = _half_precision(snapshots["after"])
-        if coarse:
-            print(f"the weights that came back are rounded to {coarse}")
-            snapshots = {
-                argument: {n: w.float() if w.is_floating_point() else w for n, w in each.items()}
-                for argument, each in snapshots.items()
-            }
-        seen = observe(model, snapshots["before"], snapshots["after"], image_shape)
-    except Unchanged:
-        raise
-    except ValueError as why:
+        before, after, notes = files.snapshots(before, after, expected)
+    except files.Unfit as why:
         raise ValueError(f"{why}{where}") from None
-    if num_classes not in (None, seen.num_classes):
-        raise ValueError(
-            f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
+    if isinstance(model, str):
+        model = models.build(
+            model, image_shape, num_classes or _classes_of(model, image_shape, before)
         )
-    return seen, coarse
+    names = {name for name, _ in model.named_parameters()}
+    sent = {name: w for name, w in after.items() if name in names}
+    coarse = _half_precision(sent)
+    # All in one, as networks compute; float32 held in float64 has the rounding of float32.
+    single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
+    dtype = torch.float32 if single else torch.float64
+    before, after = (
+        {name: w.to(dtype) if w.is_floating_point() else w for name, w in each.items()}
+        for each in (before, after)
+    )
+    network = copy.deepcopy(model).to(dtype)
+    network.load_state_dict(before)
+    if coarse:
+        notes.append(f"the weights that came back are rounded to {coarse}")
+    return _Read(network, after, coarse, where, notes)
+
+
+def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:
+    """What the layers of a network show that no Observation takes; ValueError with ``why`` where
+    they show nothing.
+    """
+    try:
+        layers = inputs.read(read.network, read.after, image_shape, read.coarse)
+    except Exception:  # whatever a user's network raises
+        layers = []
+    look = Look(layers=layers, unread=why, num_parameters=len(list(read.network.parameters())))
+    if not look.shown:
+        raise ValueError(why) from None
+    print(*read.notes, *look.sentences, sep="\n")
+    print("no other attack was tried: each needs what the network has not")
+    results: dict[str, Reconstruction] = {}
+    beliefs: dict[str, Belief] = {}
+    try:
+        results["division"] = inputs.shown(layers)
+        beliefs["division"] = believe(results["division"], None, look)
+    except ValueError as none:
+        print(none)
+    found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    if results:
+        _show(found, "division", out, "all")
+    return found
+
+
+def _shapes_for(
+    model: str, image_shape: Sequence[int], num_classes: int | None, known: Mapping[str, Any]
+) -> StateDict:
+    """The same as ``_shapes``, with the number of classes that ``known`` entries show."""
+    return _shapes(model, image_shape, num_classes or _classes_of(model, image_shape, dict(known)))
 
 
 def _shapes(model: str, image_shape: Sequence[int], num_classes: int) -> StateDict:

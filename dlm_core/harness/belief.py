@@ -101,9 +101,8 @@ class Audit(Mapping[str, Reconstruction]):
     @property
     def leaks(self) -> list[str]:
         """What has leaked: layers' inputs that stand in the update, and images that explain it."""
-        found = [each.sentence for each in self.look.layers if each.values is not None]
         named = [name for name, each in self.beliefs.items() if each.grade is Explains.FULLY]
-        return [*filter(None, found), *(f"the images that {name} found" for name in named)]
+        return [*self.look.shown, *(f"the images that {name} found" for name in named)]
 
     @property
     def verdict(self) -> Verdict:

@@ -2,6 +2,7 @@
 and what kind of client it may come from.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,15 +44,15 @@ class Look:
         Why the update cannot be read, in a sentence; None where it can.
     """
 
-    optimizer: str
-    kin: str
-    learning_rate: float
-    swapped: bool
-    unmoved: list[str]
-    layers: list[LayerInput] = field(repr=False)
-    numbers: int
-    num_parameters: int
-    num_classes: int
+    optimizer: str = "several steps"
+    kin: str = "sgd"
+    learning_rate: float = math.nan
+    swapped: bool = False
+    unmoved: list[str] = field(default_factory=list)
+    layers: list[LayerInput] = field(repr=False, default_factory=list)
+    numbers: int = 0
+    num_parameters: int = 0
+    num_classes: int = 0
     coarse: bool = False
     unread: str | None = None
 
@@ -71,6 +72,11 @@ class Look:
     def one_input(self) -> bool:
         """Whether some layer's update can be that of one input alone."""
         return any(each.alone for each in self.layers)
+
+    @property
+    def shown(self) -> list[str]:
+        """The layers' inputs that stand in the update, in sentences."""
+        return [each.sentence or "" for each in self.layers if each.values is not None]
 
     @property
     def sentences(self) -> Iterator[str]:
