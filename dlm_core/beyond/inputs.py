@@ -102,8 +102,8 @@ class LayerInput:
             return None
         of = "images" if self.pixels else "images or steps"
         return (
-            f"the update of layer {self.name!r} has {self.directions} directions: "
-            f"so many inputs or more passed through it, of several {of}"
+            f"the update of layer {self.name!r} has {self.directions} directions: so many inputs "
+            f"or more are in it, of several {of}, or of earlier ones that momentum has kept"
         )
 
     def _shown(self) -> str:

@@ -111,7 +111,7 @@ def audit(
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options: dict[str, dict[str, Any]] = {
         "division": {"transmitted": coarse},
-        "exact": {"transmitted": coarse},
+        "exact": {"transmitted": coarse, "weight_decay": look.optimizer == "sgd with decay"},
         "dlm_plus": {"restarts": 2},
         "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
