@@ -125,10 +125,13 @@ def results():
                     f"![{caption}](../figures/{file})\n\n*{caption}* [PDF](../figures/{pdf})\n\n"
                 )
         for claim in entry["claims"]:
-            whose = {"paper": "the paper", "ours": "ours"}[claim["source"]]
+            named = {"released": "a released experiment's", "abstract": "the abstract's"}
+            whose = named.get(claim["whose"], "ours")
             text += (
                 f"- **{claim['verdict'].capitalize()}** ({whose}): {plain(claim['statement'])}\n"
             )
+            if claim["criterion"]:
+                text += f"  <br>Criterion: {plain(claim['criterion'])}\n"
             text += f"  <br>{plain(claim['evidence'])}"
             text += f" Likely cause: {plain(claim['cause'])}\n" if claim["cause"] else "\n"
     return text

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ import numpy
 from dlm_core import check, data, records
 from dlm_core.harness import figures, settings, tables
 from dlm_core.harness.cells import parameters
+from dlm_core.harness.evidence import Finding, Verdict
 from dlm_core.harness.paths import (
     REPOSITORY,
     home,
@@ -146,7 +148,7 @@ class Report:
         if not notebook or Path(notebook).name != notebook:
             raise ValueError(f"notebook is {notebook!r}; it takes a name without folders")
         self.notebook, self.parameters = notebook, parameters
-        self.claims: list[dict[str, str]] = []
+        self.claims: list[dict[str, Any]] = []
         self.folder = folder()
         self.sentence = ""
 
@@ -217,10 +219,10 @@ class Report:
     def claim(
         self,
         statement: str,
-        holds: bool | numpy.bool_,
-        evidence: str,
+        finding: Finding | bool | numpy.bool_,
+        evidence: str = "",
         *,
-        source: Literal["paper", "ours"] = "paper",
+        whose: Literal["released", "abstract", "ours"],
         cause: str = "",
     ) -> None:
         """Print and keep whether a statement holds.
@@ -229,28 +231,40 @@ class Report:
         ----------
         statement
             In words.
-        holds
-            Whether it does: a bool, and nothing that merely counts as true.
+        finding
+            Of ``harness.evidence``: criterion, numbers and verdict. A bool, whose criterion and n
+            are not kept, is what notebooks 12 to 20 still give.
         evidence
-            The numbers that decide it.
-        source
-            "paper" or "ours": whose statement it is.
+            The numbers that decide a bool; beside a finding, further ones.
+        whose
+            "released": of a released experiment, in its own setting. "abstract": a sentence of the
+            paper's abstract, in a setting of ours. "ours".
         cause
             The likely reason where it does not hold.
         """
-        verdict = "holds" if holds else "does not hold"
-        kept = {
-            "statement": statement,
-            "source": source,
-            "verdict": verdict,
-            "evidence": evidence,
-            "cause": "" if holds else cause,
-        }
-        self.claims.append(kept)
-        print(
-            f"[{verdict}] {statement}\n    {evidence}"
-            + (f"\n    likely cause: {kept['cause']}" if kept["cause"] else "")
+        if not isinstance(finding, Finding):
+            finding = _unmeasured(bool(finding), evidence)
+        elif evidence:
+            finding = dataclasses.replace(finding, evidence=f"{finding.evidence}; {evidence}")
+        cause = cause if finding.verdict is Verdict.FAILS else ""
+        self.claims.append(
+            {
+                "statement": statement,
+                "whose": whose,
+                "verdict": str(finding.verdict),
+                "criterion": finding.criterion,
+                "evidence": finding.evidence,
+                "n": finding.n,
+                "units": finding.units,
+                "interval": finding.interval and [_json(each) for each in finding.interval],
+                "cause": cause,
+            }
         )
+        lines = [f"[{finding.verdict}] {statement}"]
+        lines += [f"criterion: {finding.criterion}"] if finding.criterion else []
+        lines += [finding.evidence]
+        lines += [f"likely cause: {cause}"] if cause else []
+        print("\n    ".join(lines))
 
     @check.arguments
     def setting(self, trials: Iterable[Any], *, n: str | None = None) -> Any:
@@ -301,6 +315,18 @@ class Report:
             for name, content in files.items():
                 write_atomically(self.folder / name, content)
                 manifest[name] = about
+
+
+def _json(number: float) -> float | str:
+    """JSON has no infinity: "-inf" is the PSNR of no picture."""
+    return number if math.isfinite(number) else str(number)
+
+
+def _unmeasured(holds: bool, evidence: str) -> Finding:
+    """The finding of a claim whose criterion is in its notebook's code alone."""
+    verdict = Verdict.HOLDS if holds else Verdict.FAILS
+    nothing: dict[str, Any] = {"criterion": "", "interval": None, "n": None, "units": ""}
+    return Finding(evidence=evidence, verdict=verdict, **nothing)
 
 
 def _drawn(figure: Any, kind: str, notes: Mapping[str, Any]) -> bytes:
@@ -391,7 +417,8 @@ def shared(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    """A row of a table in Markdown, whose cells may have a bar in them."""
+    return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
 
 
 def _claims_page(everything: dict[str, Any]) -> str:
@@ -400,15 +427,14 @@ def _claims_page(everything: dict[str, Any]) -> str:
         lines += [
             f"## {notebook} (profile {entry['profile']})",
             "",
-            _row(["statement", "whose", "verdict", "evidence"]),
-            "|---|---|---|---|",
+            _row(["statement", "whose", "verdict", "criterion", "evidence"]),
+            "|---|---|---|---|---|",
         ]
         for claim in entry["claims"]:
             evidence = claim["evidence"] + (
                 f" Likely cause: {claim['cause']}" if claim["cause"] else ""
             )
-            lines.append(
-                _row([claim["statement"], claim["source"], f"**{claim['verdict']}**", evidence])
-            )
+            verdict, criterion = f"**{claim['verdict']}**", claim["criterion"]
+            lines.append(_row([claim["statement"], claim["whose"], verdict, criterion, evidence]))
         lines.append("")
     return "\n".join(lines)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from dlm_core import check
-from dlm_core.harness import report
+from dlm_core.harness import evidence, report
+from dlm_core.harness.evidence import Verdict
 from dlm_core.harness.interrupts import kept_from_workers
 from dlm_core.harness.paths import REPOSITORY, checkout, writable
 from dlm_core.project import kernel
@@ -209,30 +210,35 @@ def _outcomes(runs: list[Run], profile: str) -> Iterable[tuple[str | None, float
 def results_table(figures: Path | str) -> str:
     """The README's results in Markdown, from ``figures``/claims.json.
 
-    One row per notebook, its title (what it finds) and how many claims hold; then each claim of the
-    paper that does not hold, with the numbers.
+    One row per notebook, its title (what it finds) and how many claims hold, by whose they are;
+    then each claim of a released experiment or of the abstract that does not hold, with the
+    numbers.
     """
+    whose = {"released": "released experiments", "abstract": "the abstract", "ours": "ours"}
     rows = [
-        "| what we find | command | the paper's claims that hold | ours that hold | profile |",
-        "|---|---|---|---|---|",
+        f"| what we find | command | {' | '.join(whose.values())} | profile |",
+        "|---|---|---|---|---|---|",
     ]
-    failed = ["| the paper's claim | on our data | likely cause |", "|---|---|---|"]
+    failed: dict[str, list[str]] = {"released": [], "abstract": []}
     for name, entry in sorted(report.read_json(Path(figures) / "claims.json").items()):
+        claims = entry["claims"]
         link = f"{name[:2]}. [{title(NOTEBOOKS / f'{name}.ipynb')}](notebooks/{name}.ipynb)"
-        counts = " | ".join(_held(entry["claims"], whose) for whose in ("paper", "ours"))
+        counts = " | ".join(evidence.summary(claims, each) for each in whose)
         rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
-        for claim in entry["claims"]:
-            if claim["source"] == "paper" and claim["verdict"] != "holds":
-                failed.append(
-                    f"| {name[:2]}. {claim['statement']} | {claim['evidence']} | {claim['cause']} |"
-                )
-    return "\n".join([*rows, "", "Where the paper does not hold on our data:", "", *failed])
-
-
-def _held(claims: list[dict[str, str]], whose: str) -> str:
-    """ "3 of 4" of the claims that are ``whose``."""
-    verdicts = [claim["verdict"] == "holds" for claim in claims if claim["source"] == whose]
-    return f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "–"
+        for claim in claims:
+            if claim["whose"] in failed and claim["verdict"] == Verdict.FAILS:
+                cells = claim["statement"], claim["evidence"], claim["cause"]
+                failed[claim["whose"]].append(f"| {name[:2]}. {' | '.join(cells)} |")
+    page = ["Claims that hold, of how many, by whose they are:", "", *rows]
+    said = {
+        "released": "What does not hold of the released experiments, each in its own setting:",
+        "abstract": "What does not hold of the abstract, in a setting of ours:",
+    }
+    for each, lines in failed.items():
+        if lines:
+            head = ["| claim | found | likely cause |", "|---|---|---|"]
+            page += ["", said[each], "", *head, *lines]
+    return "\n".join(page)
 
 
 def title(path: Path) -> str:

@@ -220,24 +220,26 @@ def run(tmp_path, monkeypatch):
     "holds", [math.nan, "no", "", None, 1, 0.0, [], [False], numpy.array([True]), torch.ones(1)]
 )
 def test_a_verdict_is_a_bool_and_nothing_that_counts_as_true(run, holds):
-    with pytest.raises(ValueError, match="^holds is .*; it takes True or False"):
-        run.claim("it works", holds, "1 of 1")
+    with pytest.raises(ValueError, match="^finding is .*; it takes .*True or False"):
+        run.claim("it works", holds, "1 of 1", whose="ours")
     assert run.claims == []
 
 
 @pytest.mark.parametrize("holds", [True, numpy.True_, pandas.Series([True]).all()])
 def test_a_bool_may_be_numpy_s(run, holds, capsys):
-    run.claim("it works", holds, "1 of 1", source="ours")
-    run.claim("it fails", not holds, "0 of 1", cause="on purpose")
+    run.claim("it works", holds, "1 of 1", whose="ours")
+    run.claim("it fails", not holds, "0 of 1", whose="released", cause="on purpose")
     assert [claim["verdict"] for claim in run.claims] == ["holds", "does not hold"]
     assert "[holds] it works" in capsys.readouterr().out
     run.finish()
 
 
-@pytest.mark.parametrize("source", ["abstract", "Paper", "", None])
-def test_a_claim_of_an_unknown_source_is_refused(run, source):
-    with pytest.raises(ValueError, match="source is .*; it takes 'paper' or 'ours'"):
-        run.claim("it works", True, "1 of 1", source=source)
+@pytest.mark.parametrize("whose", ["paper", "Ours", "", None])
+def test_a_claim_of_nobody_s_is_refused(run, whose):
+    with pytest.raises(
+        ValueError, match="whose is .*; it takes 'released' or 'abstract' or 'ours'"
+    ):
+        run.claim("it works", True, "1 of 1", whose=whose)
     assert run.claims == []
 
 
@@ -263,7 +265,7 @@ from dlm_core.harness import report
 run = report.Report(sys.argv[1], profile="quick")
 for i in range(40):
     run.table(pandas.DataFrame({"number": range(200), "writer": sys.argv[2]}), sys.argv[2])
-run.claim("it works", True, "40 tables", source="ours")
+run.claim("it works", True, "40 tables", whose="ours")
 run.finish()
 """
 

@@ -43,7 +43,7 @@ plan = [
 table = sweeps.table(plan, sweeps.sweep(plan))
 run.table(table[["index", "psnr", "loss"]], "a table")
 {more}
-run.claim("it runs", True, f"{{len(table)}} trials")
+run.claim("it runs", True, f"{{len(table)}} trials", whose="ours")
 run.finish()
 """
 
@@ -183,24 +183,25 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "91_works.ipynb")
     fails = {
         "statement": "s",
-        "source": "paper",
+        "whose": "released",
         "verdict": "does not hold",
         "evidence": "e",
         "cause": "c",
     }
-    holds = {"statement": "h", "source": "paper", "verdict": "holds", "evidence": "e", "cause": ""}
-    claims = {"91_works": {"profile": "smoke", "claims": [fails, holds]}}
+    holds = {**fails, "statement": "h", "verdict": "holds", "cause": ""}
+    undecided = {**fails, "statement": "u", "verdict": "undecided", "cause": ""}
+    ours = {**fails, "statement": "o", "whose": "ours"}
+    claims = {"91_works": {"profile": "smoke", "claims": [fails, holds, undecided, ours]}}
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n")
     reproduce.fill_readme(tmp_path, readme)
     text = readme.read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    assert (
-        "| 91. [It works](notebooks/91_works.ipynb) | `make figures ONLY=91` | 1 of 2 | – | smoke |"
-        in text
-    )
-    assert "| 91. s | e | c |" in text and "h |" not in text
+    row = "| 91. [It works](notebooks/91_works.ipynb) | `make figures ONLY=91` "
+    assert f"{row}| 1 of 3, 1 undecided | – | 0 of 1 | smoke |" in text
+    assert "| 91. s | e | c |" in text
+    assert not any(f"| 91. {other} |" in text for other in "huo")
 
 
 @pytest.mark.parametrize(

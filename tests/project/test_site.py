@@ -130,7 +130,8 @@ def test_captions_and_claims_stand_in_the_pages_as_they_are_written(tmp_path, mo
     import extension
 
     wild = "a < b & c_1 *d* $e$ `f` [g](h) <script>alert(1)</script> | \\ ![i](j) &lt; {k}"
-    claim = {"statement": wild, "source": "ours", "verdict": "holds", "evidence": wild, "cause": ""}
+    claim = dict.fromkeys(("statement", "criterion", "evidence"), wild)
+    claim |= {"whose": "ours", "verdict": "holds", "cause": ""}
     content = {
         "figures/claims.json": {"91_works": {"profile": "quick", "claims": [claim]}},
         "figures/manifest.json": {"91_works.png": {"notebook": "91_works", "caption": wild}},
@@ -142,5 +143,5 @@ def test_captions_and_claims_stand_in_the_pages_as_they_are_written(tmp_path, mo
     monkeypatch.setattr(extension, "REPOSITORY", tmp_path)
     html = MarkdownIt().render(extension.results().replace("<br>", ""))
     written = escape(wild)
-    assert html.count(written) == 4, "as description, caption, statement and evidence"
+    assert html.count(written) == 5, "as description, caption, statement, criterion, evidence"
     assert f'alt="{written}"' in html and f"<em>{written}</em>" in html

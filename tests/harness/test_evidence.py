@@ -1,0 +1,150 @@
+"""Numbers with intervals, and verdicts that follow from them alone."""
+
+import math
+import random
+
+import numpy
+import pandas
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlm_core.harness import evidence, report
+from dlm_core.harness.evidence import Verdict
+
+PSNRS = st.floats(-20, 200)
+
+
+def frame(psnrs, *, networks=1, dataset="digits"):
+    """A table of trials: each image on so many networks."""
+    rows = [
+        {"dataset": dataset, "index": i // networks, "seed": i % networks, "psnr": value}
+        for i, value in enumerate(psnrs)
+    ]
+    return pandas.DataFrame(rows).assign(model="lenet", num_images=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(PSNRS, min_size=10, max_size=40), st.floats(-20, 200))
+def test_a_verdict_follows_from_the_interval_alone(psnrs, bound):
+    found = evidence.median(frame(psnrs), "DLM+")
+    assert found.low <= found.value <= found.high and found.n == len(psnrs)
+    at_least, below = found.at_least(bound), found.below(bound)
+    expected = (
+        Verdict.HOLDS if found.low >= bound
+        else Verdict.FAILS if found.high < bound
+        else Verdict.UNDECIDED
+    )  # fmt: skip
+    opposite = {Verdict.HOLDS: Verdict.FAILS, Verdict.FAILS: Verdict.HOLDS}
+    assert at_least.verdict is expected
+    assert below.verdict is opposite.get(expected, Verdict.UNDECIDED)
+    assert at_least.interval == (found.low, found.high)
+
+
+def test_intervals_cover_what_they_say():
+    """95 % of intervals hold the truth, whatever the distribution."""
+    draws = random.Random(0)
+    missed = {"median": 0, "share": 0, "mean": 0}
+    for _ in range(400):
+        values = [draws.expovariate(1) for _ in range(20)]
+        median = evidence.middle(values, "x", quantity="median")
+        missed["median"] += not median.low <= math.log(2) <= median.high
+        share = evidence.share(frame([v + 18 for v in values]), "x")  # above 2: e^-2
+        missed["share"] += not share.low <= math.exp(-2) <= share.high
+        mean = evidence.mean([draws.gauss(0, 1) for _ in range(20)], "x", quantity="mean")
+        missed["mean"] += not mean.low <= 0 <= mean.high
+    assert all(0 < count <= 36 for count in missed.values()), missed
+
+
+def test_wilson_s_interval_is_scipy_s():
+    from scipy.stats import binomtest
+
+    for hits, n in ((0, 10), (7, 20), (100, 100)):
+        found = evidence.share(frame([30.0] * hits + [10.0] * (n - hits)), "x")
+        expected = binomtest(hits, n).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_fewer_than_ten_images_decide_nothing_however_many_networks():
+    many = evidence.share(frame([40.0] * 90, networks=10), "DLM+")
+    assert many.n == 9 and many.at_least(0.1).verdict is Verdict.UNDECIDED
+    assert many.units == "images, 10 networks"
+    enough = evidence.share(frame([40.0] * 100, networks=10), "DLM+")
+    assert enough.n == 10 and enough.at_least(0.5).verdict is Verdict.HOLDS
+
+
+def test_a_trial_without_a_picture_is_the_worst():
+    found = evidence.median(frame([math.nan] * 6 + [40.0] * 5), "x")
+    assert found.value == found.low == -math.inf and found.below(20).verdict is Verdict.UNDECIDED
+    assert "no picture" in str(found)
+    assert evidence.share(frame([math.nan] * 5 + [40.0] * 5), "x").value == 0.5
+
+
+def test_differences_are_taken_image_by_image():
+    ours, theirs = frame(numpy.arange(20.0) + 3), frame(numpy.arange(20.0))
+    found = evidence.difference(ours.sample(frac=1, random_state=0), theirs, "ours")
+    assert (found.low, found.value, found.high) == (3, 3, 3)
+    assert found.above(2).verdict is Verdict.HOLDS and found.above(3).verdict is Verdict.FAILS
+    both = evidence.share_difference(ours, ours, "the same")
+    assert both.value == both.low == both.high == 0
+    with pytest.raises(ValueError, match="no image in common"):
+        evidence.difference(ours, frame([1.0], dataset="lfw"), "x")
+
+
+@pytest.mark.parametrize(
+    "verdicts, all_hold, one_holds",
+    [
+        ("HHH", Verdict.HOLDS, Verdict.HOLDS),
+        ("HUH", Verdict.UNDECIDED, Verdict.HOLDS),
+        ("HFU", Verdict.FAILS, Verdict.HOLDS),
+        ("FUF", Verdict.FAILS, Verdict.UNDECIDED),
+        ("FFF", Verdict.FAILS, Verdict.FAILS),
+    ],
+)
+def test_all_and_one_of_several(verdicts, all_hold, one_holds):
+    made = {
+        "H": evidence.median(frame([30.0] * 10), "a").at_least(20),
+        "F": evidence.median(frame([10.0] * 10), "b").at_least(20),
+        "U": evidence.median(frame([10.0, 30.0] * 10), "c").at_least(20),
+    }
+    findings = [made[each] for each in verdicts]
+    joined = evidence.every(findings)
+    assert joined.verdict is all_hold and evidence.some(findings).verdict is one_holds
+    assert joined.n == 10 or joined.n == 20
+    assert joined.criterion == "each: median PSNR at least 20.0 dB"
+    assert all(each.evidence in joined.evidence for each in findings)
+
+
+def test_what_is_computed_has_no_n_and_is_decided():
+    found = evidence.computed(9.0, "DP-SGD", quantity="epsilon").at_most(10)
+    assert found.verdict is Verdict.HOLDS and found.n is None and found.interval == (9.0, 9.0)
+
+
+def test_gaps_and_empty_tables_are_refused():
+    with pytest.raises(ValueError, match="frame is empty"):
+        evidence.share(frame([1.0]).iloc[:0], "x")
+    with pytest.raises(ValueError, match="'k' has gaps"):
+        evidence.median(frame([1.0]).assign(k=math.nan), "x", column="k")
+    with pytest.raises(ValueError, match="values has gaps"):
+        evidence.mean([1.0, math.nan], "x", quantity="q")
+    with pytest.raises(ValueError, match="findings is empty"):
+        evidence.every([])
+    with pytest.raises(TypeError, match="undecided"):
+        bool(evidence.computed(1.0, "x", quantity="q").at_least(0))
+
+
+def test_a_claim_keeps_its_criterion_n_interval_and_verdict(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DLM_FIGURES", str(tmp_path))
+    run = report.Report("91_works", profile="quick")
+    found = evidence.median(frame([math.nan] + [30.0 + i for i in range(9)]), "DLM+ | x")
+    run.claim("It works", found.at_least(20), "more", whose="released")
+    run.claim("It fails", found.at_least(90), whose="ours", cause="on purpose")
+    run.finish()
+    holds, fails = report.read_json(tmp_path / "claims.json")["91_works"]["claims"]
+    assert holds["verdict"] == "holds" and holds["criterion"] == "median PSNR at least 20.0 dB"
+    assert holds["n"] == 10 and holds["units"] == "images, 1 network"
+    assert holds["interval"] == [30.0, 37.0] and holds["evidence"].endswith("; more")
+    assert holds["cause"] == "" and fails["cause"] == "on purpose"
+    assert "criterion: median PSNR at least 20.0 dB" in capsys.readouterr().out
+    page = (tmp_path / "claims.md").read_text()
+    assert r"DLM+ \| x" in page  # a bar in a cell would break the table
