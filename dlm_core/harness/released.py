@@ -132,6 +132,7 @@ def _searches(lenet: int, mlp: int, adam: str = "adam") -> dict[str, Search]:
     return {"lenet": Search("released_lbfgs", lenet), "mlp": Search(adam, mlp)}
 
 
+# What the parts of dlm_defense share.
 DEFENDED = Script(
     attack="dlm_plus",
     labels="optimised",
