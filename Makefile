@@ -3,15 +3,17 @@ PYTHON ?= python3
 PROFILE ?= quick
 SET ?= paper
 # What a user may set reaches the commands through the shell's environment, whatever quotes and spaces are in it.
-export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER
+export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST
 RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 
-.PHONY: help figures test site assignment assignment-check lab bench env clean
+.PHONY: help figures verify test site assignment assignment-check lab bench env clean
 
 help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
 	@echo '                                                       PARAMETER="seeds=100 images=50" (instead of the profile’s)'
+	@echo 'make verify    runs them once more and compares every number and verdict; PROFILE, SET, ONLY, JOBS and OUT as above'
+	@echo '                                                       AGAINST=folder (of figures, instead of figures/ for paper)'
 	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
 	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
@@ -25,6 +27,10 @@ figures: env
 	@$(RUN) figures --profile "$$PROFILE" --set "$$SET" $(if $(ONLY),--only "$$ONLY") \
 	  $(if $(PARAMETER),--parameter "$$PARAMETER") $(if $(JOBS),--jobs "$$JOBS") \
 	  $(if $(OUT),--out "$$OUT") $(if $(SCHEDULER),--scheduler "$$SCHEDULER")
+
+verify: env
+	@$(RUN) verify --profile "$$PROFILE" --set "$$SET" $(if $(ONLY),--only "$$ONLY") $(if $(JOBS),--jobs "$$JOBS") \
+	  $(if $(OUT),--out "$$OUT") $(if $(AGAINST),--against "$$AGAINST")
 
 test site assignment assignment-check lab bench: env
 	@$(RUN) $@

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # It would print what the notebook's interrupted kernel was at.
         logging.getLogger("asyncio").disabled = True
         kept = "; finished trials are kept, the same command goes on from here"
-        said = kept if act in (commands.figures, commands.test) else ""
+        said = kept if act in (commands.figures, commands.verify, commands.test) else ""
         print(f"\ninterrupted{said}", file=sys.stderr)
         return 130
 
@@ -98,14 +98,7 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     figures = command(
         "figures", commands.figures, "run the notebooks: every figure and table, into figures/"
     )
-    figures.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
-    figures.add_argument("--only", help="one notebook, by name or number; several with commas")
-    figures.add_argument(
-        "--set",
-        default="paper",
-        dest="chosen_set",
-        help="paper (00 to 11, default), beyond, or all",
-    )
+    _which_notebooks(figures)
     figures.add_argument(
         "--parameter",
         action="append",
@@ -114,7 +107,6 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="'NAME=VALUE …'",
         help="instead of the profile's, of the same type; several with spaces between them",
     )
-    figures.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
     figures.add_argument("--out", help="folder for figures and tables (default: figures/)")
     figures.add_argument(
         "--scheduler", help="tcp:// address of a Dask scheduler to run the trials on"
@@ -123,6 +115,24 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--in-place",
         action="store_true",
         help="also replace the notebooks by their executed versions",
+    )
+    verify = command(
+        "verify",
+        commands.verify,
+        "run notebooks once more, without stored trials, and compare every number and verdict",
+    )
+    _which_notebooks(verify)
+    verify.add_argument(
+        "--against",
+        help="folder of figures to compare with (default: figures/ for paper; for the others, "
+        "what the first verification found)",
+    )
+    verify.add_argument("--out", help="folder of the run (default: build/verify/PROFILE/now)")
+    verify.add_argument(
+        "--no-run",
+        action="store_false",
+        dest="run",
+        help="compare what lies in --out already",
     )
     test = command(
         "test",
@@ -133,6 +143,18 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)"
     )
     command("lab", commands.lab, "start JupyterLab in the project's environment")
+
+
+def _which_notebooks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", default="quick", help="smoke (CI), quick (default) or paper")
+    parser.add_argument("--only", help="one notebook, by name or number; several with commas")
+    parser.add_argument(
+        "--set",
+        default="paper",
+        dest="chosen_set",
+        help="paper (00 to 11, default), beyond, or all",
+    )
+    parser.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
 
 
 def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

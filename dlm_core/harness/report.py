@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy
 
 from dlm_core import check, data, records
-from dlm_core.harness import figures, settings, tables
+from dlm_core.harness import figures, machine, settings, tables
 from dlm_core.harness.cells import parameters
 from dlm_core.harness.evidence import Finding, Verdict
 from dlm_core.harness.paths import (
@@ -301,6 +301,7 @@ class Report:
                 **{name: metadata.version(name) for name in PACKAGES},
             },
             "machine": platform.machine(),
+            **machine.description(),
         }
 
     def _stem(self, suffix: str) -> str:

@@ -49,6 +49,31 @@ def figures(
     return 1 if failed else 0
 
 
+def verify(
+    profile: str,
+    only: str | None,
+    chosen_set: str,
+    jobs: int | None,
+    against: str | None,
+    out: str | None,
+    run: bool,
+) -> int:
+    """Run notebooks once more and compare; 1 where a result differs or a notebook failed."""
+    checkout("verify")
+    from dlm_core.project import verify
+
+    passed = verify.verify(
+        profile,
+        only=only,
+        chosen_set=chosen_set,
+        jobs=jobs,
+        against=against,
+        out=out,
+        run=run,
+    )
+    return 0 if passed else 1
+
+
 def test(pytest: Sequence[str]) -> int:
     """Run pytest with these arguments; without any, the whole of what CI runs."""
     repository = checkout("test")

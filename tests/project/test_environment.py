@@ -16,7 +16,7 @@ import yaml
 from dlm_core.project import environment
 
 REPOSITORY = Path(__file__).parents[2]
-TARGETS = ["figures", "test", "site", "assignment", "assignment-check", "lab", "bench"]
+TARGETS = ["figures", "verify", "test", "site", "assignment", "assignment-check", "lab", "bench"]
 
 
 def pins(path):
@@ -132,6 +132,17 @@ def test_make_hands_on_what_it_is_given_whatever_is_in_it(elsewhere):
     names = {"--only": "ONLY", "--parameter": "PARAMETER", "--out": "OUT", "--profile": "PROFILE"}
     names |= {"--set": "SET", "--jobs": "JOBS", "--scheduler": "SCHEDULER"}
     assert options == {option: given[name] for option, name in names.items()}
+
+
+def test_make_hands_on_what_a_verification_is_given(elsewhere):
+    given = {"ONLY": "03", "OUT": 'a "folder"', "PROFILE": "smoke", "SET": "all", "JOBS": "3"}
+    given |= {"AGAINST": "folder of another's"}
+    done = make(elsewhere, "verify", *(f"{name}={value}" for name, value in given.items()))
+    assert done.returncode == 0, done.stderr
+    called = json.loads((elsewhere / "called").read_text())
+    assert called[2] == "verify"
+    options = dict(zip(called[3::2], called[4::2], strict=True))
+    assert options == {f"--{name.lower()}": value for name, value in given.items()}
 
 
 def test_help_env_and_clean_work_there_too(elsewhere):

@@ -355,7 +355,7 @@ def test_an_unreachable_scheduler_is_said_first(environment, tmp_path):
 
 
 def test_every_command_has_help(environment):
-    for name in ("env", "figures", "test", "lab", "bench", "clean", "attack"):
+    for name in ("env", "figures", "verify", "test", "lab", "bench", "clean", "attack"):
         done = command(name, "--help", environment=environment)
         assert done.returncode == 0 and f"dlm_core {name}" in done.stdout
 
@@ -419,5 +419,5 @@ def test_make_alone_prints_what_there_is():
     ).stdout
     assert all(
         f"make {target}" in printed
-        for target in ("figures", "test", "lab", "bench", "clean", "env")
+        for target in ("figures", "verify", "test", "lab", "bench", "clean", "env")
     )
