@@ -119,6 +119,7 @@ VALID: dict[str, Callable] = {
         **{"coordinates": dlm_core.coordinates.cosines, "optimizer": dlm_core.optimizers.lbfgs},
     ),
     "attacks.dlg": lambda s: search(s, learning_rate=0.05),
+    "attacks.dlg_factor": lambda s: search(s, learning_rate=0.05, k0=1.0),
     "attacks.idlg": lambda s: {"seen": s.seen, "learning_rate": 0.05, **s.search},
     "attacks.inverting_gradients": lambda s: search(s, total_variation=0.0),
     "attacks.dlm": lambda s: search(s, k0=20.0),
@@ -268,6 +269,12 @@ VALID: dict[str, Callable] = {
     "tables.listed": lambda s: {"texts": ["a", "b"], "separator": ", "},
     "tables.spread": lambda s: {"values": s.frame.psnr, "unit": "dB"},
     "sweeps.summarise": lambda s: {"frame": s.frame, "by": ["name"]},
+    "released.trials": lambda s: {
+        **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},
+        **{"iterations": 1, "keep_every": 1},
+    },
+    "released.script_of": lambda s: {"trial": s.trial},
+    "released.search": lambda s: {"trial": s.trial},
     "settings.sentence": lambda s: {"trials": [s.trial], "n": "3 images"},
     "sweeps.sweep": lambda s: {"trials": [s.trial], "jobs": 1, "store": None},
     "trials.Client": lambda s: {

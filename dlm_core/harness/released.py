@@ -23,8 +23,10 @@ GRADIENT = Client(learning_rate=1.0, dtype="float64")
 # Evaluations in one step of an optimizer, at most; one where not said.
 EVALUATIONS = {"released_lbfgs": 25}
 AUTHORS_IG = "IG, its authors'"
+OWN = ("network", "n", "source", "iterations", "keep_every")  # options of all scripts' trials
 # What ``search`` says of a trial.
-AS_RELEASED, AUTHORS, SHORTENED = "as released", "its authors'", "shortened"
+AS_RELEASED, ALIKE, AUTHORS = "as released", "released search", "its authors'"
+SHORTENED = "shortened"
 
 
 class Search(NamedTuple):
@@ -130,6 +132,7 @@ def _searches(lenet: int, mlp: int, adam: str = "adam") -> dict[str, Search]:
     return {"lenet": Search("released_lbfgs", lenet), "mlp": Search(adam, mlp)}
 
 
+# What the parts of dlm_defense share.
 DEFENDED = Script(
     attack="dlm_plus",
     labels="optimised",
@@ -261,7 +264,7 @@ def trials(
     its = SCRIPTS[script]
     check.one_of(f"network of {script}", network, its.searches)
     for name in varied:
-        check.one_of(f"what {script} varies", name, its.varied)
+        check.one_of(f"option of {script}", name, [*its.varied, *OWN])
     begins = its.images
     if data.served(DATASET, source) == "bundled":
         begins = range(0, data.size(DATASET, "bundled"), its.num_images)
@@ -300,21 +303,24 @@ def search(trial: Trial) -> str:
     str
         "as released" for a trial of a released script with one of its values; "its authors'" for
         IG as its authors run it; ", shortened" follows either where it has another number of
-        iterations. "released search" where label, client or values are others; "signed Adam" for
-        IG's optimizer in another setting; "our search"; "none" of an attack that does not search.
+        iterations. "released search" for the released optimizers over a whole budget where label,
+        client or values are others; "signed Adam" for IG's in another setting; "our search";
+        "none" of an attack that does not search.
     """
     if "max_evaluations" not in records.ATTACKS[trial.attack].options:
         return "none"
-    options = trial.attack_options
-    if not options.get("whole_budget"):
-        signed = "signed_adam" if trial.attack == "inverting_gradients" else None
-        return "signed Adam" if options.get("optimizer", signed) == "signed_adam" else "our search"
     found = _known().get(_plainly(trial))
-    if found is None:
-        return "released search"
-    script, budget = found
-    name = AUTHORS if script == AUTHORS_IG else AS_RELEASED
-    return name if _budget(trial) == budget else f"{name}, {SHORTENED}"
+    if found is not None:
+        script, budget = found
+        name = AUTHORS if script == AUTHORS_IG else AS_RELEASED
+        return name if _budget(trial) == budget else f"{name}, {SHORTENED}"
+    its_own = "signed_adam" if trial.attack == "inverting_gradients" else "lbfgs"
+    optimizer = trial.attack_options.get("optimizer", its_own)
+    if optimizer == "signed_adam":
+        return "signed Adam"
+    released = {each.optimizer for script in SCRIPTS.values() for each in script.searches.values()}
+    whole = trial.attack_options.get("whole_budget", False)
+    return ALIKE if whole and optimizer in released else "our search"
 
 
 def _budget(trial: Trial) -> tuple[Any, ...]:

@@ -4,12 +4,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from dlm_core import check, data, records
+from dlm_core.harness import released
 from dlm_core.harness.trials import Trial
 
 INITS = {"paper": "the paper's weights", "default": "PyTorch's initial weights"}
 # Options that make a search another than ours.
 SEARCH = ("optimizer", "coordinates", "dtype")
 BASELINES = ("grey", "noise")
+# What ``released.search`` says of searches that others published, in a sentence.
+WHOLE = {
+    released.AS_RELEASED: "the released search",
+    released.ALIKE: "the released search",
+    released.AUTHORS: "IG's authors' search",
+}
 
 
 @check.arguments
@@ -104,9 +111,11 @@ def _search(trials: list[Trial]) -> str:
     searches = [t for t in trials if t.attack in searching]
     others = [records.ATTACKS[t.attack].title for t in trials if t.attack not in searching]
     ours = [t for t in searches if not set(SEARCH) & t.attack_options.keys()]
-    texts = ["our search"] if ours else []
-    if len(ours) < len(searches):
-        texts.append(f"{'others' if ours else 'searches'} that the tables name")
+    ways = [released.search(t).partition(", ") for t in searches]
+    whole = [f"{WHOLE[w]} ({cut})" if cut else WHOLE[w] for w, _, cut in ways if w in WHOLE]
+    texts = [*(["our search"] if ours else []), *whole]
+    if len(ours) + len(whole) < len(searches):
+        texts.append(f"{'others' if texts else 'searches'} that the tables name")
     # "exact, batch" and "exact, aware" are one kind
     kinds = (title.split(",")[0] for title in others)
     texts += ["exact recovery" if kind == "exact" else kind for kind in kinds]
