@@ -60,6 +60,7 @@ def scene():
         wide=images.repeat(1, 1, 4, 4),
         model=model,
         seen=seen,
+        of_one=federated.train_locally(wide, images[:1], labels[:1], **step),
         of_mlp=federated.train_locally(wide, images, labels, **step),
         of_norm=federated.train_locally(norm, large, classes, **step),
         sent=model.state_dict(),
@@ -76,6 +77,7 @@ def scene():
         trial=Trial("grey", dataset="digits"),
         training=options.federation("digits", num_rounds=1),
         frame=pandas.DataFrame({"name": ["a", "b"], "psnr": [10.0, 30.0]}),
+        judged=pandas.DataFrame({"dataset": "digits", "index": [0, 1], "psnr": [10.0, 30.0]}),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
     )
 
@@ -110,8 +112,11 @@ VALID: dict[str, Callable] = {
     },
     "federated.average": lambda s: {"snapshots": [s.sent, s.sent], "sizes": [1, 2]},
     "federated.rounds": lambda s: protocol(s, num_rounds=1),
-    "search.StopRule": lambda s: {"max_evaluations": 2, "tolerance": 0.1, "patience": 5},
-    "search.Trained": lambda s: {"start": 1.0},
+    "search.StopRule": lambda s: {
+        **{"max_evaluations": 2, "tolerance": 0.1, "patience": 5},
+        **{"max_iterations": 1, "whole_budget": True},
+    },
+    "search.Trained": lambda s: {"start": 1.0, "relative": True},
     "search.reconstruct": lambda s: search(
         s,
         **{"distance": dlm_core.objectives.normalised_distance, "scale": 1.0, "keep_every": 1},
@@ -269,6 +274,19 @@ VALID: dict[str, Callable] = {
     "tables.listed": lambda s: {"texts": ["a", "b"], "separator": ", "},
     "tables.spread": lambda s: {"values": s.frame.psnr, "unit": "dB"},
     "sweeps.summarise": lambda s: {"frame": s.frame, "by": ["name"]},
+    "evidence.share": lambda s: {"frame": s.judged, "label": "x", "at": 20.0},
+    "evidence.median": lambda s: {"frame": s.judged, "label": "x", "column": "psnr"},
+    "evidence.difference": lambda s: {
+        **{"first": s.judged, "second": s.judged, "label": "x", "column": "psnr"}
+    },
+    "evidence.share_difference": lambda s: {
+        **{"first": s.judged, "second": s.judged, "label": "x", "at": 20.0}
+    },
+    "evidence.middle": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
+    "evidence.mean": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
+    "evidence.computed": lambda s: {"value": 1.0, "label": "x", "quantity": "q"},
+    "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
+    "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "released.trials": lambda s: {
         **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},
         **{"iterations": 1, "keep_every": 1},
@@ -297,6 +315,9 @@ OF_ANY_VALUE = {
     *(("tables.where", "name"), ("tables.listed", "separator"), ("sweeps.sweep", "store")),
     *(("tables.spread", "unit"), ("tables.spread", "values")),
     *(("tables.brief", "values"), ("settings.sentence", "n"), ("settings.sentence", "trials")),
+    *((f"evidence.{each}", "label") for each in ("share", "median", "difference", "computed")),
+    *((f"evidence.{each}", "label") for each in ("share_difference", "middle", "mean")),
+    *((f"evidence.{each}", "quantity") for each in ("middle", "mean", "computed")),
 }
 
 

@@ -296,6 +296,8 @@ def mean(
 def computed(value: float, label: str, *, quantity: str, unit: str = "") -> Measured:
     """A number that is computed and not sampled: it has no n, and its interval is itself."""
     value = float(value)
+    if math.isnan(value):
+        raise ValueError("value is nan; it takes a number")
     return Measured(label=label, quantity=quantity, value=value, low=value, high=value, unit=unit)
 
 
@@ -337,7 +339,10 @@ def _joined(findings: list[Finding], all_: Verdict, one: Verdict, word: str) -> 
 
 
 def _column(frame: Any, name: str) -> Any:
-    values = tables.psnrs(frame) if name == "psnr" else frame[name].astype(float)
+    if name == "psnr":
+        return tables.psnrs(frame)
+    check.one_of("column", name, frame.columns)
+    values = frame[name].astype(float)
     if values.isna().any():
         raise ValueError(f"column {name!r} has gaps; fill them with what they count as")
     return values
