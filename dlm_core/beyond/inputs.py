@@ -157,6 +157,7 @@ class Ratio(Evidence):
     several=False,
     seeded=False,
     audited=-1,
+    scene={"network": "mlp"},
 )
 @check.arguments
 def division(seen: Observation, *, transmitted: Precision | None = None) -> Reconstruction:

@@ -10,7 +10,7 @@ weights, others explain the update nearly as well.
 import copy
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -115,38 +115,54 @@ def audit(
         "dlm_plus": {"restarts": 2},
         "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
-    results: dict[str, Reconstruction] = {}
-    beliefs: dict[str, Belief] = {}
-    notes = []
-    for name, count in plan:
+    runs = [
+        (
+            name,
+            count,
+            partial(records.ATTACKS[name], seen, num_images=count, **options.get(name, {})),
+        )
+        for name, count in plan
+    ]
+    found = _tried_in_turn(runs, look, num_images, only=attack != "all")
+    if not found:
+        print("no attack applies, which is no proof that nothing leaks")
+        return found
+    best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
+    _show(found, best, out, attack)
+    return found
+
+
+Run = tuple[str, int, Callable[..., Reconstruction]]  # an attack, how many images, what runs it
+
+
+def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) -> Audit:
+    """What attacks find, one after the other until one explains the update; ValueError where the
+    ``only`` one does not apply.
+    """
+    found = Audit(results={}, beliefs={}, look=look, notes=[])
+    for name, count, run in runs:
         record = records.ATTACKS[name]
-        key = name if name not in results else f"{name}, {count} images"
-        many = f"; {count} images" if count > num_images else ""
+        key = name if name not in found else f"{name}, {count} images"
+        many = f"; {count} images" if count > told else ""
         print(f"{name} ({record.client}{many}) ...", flush=True)
-        run = partial(record, seen, num_images=count, **options.get(name, {}))
         try:
             # searches side by side on several threads each slow down tenfold; the fused kernels of
             # attention have no second derivative
             with one_thread(), sdpa_kernel(SDPBackend.MATH):
-                found, agreement = twice(run, record)
+                result, agreement = twice(run, record)
         except Exception as why:  # whatever a user's network or attack raises
-            if attack != "all":
+            if only:
                 raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
             print(f"    does not apply: {sentence(why)}")
-            notes.append(f"{name} does not apply: {sentence(why)}")
+            found.notes.append(f"{name} does not apply: {sentence(why)}")
             continue
-        results[key], beliefs[key] = found, believe(found, agreement, look)
-        lines = _lines(found, agreement, beliefs[key])
+        belief = believe(result, agreement, look)
+        found.results[key], found.beliefs[key] = result, belief
+        lines = _lines(result, agreement, belief)
         print(*(f"    {line}" for line in lines), sep="\n", flush=True)
-        if beliefs[key].grade is Explains.FULLY:
+        if belief.grade is Explains.FULLY:
             break
-    all_found = Audit(results=results, beliefs=beliefs, look=look, notes=notes)
-    if not results:
-        print("no attack applies, which is no proof that nothing leaks")
-        return all_found
-    best = max(beliefs, key=beliefs.__getitem__)  # the first of equals
-    _show(all_found, best, out, attack)
-    return all_found
+    return found
 
 
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
