@@ -10,7 +10,7 @@ is one number. So intervals say what other images would give.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -239,7 +239,9 @@ def share_difference(
     pairs, units = _pairs(first, second, hits, numpy.mean)
     gained = [ours - theirs for ours, theirs in pairs]
     quantity = f"difference in the share at {at:g} dB"
-    return mean(gained, label, quantity=quantity, unit="%", units=units)
+    found = mean(gained, label, quantity=quantity, unit="%", units=units)
+    # Student's interval knows no bounds, and shares have some.
+    return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
 @check.arguments

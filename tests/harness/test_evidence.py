@@ -87,6 +87,8 @@ def test_differences_are_taken_image_by_image():
     assert found.above(2).verdict is Verdict.HOLDS and found.above(3).verdict is Verdict.FAILS
     both = evidence.share_difference(ours, ours, "the same")
     assert both.value == both.low == both.high == 0
+    most = evidence.share_difference(frame([30.0] * 9 + [0.0]), frame([0.0] * 10), "most")
+    assert most.value == pytest.approx(0.9) and most.high == 1.0 and 0.6 < most.low < 0.9
     with pytest.raises(ValueError, match="no image in common"):
         evidence.difference(ours, frame([1.0], dataset="lfw"), "x")
 
