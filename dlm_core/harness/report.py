@@ -208,8 +208,8 @@ class Report:
             shown[column] = [
                 "" if value != value else f"{value:.{digits}f}" for value in shown[column]
             ]
-        rule, rows = _row(["---"] * shown.shape[1]), map(_row, shown.itertuples(index=False))
-        page = [caption, "", _row(shown.columns), rule, *rows, ""]
+        rule, rows = row(["---"] * shown.shape[1]), map(row, shown.itertuples(index=False))
+        page = [caption, "", row(shown.columns), rule, *rows, ""]
         as_csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         self._keep({f"{stem}.csv": as_csv, f"{stem}.md": "\n".join(page)}, caption)
         # The same id each time.
@@ -417,7 +417,7 @@ def shared(path: Path) -> Iterator[dict[str, Any]]:
         )
 
 
-def _row(cells: Iterable[Any]) -> str:
+def row(cells: Iterable[Any]) -> str:
     """A row of a table in Markdown, whose cells may have a bar in them."""
     return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
 
@@ -428,7 +428,7 @@ def _claims_page(everything: dict[str, Any]) -> str:
         lines += [
             f"## {notebook} (profile {entry['profile']})",
             "",
-            _row(["statement", "whose", "verdict", "criterion", "evidence"]),
+            row(["statement", "whose", "verdict", "criterion", "evidence"]),
             "|---|---|---|---|---|",
         ]
         for claim in entry["claims"]:
@@ -436,6 +436,6 @@ def _claims_page(everything: dict[str, Any]) -> str:
                 f" Likely cause: {claim['cause']}" if claim["cause"] else ""
             )
             verdict, criterion = f"**{claim['verdict']}**", claim["criterion"]
-            lines.append(_row([claim["statement"], claim["whose"], verdict, criterion, evidence]))
+            lines.append(row([claim["statement"], claim["whose"], verdict, criterion, evidence]))
         lines.append("")
     return "\n".join(lines)

@@ -227,8 +227,9 @@ def results_table(figures: Path | str) -> str:
         rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
         for claim in claims:
             if claim["whose"] in failed and claim["verdict"] == Verdict.FAILS:
-                cells = claim["statement"], claim["evidence"], claim["cause"]
-                failed[claim["whose"]].append(f"| {name[:2]}. {' | '.join(cells)} |")
+                statement = f"{name[:2]}. {claim['statement']}"
+                cells = statement, claim["evidence"], claim["cause"]
+                failed[claim["whose"]].append(report.row(cells))
     page = ["Claims that hold, of how many, by whose they are:", "", *rows]
     said = {
         "released": "What does not hold of the released experiments, each in its own setting:",
