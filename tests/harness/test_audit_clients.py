@@ -1,6 +1,7 @@
 """Clients as people have them: what leaks is not called hidden, and no blend is called a leak."""
 
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -182,3 +183,32 @@ def test_pixels_outside_0_to_1_are_said_and_the_picture_stretched(tmp_path, caps
         "the client normalised its images, perhaps, and the picture is stretched"
         in capsys.readouterr().out
     )
+
+
+def kept():
+    model = network(*MLP)
+    model.kept = model(IMAGES[:1])  # with its graph, which deepcopy refuses
+    return model
+
+
+def locked():
+    model = network(*MLP)
+    model.lock = threading.Lock()
+    return model
+
+
+@pytest.mark.parametrize("make", [kept, locked])
+def test_a_network_that_cannot_be_copied_is_said_in_one_sentence(make, tmp_path):
+    model = make()
+    sent = model.state_dict(), {name: w + 0.1 for name, w in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the model \(Sequential\) cannot be copied") as error:
+        asked(model, sent, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_lazy_layers_are_to_be_called_once(tmp_path):
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    called = network(linear(64, 10))
+    sent = snapshots(called, IMAGES[:1], LABELS[:1])
+    with pytest.raises(ValueError, match="call it once on an image"):
+        asked(lazy, sent, tmp_path)
