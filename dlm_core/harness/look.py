@@ -61,7 +61,7 @@ class Look:
         """Images in the client's round, at least: the directions in a layer that sees the pixels
         themselves, whatever steps it took; 1 where there is no such layer.
         """
-        return max([1, *(each.directions for each in self.layers if each.pixels)])
+        return max([1, *(each.directions for each in self.layers if each.pixels and each.fixed)])
 
     @property
     def directions(self) -> int:

@@ -131,6 +131,12 @@ def test_two_classes_leave_the_mean_of_a_batch(tmp_path, attack):
     assert found.verdict == "partly"
 
 
+def test_a_little_decay_does_not_make_one_image_several(tmp_path):
+    model = network(linear(64, 32), nn.ReLU, linear(32, 10))
+    sent = snapshots(model, IMAGES[:1], LABELS[:1], weight_decay=1e-5)
+    assert asked(model, sent, tmp_path, attack="exact").verdict == "leaked"
+
+
 def test_what_few_numbers_carry_is_not_found_twice(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -183,6 +189,20 @@ def test_pixels_outside_0_to_1_are_said_and_the_picture_stretched(tmp_path, caps
         "the client normalised its images, perhaps, and the picture is stretched"
         in capsys.readouterr().out
     )
+
+
+def test_the_silhouette_that_adam_leaves_is_not_called_the_image(tmp_path, capsys):
+    model = network(*MLP)
+    trained = copy.deepcopy(model)
+    run = torch.optim.Adam(trained.parameters(), lr=1e-3)
+    for _ in range(20):
+        run.zero_grad()
+        F.cross_entropy(trained(IMAGES[:1]), LABELS[:1]).backward()
+        run.step()
+    sent = model.state_dict(), trained.state_dict()
+    found = asked(model, sent, tmp_path, attack="division")
+    assert found.verdict == "partly"
+    assert "or only the signs of its numbers" in capsys.readouterr().out
 
 
 def kept():
