@@ -74,6 +74,16 @@ class Look:
         return any(each.alone for each in self.layers)
 
     @property
+    def blends(self) -> list[LayerInput]:
+        """Layers whose update is that of one input or of several that are alike to them, where
+        none is that of one alone.
+        """
+        if self.one_input:
+            return []
+        told = [each for each in self.layers if each.values is not None and each.rank == 1]
+        return [each for each in told if each.scaled and not each.signs]
+
+    @property
     def shown(self) -> list[str]:
         """The layers' inputs that stand in the update, in sentences."""
         return [each.sentence or "" for each in self.layers if each.values is not None]

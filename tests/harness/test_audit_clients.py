@@ -131,6 +131,23 @@ def test_two_classes_leave_the_mean_of_a_batch(tmp_path, attack):
     assert found.verdict == "partly"
 
 
+def test_two_classes_among_ten_leave_the_mean_of_a_batch(tmp_path):
+    model = network(linear(64, 10))
+    with torch.no_grad():
+        model[-1].bias[2:] = -30.0
+    sent = snapshots(model, IMAGES[:4], LABELS[:4] % 2)
+    assert asked(model, sent, tmp_path, attack="exact").verdict == "partly"
+
+
+def test_of_two_images_that_half_precision_leaves_as_one_none_is_vouched_for(tmp_path):
+    model = network(linear(64, 32), nn.Sigmoid, linear(32, 10))
+    model.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
+    before, after = snapshots(model, IMAGES[:2], torch.tensor([3, 3]))
+    sent = before, {name: w.bfloat16() for name, w in after.items()}
+    found = asked(model, sent, tmp_path, attack="exact")
+    assert found.verdict == "partly" and "their mean" in found.beliefs["exact"].doubt
+
+
 def test_a_little_decay_does_not_make_one_image_several(tmp_path):
     model = network(linear(64, 32), nn.ReLU, linear(32, 10))
     sent = snapshots(model, IMAGES[:1], LABELS[:1], weight_decay=1e-5)
