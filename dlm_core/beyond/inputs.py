@@ -644,17 +644,20 @@ class _Traced:
         one = torch.ones_like(noise[:1])
         given = values * torch.cat([one, 1 + NEAR * noise, 1 + AWAY * noise]).to(values)
         try:
-            signals = self._signals(name, given)
+            signals = self._signals(name, given, left)
             fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
+            if not fits and _repeats(left, hidden):  # a loss of constant slopes, for any images
+                return False
             turned = torch.stack([_turned(each) for each in fits or signals])
         except Exception:  # a network that takes one image, or gives no gradient: nothing is known
             return False
         near, away = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
         return bool((near > TURNS * NEAR).all() and (away > HIDDEN * hidden).all())
 
-    def _signals(self, name: str, given: torch.Tensor) -> list[torch.Tensor]:
+    def _signals(self, name: str, given: torch.Tensor, left: torch.Tensor) -> list[torch.Tensor]:
         """dL/dz at the layer's output for each input [N, features], L the usual loss; for the
-        labels whose classes have the highest scores and the lowest, since others turn no less.
+        labels whose classes have the highest scores and the lowest, since others turn no less, and
+        for the class that moved most where ``left`` is of the scores.
         """
         layer, kept = self.layers[name], {}
 
@@ -681,6 +684,8 @@ class _Traced:
                 if output.shape[1] > 1:
                     order = output[0].argsort()
                     labels = {int(order[at]) for at in (0, -1, -2)}
+                    if len(left) == output.shape[1]:
+                        labels.add(int(left.abs().argmax()))
                     losses = [
                         F.cross_entropy(output, torch.full_like(output[:, 0], label).long())
                         for label in sorted(labels)
@@ -692,6 +697,14 @@ class _Traced:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _repeats(signal: torch.Tensor, hidden: float) -> bool:
+    """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss."""
+    sizes = (signal.abs() / signal.abs().max()).sort().values
+    sizes = sizes[sizes > NOISE * hidden]
+    same = sizes.diff() < NOISE * hidden
+    return len(sizes) < 2 or bool(same.double().mean() > 0.5)
 
 
 def _turned(signals: torch.Tensor) -> torch.Tensor:

@@ -320,6 +320,21 @@ def test_what_changes_an_image_that_the_client_normalised_is_seen(front):
     assert first.rank == 1 and not first.pixels and first.image is None
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda scores, labels: F.multi_margin_loss(scores, labels, margin=5.0),
+        lambda scores, _: F.l1_loss(scores, torch.full_like(scores, 5.0)),
+        lambda scores, _: scores[:, 0].mean(),
+    ],
+)
+def test_a_loss_of_constant_slopes_leaves_a_mean(loss):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    after = client(model, pictures(4), torch.full((4,), 3), loss)
+    (only,) = inputs.read(model, after, SHAPE)
+    assert only.rank == 1 and not only.alone
+
+
 class Changed(nn.Module):
     def __init__(self, change):
         super().__init__()
