@@ -280,6 +280,8 @@ def _read(
 ) -> _Read:
     where = ""
     expected: Any
+    if isinstance(model, nn.Module):
+        model = _copied(model)
     if isinstance(model, str):
         where = f" (image_shape is {image_shape}, num_classes {num_classes or 'as in before'})"
         expected = partial(_shapes_for, model, image_shape, num_classes)
@@ -303,11 +305,27 @@ def _read(
         {name: w.to(dtype) if w.is_floating_point() else w for name, w in each.items()}
         for each in (before, after)
     )
-    network = copy.deepcopy(model).to(dtype)
+    network = model.to(dtype)
     network.load_state_dict(before)
     if coarse:
         notes.append(f"the weights that came back are rounded to {coarse}")
     return _Read(network, after, coarse, where, notes)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a user's network; ValueError, in one sentence, where there is none."""
+    kind = type(model).__name__
+    if any(nn.parameter.is_lazy(w) for w in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"the model ({kind}) has lazy layers without weights; call it once on an image"
+        )
+    try:
+        return copy.deepcopy(model)
+    except Exception as why:  # a lock, an open file, a tensor kept from a forward pass
+        raise ValueError(
+            f"the model ({kind}) cannot be copied ({sentence(why)}); "
+            "give one that has not been called yet, and no more than its layers"
+        ) from None
 
 
 def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:

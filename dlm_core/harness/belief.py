@@ -189,6 +189,11 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
         return f"{look.numbers:,} weights moved, too few to fix {pixels:,} pixels"
     if look.num_classes <= 2 and not look.one_input:
         return "with two classes several images leave an update like that of one, their mean"
+    if look.blends and count == 1:
+        return (
+            f"several images may leave such an update, which shows their mean: layer "
+            f"{look.blends[0].name!r} does not tell them apart"
+        )
     return None
 
 

@@ -61,7 +61,7 @@ class Look:
         """Images in the client's round, at least: the directions in a layer that sees the pixels
         themselves, whatever steps it took; 1 where there is no such layer.
         """
-        return max([1, *(each.directions for each in self.layers if each.pixels)])
+        return max([1, *(each.directions for each in self.layers if each.pixels and each.fixed)])
 
     @property
     def directions(self) -> int:
@@ -72,6 +72,16 @@ class Look:
     def one_input(self) -> bool:
         """Whether some layer's update can be that of one input alone."""
         return any(each.alone for each in self.layers)
+
+    @property
+    def blends(self) -> list[LayerInput]:
+        """Layers whose update is that of one input or of several that are alike to them, where
+        none is that of one alone.
+        """
+        if self.one_input:
+            return []
+        told = [each for each in self.layers if each.values is not None and each.rank == 1]
+        return [each for each in told if each.scaled and not each.signs]
 
     @property
     def shown(self) -> list[str]:

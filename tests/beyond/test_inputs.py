@@ -216,3 +216,196 @@ def test_the_attack_vouches_for_one_image_and_says_where_there_is_none(digit):
     with pytest.raises(ValueError, match="no linear layer"):
         inputs.division(batch)
     assert attacks.grey(seen).images.shape == found.images.shape
+
+
+def sent_as(model, dtype):
+    """A network whose weights are rounded to a dtype, and how to round others."""
+    rounded = copy.deepcopy(model)
+
+    def send(weights):
+        return {name: w.to(dtype).float() for name, w in weights.items()}
+
+    rounded.load_state_dict(send(model.state_dict()))
+    return rounded, send
+
+
+@pytest.mark.parametrize(
+    "optimizer, steps", [("Adam", 20), ("RMSprop", 3), ("Adagrad", 8), ("NAdam", 6)]
+)
+def test_the_signs_that_several_steps_of_adam_s_kin_leave_are_no_image(digit, optimizer, steps):
+    model = mlp()
+    after = client(model, *digit, optimizer=optimizer, steps=steps, lr=1e-3)
+    first = inputs.read(model, after, SHAPE)[0]
+    assert first.rank == 1 and first.signs and not first.alone
+    assert "or only the signs of its numbers" in first.sentence
+
+
+def test_signs_that_rounding_blurs_are_no_image(digit):
+    model, send = sent_as(mlp(), torch.bfloat16)
+    after = send(client(model, *digit, optimizer="Adam", lr=1e-3))
+    first = inputs.read(model, after, SHAPE, torch.bfloat16)[0]
+    assert not first.alone
+
+
+@pytest.mark.parametrize("dtype, rate", [(torch.bfloat16, 0.1), (torch.float32, 1e-5)])
+def test_two_images_of_which_rounding_hides_one_are_not_called_one(dtype, rate):
+    model, send = sent_as(mlp(activation=nn.Sigmoid), dtype)
+    images = data.load("digits", n=2).images
+    after = send(client(model, images, torch.tensor([3, 3]), lr=rate))
+    first = inputs.read(model, after, SHAPE, dtype)[0]
+    assert first.rank == 1 and not first.alone
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [0, 1]])
+def test_two_classes_among_ten_leave_a_mean_as_two_of_two_do(labels):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        model[-1].bias[2:] = -30.0
+    (only,) = inputs.read(model, client(model, pictures(2), torch.tensor(labels)), SHAPE)
+    assert only.rank == 1 and not only.alone
+
+
+@pytest.mark.parametrize("scale, rate", [(255.0, 1e-4), (255.0, 1e-6), (1.0, 1e-4), (1e-2, 0.1)])
+def test_the_error_counts_the_rounding_of_the_bias_which_is_divided_by(digit, scale, rate):
+    model = mlp()
+    image = digit[0] * scale
+    first = inputs.read(model, client(model, image, digit[1], lr=rate), SHAPE)[0]
+    error = (first.image - image).square().mean().sqrt() / image.square().mean().sqrt()
+    assert error < 3 * first.error < 0.1
+
+
+def test_a_bias_that_is_too_coarse_to_move_gives_no_length(digit):
+    model = mlp()
+    with torch.no_grad():
+        model[1].bias.add_(100.0)
+    first = inputs.read(model, client(model, *digit, lr=1e-5), SHAPE)[0]
+    assert first.image is None and not first.scaled and not first.alone
+
+
+class Elsewhere(nn.Module):
+    """It uses the weight or the bias of its first layer, or both, outside that layer as well."""
+
+    def __init__(self, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.use, self.first, self.last = use, nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last(self.use(self.first, x).relu())
+
+
+USES = {
+    "twice": lambda layer, x: F.linear(layer(x).relu(), layer.weight),
+    "of the same input": lambda layer, x: layer(x) + F.linear(2 * x + 1, layer.weight),
+    "bias": lambda layer, x: layer(x) + layer.bias,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_weight_that_is_used_elsewhere_says_nothing_of_its_layer(use, digit):
+    model = Elsewhere(USES[use])
+    found = inputs.read(model, client(model, *digit), SHAPE)
+    assert [each.name for each in found] == ["last"]
+
+
+@pytest.mark.parametrize(
+    "front",
+    [nn.ReLU, lambda: nn.Hardtanh(0, 1), lambda: nn.BatchNorm2d(1, track_running_stats=False)],
+)
+def test_what_changes_an_image_that_the_client_normalised_is_seen(front):
+    model = nn.Sequential(front(), *mlp())
+    after = client(model, (pictures(1) - 0.5) / 0.25, torch.tensor([3]))
+    first = inputs.read(model, after, SHAPE)[0]
+    assert first.rank == 1 and not first.pixels and first.image is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda scores, labels: F.multi_margin_loss(scores, labels, margin=5.0),
+        lambda scores, _: F.l1_loss(scores, torch.full_like(scores, 5.0)),
+        lambda scores, _: scores[:, 0].mean(),
+    ],
+)
+def test_a_loss_of_constant_slopes_leaves_a_mean(loss):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    after = client(model, pictures(4), torch.full((4,), 3), loss)
+    (only,) = inputs.read(model, after, SHAPE)
+    assert only.rank == 1 and not only.alone
+
+
+class Changed(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.body = change, mlp()
+
+    def forward(self, x):
+        return self.body(self.change(x))
+
+
+CHANGES = {
+    "noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "the mean of a batch": lambda x: x.mean(0, keepdim=True),
+    "less the mean of a batch": lambda x: x - x.mean(0, keepdim=True) / 2,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_chance_and_other_images_in_front_leave_no_image(change):
+    model = Changed(CHANGES[change])
+    first = inputs.read(model, client(model, pictures(1), torch.tensor([3])), SHAPE)[0]
+    assert first.rank == 1 and first.values is not None and not first.pixels
+
+
+@pytest.mark.parametrize("how", [{"weight_decay": 1e-5}, {"lr": 1e-4, "steps": 30}])
+def test_a_little_decay_and_the_rounding_of_many_steps_are_no_images(digit, how):
+    model = mlp()
+    first = inputs.read(model, client(model, *digit, **how), SHAPE)[0]
+    assert first.rank > 1 and first.directions == 1 and first.pixels and not first.alone
+    error = (first.image - digit[0]).square().mean().sqrt() / digit[0].square().mean().sqrt()
+    assert error < 2 * first.error < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_arithmetic_in_half_precision_is_no_images(dtype, count):
+    model, images = mlp(hidden=64), pictures(count)
+    trained = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = F.cross_entropy(trained(images).float(), torch.arange(count))
+    loss.backward()
+    torch.optim.SGD(trained.parameters(), lr=0.1).step()
+    first = inputs.read(model, trained.state_dict(), SHAPE)[0]
+    assert first.rank > count and first.directions in (0, count) and not first.alone
+    if count == 1:
+        assert first.directions == 1
+        error = (first.image - images).square().mean().sqrt() / images.square().mean().sqrt()
+        assert error < 3 * first.error < 3e-2
+
+
+def test_steps_of_a_scale_in_front_are_no_images(digit):
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), *mlp())
+    first = inputs.read(model, client(model, *digit, steps=5), SHAPE)[0]
+    assert first.directions > 1 and first.pixels and not first.fixed
+    assert "several images or steps" in first.sentence
+
+
+class OneByOne(nn.Module):
+    """It takes one image, gives its layer a keyword, and overwrites what it returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x):
+        assert len(x) == 1
+        return self.layers[3](torch.relu_(self.layers[1](input=x.flatten(1))))
+
+
+def test_networks_of_unusual_calls_are_read(digit):
+    model = OneByOne()
+    first = inputs.read(model, client(model, *digit), SHAPE)[0]
+    assert (first.image - digit[0]).abs().max() < 1e-4 and not first.alone
+    inplace = mlp(activation=lambda: nn.ReLU(inplace=True))
+    assert inputs.read(inplace, client(inplace, *digit), SHAPE)[0].alone

@@ -1,6 +1,7 @@
 """Clients as people have them: what leaks is not called hidden, and no blend is called a leak."""
 
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,29 @@ def test_two_classes_leave_the_mean_of_a_batch(tmp_path, attack):
     assert found.verdict == "partly"
 
 
+def test_two_classes_among_ten_leave_the_mean_of_a_batch(tmp_path):
+    model = network(linear(64, 10))
+    with torch.no_grad():
+        model[-1].bias[2:] = -30.0
+    sent = snapshots(model, IMAGES[:4], LABELS[:4] % 2)
+    assert asked(model, sent, tmp_path, attack="exact").verdict == "partly"
+
+
+def test_of_two_images_that_half_precision_leaves_as_one_none_is_vouched_for(tmp_path):
+    model = network(linear(64, 32), nn.Sigmoid, linear(32, 10))
+    model.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
+    before, after = snapshots(model, IMAGES[:2], torch.tensor([3, 3]))
+    sent = before, {name: w.bfloat16() for name, w in after.items()}
+    found = asked(model, sent, tmp_path, attack="exact")
+    assert found.verdict == "partly" and "their mean" in found.beliefs["exact"].doubt
+
+
+def test_a_little_decay_does_not_make_one_image_several(tmp_path):
+    model = network(linear(64, 32), nn.ReLU, linear(32, 10))
+    sent = snapshots(model, IMAGES[:1], LABELS[:1], weight_decay=1e-5)
+    assert asked(model, sent, tmp_path, attack="exact").verdict == "leaked"
+
+
 def test_what_few_numbers_carry_is_not_found_twice(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -182,3 +206,46 @@ def test_pixels_outside_0_to_1_are_said_and_the_picture_stretched(tmp_path, caps
         "the client normalised its images, perhaps, and the picture is stretched"
         in capsys.readouterr().out
     )
+
+
+def test_the_silhouette_that_adam_leaves_is_not_called_the_image(tmp_path, capsys):
+    model = network(*MLP)
+    trained = copy.deepcopy(model)
+    run = torch.optim.Adam(trained.parameters(), lr=1e-3)
+    for _ in range(20):
+        run.zero_grad()
+        F.cross_entropy(trained(IMAGES[:1]), LABELS[:1]).backward()
+        run.step()
+    sent = model.state_dict(), trained.state_dict()
+    found = asked(model, sent, tmp_path, attack="division")
+    assert found.verdict == "partly"
+    assert "or only the signs of its numbers" in capsys.readouterr().out
+
+
+def kept():
+    model = network(*MLP)
+    model.kept = model(IMAGES[:1])  # with its graph, which deepcopy refuses
+    return model
+
+
+def locked():
+    model = network(*MLP)
+    model.lock = threading.Lock()
+    return model
+
+
+@pytest.mark.parametrize("make", [kept, locked])
+def test_a_network_that_cannot_be_copied_is_said_in_one_sentence(make, tmp_path):
+    model = make()
+    sent = model.state_dict(), {name: w + 0.1 for name, w in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the model \(Sequential\) cannot be copied") as error:
+        asked(model, sent, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_lazy_layers_are_to_be_called_once(tmp_path):
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    called = network(linear(64, 10))
+    sent = snapshots(called, IMAGES[:1], LABELS[:1])
+    with pytest.raises(ValueError, match="call it once on an image"):
+        asked(lazy, sent, tmp_path)
