@@ -99,7 +99,7 @@ def audit(
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
-        raise
+        raise _unchanged(read) from None
     except ValueError as why:
         return _without_head(f"{why}{read.where}", read, image_shape, out)
     if num_classes not in (None, seen.num_classes):
@@ -142,8 +142,8 @@ def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) ->
     found = Audit(results={}, beliefs={}, look=look, notes=[])
     for name, count, run in runs:
         record = records.ATTACKS[name]
-        key = name if name not in found else f"{name}, {count} images"
-        many = f"; {count} images" if count > told else ""
+        key = name if name not in found else f"{name}, {count} image{'s' * (count > 1)}"
+        many = f"; {count} image{'s' * (count > 1)}" if count != told else ""
         print(f"{name} ({record.client}{many}) ...", flush=True)
         try:
             # searches side by side on several threads each slow down tenfold; the fused kernels of
@@ -229,14 +229,17 @@ def _check_out(out: Path) -> None:
 
 def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
     """The attacks that suit what was seen at the first look, each with the images it looks for:
-    those told, or the more that passed through the first layer; and then as many as a later layer's
-    directions, which may be steps as well.
+    those told, or the more that passed through the first layer; then as many as a later layer's
+    directions, which may be steps as well, or as few as told.
     """
     told = max(num_images, look.images)
     plan = [(name, told) for name in _suitable(told, look)]
-    if told < look.directions <= MOST_IMAGES:
-        more = [name for name in _suitable(look.directions, look) if name != "unrolled_dlm"]
-        plan += [(name, look.directions) for name in more]
+    others = [look.directions] if told < look.directions <= MOST_IMAGES else []
+    # an update whose entries were changed one by one may have more directions than images
+    others += [num_images] if told > num_images else []
+    for count in others:
+        more = [name for name in _suitable(count, look) if name != "unrolled_dlm"]
+        plan += [(name, count) for name in more]
     return plan
 
 
@@ -326,6 +329,23 @@ def _copied(model: nn.Module) -> nn.Module:
             f"the model ({kind}) cannot be copied ({sentence(why)}); "
             "give one that has not been called yet, and no more than its layers"
         ) from None
+
+
+def _unchanged(read: _Read) -> Unchanged:
+    """What to say where no parameter moved."""
+    before = dict(read.network.named_buffers())
+    moved = [
+        name
+        for name, w in before.items()
+        if w.is_floating_point() and not torch.equal(w, read.after[name].to(w))
+    ]
+    if not moved:
+        return Unchanged("no weight changed: the client has not trained, or sent what it received")
+    return Unchanged(
+        f"no parameter changed, but {len(moved)} running statistics did, {moved[0]!r} first: they "
+        "are means of what passed through the network, and leak as much of the client's images; "
+        "no attack here reads them alone"
+    )
 
 
 def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:

@@ -1,0 +1,303 @@
+"""A network whose linear layers tell what passes through them: what of an image stands in their
+input, and whether their update tells one input from several.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dlm_core.observation import scores
+from dlm_core.threads import own_generator
+
+NOISE = 3.0  # singular values up to so many times what rounding of the weights leaves are noise
+NEAR = 1e-4  # how far inputs are moved, over their own size, to see how δ turns
+TURNS = 1e-4  # the angle that δ turns by, over how far its input moved, from which two show as two
+AWAY = 0.1  # how far inputs are moved to see whether rounding would hide that δ turns
+HIDDEN = 40.0  # times the relative size below which rounding hides a direction: what δ turns by
+PROBES = 4
+FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
+
+
+class _Map(NamedTuple):
+    """How a layer's input follows from the pixels.
+
+    Attributes
+    ----------
+    position
+        The pixel of each entry whose factor is not zero.
+    factor, constant
+        [features].
+    """
+
+    position: torch.Tensor
+    factor: torch.Tensor
+    constant: torch.Tensor
+
+
+class Traced:
+    """A copy of a network in float64 whose linear layers tell what passes through them.
+
+    Attributes
+    ----------
+    layers
+        {name: layer}, those through which an image passes once, in that order.
+    rows
+        {name: inputs of it for one image}.
+    fixed
+        Names of those in front of which no parameter stands.
+    """
+
+    def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        self.model = copy.deepcopy(model).double().requires_grad_(False)
+        self.shape = tuple(image_shape)
+        self.device = next(self.model.parameters()).device
+        self.seen: dict[str, list[torch.Tensor]] = {}
+        self.maps: dict[str, _Map | None] = {}
+        named = self.model.named_modules()
+        self.linear = {name: each for name, each in named if isinstance(each, nn.Linear)}
+        self.returned: Any = None
+        for name, module in self.linear.items():
+            module.register_forward_pre_hook(
+                lambda _, given, named, name=name: self.seen.setdefault(name, []).append(
+                    given[0] if given else named["input"]
+                ),
+                with_kwargs=True,
+            )
+        self.generator = torch.Generator().manual_seed(0)
+        grey = torch.full((1, *self.shape), 0.5, dtype=torch.float64)
+        once = {n: each[0] for n, each in self._pass(grey).items() if len(each) == 1}
+        self.fixed: set[str] = set()
+        shared = self._used_elsewhere(once)
+        once = {n: each for n, each in once.items() if n not in shared}
+        self.layers = {name: self.linear[name] for name in once}
+        self.rows = {name: each[..., 0].numel() for name, each in once.items()}
+
+    def _pass(
+        self, images: torch.Tensor, *, train: bool = False, grad: bool = False, seed: int = 0
+    ) -> dict[str, list[torch.Tensor]]:
+        """{layer: what passed through it}, in eval mode, or in the one the client trains in."""
+        self.model.train(train)
+        self.seen = {}
+        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.set_grad_enabled(grad), own_generator(seed=seed, device=self.device):
+            self.returned = self.model(images.to(self.device))
+        for name, buffer in self.model.named_buffers():  # batch norm's statistics
+            buffer.copy_(kept[name])
+        return self.seen
+
+    def _used_elsewhere(self, names: Iterable[str]) -> set[str]:
+        """Layers whose weight or bias does more than the layer: their gradient is not δ·[x; 1]ᵀ."""
+        layers = {name: self.linear[name] for name in names}
+        signals: dict[str, torch.Tensor] = {}
+
+        def probed(name: str, output: torch.Tensor) -> torch.Tensor:
+            signals[name] = torch.zeros_like(output, requires_grad=True)
+            return output + signals[name]
+
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, name=name: probed(name, output))
+            for name, layer in layers.items()
+        ]
+        parameters = [w for layer in layers.values() for w in layer.parameters(recurse=False)]
+        noise = torch.rand(1, *self.shape, generator=self.generator, dtype=torch.float64)
+        try:
+            self.model.requires_grad_(True)
+            seen = {name: each[0] for name, each in self._pass(noise, grad=True).items()}
+            given = {name: each.detach() for name, each in seen.items()}
+            self.fixed = {name for name, each in seen.items() if not each.requires_grad}
+            total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
+            grads = torch.autograd.grad(
+                total.sum(), [*signals.values(), *parameters], allow_unused=True
+            )
+        except Exception:  # whatever a user's network raises where it is differentiated
+            return set()
+        finally:
+            self.model.requires_grad_(False)
+            for hook in hooks:
+                hook.remove()
+        of_output = dict(zip(signals, grads))
+        of_weight = dict(zip(map(id, parameters), grads[len(signals) :]))
+        found = set()
+        for name, layer in layers.items():
+            if of_output[name] is None:
+                continue
+            delta, x = of_output[name].flatten(0, -2), given[name].flatten(0, -2)
+            for w, expected in ((layer.weight, delta.T @ x), (layer.bias, delta.sum(0))):
+                own = None if w is None else of_weight.get(id(w))
+                if own is not None and not torch.allclose(own, expected, rtol=1e-6, atol=1e-12):
+                    found.add(name)
+        return found
+
+    def is_pixels(self, name: str) -> bool:
+        """Whether the layer's input is the image's pixels, each times a factor and plus a constant,
+        in any order, and all of them.
+        """
+        return self.rows[name] == 1 and self._map(name) is not None
+
+    def image_of(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """[1, C, H, W] from a layer's input where it ``is_pixels``."""
+        found = self._map(name)
+        assert found is not None
+        position, factor, constant = found
+        used = factor != 0
+        pixels = (values - constant)[used] / factor[used]
+        count = math.prod(self.shape)
+        total = values.new_zeros(count).index_add(0, position, torch.ones_like(pixels))
+        image = values.new_zeros(count).index_add(0, position, pixels) / total
+        return image.reshape(1, *self.shape)
+
+    def _map(self, name: str) -> "_Map | None":
+        if name not in self.maps:
+            self.maps[name] = self._make_map(name)
+        return self.maps[name]
+
+    def _make_map(self, name: str) -> "_Map | None":
+        count = math.prod(self.shape)
+        places = torch.arange(1, count + 1, dtype=torch.float64) / count
+        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
+        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
+        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
+        taken = self._inputs(name, probes.reshape(-1, *self.shape))
+        if taken is None:
+            return None
+        constant, factor = taken[0], taken[1] - taken[0]
+        factor = torch.where(factor.abs() > 1e-9, factor, 0.0)
+        used = factor != 0
+        position = ((taken[2] - constant)[used] / factor[used] * count - 1).round().long()
+        if not used.any() or position.min() < 0 or position.max() >= count:
+            return None
+        expected = constant.repeat(2, 1)
+        expected[:, used] += factor[used] * probes[3:].to(constant)[:, position]
+        found = torch.allclose(taken[3:], expected, rtol=1e-7, atol=1e-9)
+        every = len(position.unique()) == count
+        return _Map(position, factor, constant) if found and every else None
+
+    def _inputs(self, name: str, images: torch.Tensor) -> torch.Tensor | None:
+        """[N, features] that reach the layer, or None where training changes them, chance, or the
+        other images of a batch: dropout, noise, or batch norm's own statistics in front of it.
+        """
+
+        def each(start: int, *, train: bool) -> list[torch.Tensor]:
+            passed = [
+                self._pass(image[None], train=train, seed=start + i)[name][0]
+                for i, image in enumerate(images)
+            ]
+            return [one.flatten() for one in passed]
+
+        in_eval = each(0, train=False)
+        try:
+            in_training = each(len(images), train=True)
+        except ValueError:  # a single value per channel, of which no statistic can be taken
+            return None
+        alone = torch.stack(in_eval)
+        try:
+            together = self._pass(images)[name][0].flatten(1)
+        except Exception:  # a network that takes one image
+            together = alone
+        one_by_one = together.shape == alone.shape and torch.allclose(together, alone)
+        return alone if one_by_one and all(map(torch.equal, in_eval, in_training)) else None
+
+    def tells_apart(
+        self, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
+    ) -> bool:
+        """Whether δ turns where this input changes: then two inputs would show as two. It does not
+        in a network of one output, or of two classes, whose units are switched and not smooth, and
+        where the scores are so far apart that the softmax has saturated. And whether it turns by
+        so much that it is not ``hidden`` by rounding: the relative size of a direction that is.
+        Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
+        """
+        noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
+        one = torch.ones_like(noise[:1])
+        given = values * torch.cat([one, 1 + NEAR * noise, 1 + AWAY * noise]).to(values)
+        try:
+            signals = self._signals(name, given, left)
+            fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
+            if not fits and _repeats(left, hidden):  # a loss of constant slopes, for any images
+                return False
+            turned = torch.stack([_turned(each) for each in fits or signals])
+        except Exception:  # a network that takes one image, or gives no gradient: nothing is known
+            return False
+        near, away = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
+        return bool((near > TURNS * NEAR).all() and (away > HIDDEN * hidden).all())
+
+    def _signals(self, name: str, given: torch.Tensor, left: torch.Tensor) -> list[torch.Tensor]:
+        """dL/dz at the layer's output for each input [N, features], L the usual loss; for the
+        labels whose classes have the highest scores and the lowest, since others turn no less, and
+        for the class that moved most where ``left`` is of the scores.
+        """
+        layer, kept = self.layers[name], {}
+
+        def given_instead(
+            _: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+        ) -> tuple[tuple[torch.Tensor], dict[str, torch.Tensor]]:
+            shape = (args[0] if args else named["input"]).shape[1:]
+            return (given.reshape(len(given), *shape),), {}
+
+        def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+            kept["output"] = output.detach().requires_grad_()
+            return kept["output"].clone()  # which the next layer may overwrite
+
+        hooks = [
+            layer.register_forward_pre_hook(given_instead, with_kwargs=True),
+            layer.register_forward_hook(keep),
+        ]
+        self.model.eval()
+        try:
+            with torch.enable_grad(), own_generator(seed=0, device=self.device):
+                grey = torch.full((len(given), *self.shape), 0.5, dtype=torch.float64)
+                output = scores(self.model(grey.to(self.device))).flatten(1)
+                losses = [F.softplus(output).sum()]
+                if output.shape[1] > 1:
+                    order = output[0].argsort()
+                    labels = {int(order[at]) for at in (0, -1, -2)}
+                    if len(left) == output.shape[1]:
+                        labels.add(int(left.abs().argmax()))
+                    losses = [
+                        F.cross_entropy(output, torch.full_like(output[:, 0], label).long())
+                        for label in sorted(labels)
+                    ]
+                return [
+                    torch.autograd.grad(loss, kept["output"], retain_graph=True)[0].flatten(1)
+                    for loss in losses
+                ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _repeats(signal: torch.Tensor, hidden: float) -> bool:
+    """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss."""
+    sizes = (signal.abs() / signal.abs().max()).sort().values
+    sizes = sizes[sizes > NOISE * hidden]
+    same = sizes.diff() < NOISE * hidden
+    return len(sizes) < 2 or bool(same.double().mean() > 0.5)
+
+
+def _turned(signals: torch.Tensor) -> torch.Tensor:
+    """By how much each direction is another than the first, from 0 to 1."""
+    first = signals[0] / signals[0].norm()
+    beside = signals[1:] - (signals[1:] @ first)[:, None] * first
+    return (beside.norm(dim=1) / signals[1:].norm(dim=1)).nan_to_num()
+
+
+def _tensors(returned: Any) -> Iterator[torch.Tensor]:
+    """What a network returns that has a gradient."""
+    if isinstance(returned, torch.Tensor):
+        if returned.requires_grad:
+            yield returned
+    elif isinstance(returned, Mapping):
+        for each in returned.values():
+            yield from _tensors(each)
+    elif isinstance(returned, (list, tuple)):
+        for each in returned:
+            yield from _tensors(each)
+
+
+def _slope(like: torch.Tensor) -> torch.Tensor:
+    """Another number for each entry, so that none cancel."""
+    return torch.linspace(1, 2, like.numel()).to(like).reshape(like.shape)
