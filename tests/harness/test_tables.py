@@ -75,7 +75,7 @@ def test_equal_images_and_networks_are_counted_once():
 
 def test_a_report_reads_its_parameters_cell(tmp_path, monkeypatch):
     monkeypatch.setenv("DLM_FIGURES", str(tmp_path))
-    values = {"profile": "mine", "images": 7, "learning_rate": 0.1}
+    values = {"profile": "mine", "images": 7, "networks": 1, "learning_rate": 0.1}
     code = "from dlm_core.harness import report; run = report.start('00_quickstart')"
     exec(code, values)
     run = values["run"]
