@@ -563,7 +563,7 @@ def test_an_audit_takes_them_and_says_what_it_did(client, tmp_path, capsys, writ
     audit(*given, model=model, image_shape=(1, 8, 8), attack="exact", out=out)
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith(start) for line, start in zip(lines, said))
-    assert lines[len(said)].startswith("the update looks like one step of sgd")
+    assert any(line.startswith("the update looks like one step of sgd") for line in lines)
     assert lines[-1] == "it explains the update: what it shows has leaked"
 
 
