@@ -480,8 +480,11 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
     if belief.grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
         return
+    mixed = [each for each in found.look.shown if each not in found.look.leaked]
     if found.leaks:
         print(f"what stands in the update has leaked: {'; '.join(found.leaks)}")
+    if mixed:
+        print(f"what stands in it, of one image or mixed of several: {'; '.join(mixed)}")
     print(
         "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. "
         "Each attack is for one kind of client,"

@@ -100,9 +100,11 @@ class Audit(Mapping[str, Reconstruction]):
 
     @property
     def leaks(self) -> list[str]:
-        """What has leaked: layers' inputs that stand in the update, and images that explain it."""
+        """What has leaked: layers' inputs that stand in the update and are no mean of several, and
+        images that explain it.
+        """
         named = [name for name, each in self.beliefs.items() if each.grade is Explains.FULLY]
-        return [*self.look.shown, *(f"the images that {name} found" for name in named)]
+        return [*self.look.leaked, *(f"the images that {name} found" for name in named)]
 
     @property
     def verdict(self) -> Verdict:
@@ -112,7 +114,8 @@ class Audit(Mapping[str, Reconstruction]):
         best = max((each.grade for each in self.beliefs.values()), default=Explains.LITTLE)
         if best is Explains.FULLY:
             return Verdict.LEAKED
-        return Verdict.PARTLY if best is Explains.PARTLY or self.leaks else Verdict.NOT_SHOWN
+        partly = best is Explains.PARTLY or self.look.shown
+        return Verdict.PARTLY if partly else Verdict.NOT_SHOWN
 
 
 def twice(

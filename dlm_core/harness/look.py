@@ -89,6 +89,11 @@ class Look:
         return [each.sentence or "" for each in self.layers if each.values is not None]
 
     @property
+    def leaked(self) -> list[str]:
+        """Those of them that are one input's and no mean of several."""
+        return [each.sentence or "" for each in self.layers if each.alone]
+
+    @property
     def sentences(self) -> Iterator[str]:
         """What to say of it."""
         if self.swapped:
