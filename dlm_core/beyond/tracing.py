@@ -3,6 +3,7 @@ input, and whether their update tells one input from several.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -157,14 +158,10 @@ class Traced:
         return self.maps[name]
 
     def _make_map(self, name: str) -> "_Map | None":
-        count = math.prod(self.shape)
-        places = torch.arange(1, count + 1, dtype=torch.float64) / count
-        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
-        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
-        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
-        taken = self._inputs(name, probes.reshape(-1, *self.shape))
-        if taken is None:
+        probes, inputs = self._probed
+        if name not in inputs:
             return None
+        taken, count = inputs[name], math.prod(self.shape)
         constant, factor = taken[0], taken[1] - taken[0]
         factor = torch.where(factor.abs() > 1e-9, factor, 0.0)
         used = factor != 0
@@ -177,30 +174,46 @@ class Traced:
         every = len(position.unique()) == count
         return _Map(position, factor, constant) if found and every else None
 
-    def _inputs(self, name: str, images: torch.Tensor) -> torch.Tensor | None:
-        """[N, features] that reach the layer, or None where training changes them, chance, or the
-        other images of a batch: dropout, noise, or batch norm's own statistics in front of it.
+    @functools.cached_property
+    def _probed(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(probes [5, pixels]: black, white, each pixel's place, noise, noise beyond [0, 1]; what
+        of them reaches each layer [5, features]). Layers are left out whose input training
+        changes, chance, or the other images of a batch: dropout, noise, or batch norm's own
+        statistics in front of them.
         """
+        count = math.prod(self.shape)
+        places = torch.arange(1, count + 1, dtype=torch.float64) / count
+        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
+        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
+        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
+        images = probes.reshape(-1, *self.shape)
+        names = [name for name, rows in self.rows.items() if rows == 1]
 
-        def each(start: int, *, train: bool) -> list[torch.Tensor]:
+        def each(start: int, *, train: bool) -> dict[str, list[torch.Tensor]]:
             passed = [
-                self._pass(image[None], train=train, seed=start + i)[name][0]
+                self._pass(image[None], train=train, seed=start + i)
                 for i, image in enumerate(images)
             ]
-            return [one.flatten() for one in passed]
+            return {name: [one[name][0].flatten() for one in passed] for name in names}
 
         in_eval = each(0, train=False)
         try:
             in_training = each(len(images), train=True)
         except ValueError:  # a single value per channel, of which no statistic can be taken
-            return None
-        alone = torch.stack(in_eval)
+            return probes, {}
+        alone = {name: torch.stack(inputs) for name, inputs in in_eval.items()}
         try:
-            together = self._pass(images)[name][0].flatten(1)
+            passed = self._pass(images)
+            together = {name: passed[name][0].flatten(1) for name in names}
         except Exception:  # a network that takes one image
             together = alone
-        one_by_one = together.shape == alone.shape and torch.allclose(together, alone)
-        return alone if one_by_one and all(map(torch.equal, in_eval, in_training)) else None
+        return probes, {
+            name: inputs
+            for name, inputs in alone.items()
+            if together[name].shape == inputs.shape
+            and torch.allclose(together[name], inputs)
+            and all(map(torch.equal, in_eval[name], in_training[name]))
+        }
 
     def tells_apart(
         self, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float

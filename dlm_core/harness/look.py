@@ -4,7 +4,7 @@ and what kind of client it may come from.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -154,17 +154,11 @@ def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -
         layers = inputs.layer_inputs(seen, coarse)
         found = recognise.recognise(seen)
     except Exception as why:
-        nothing: dict[str, Any] = {
-            "optimizer": "several steps",
-            "kin": "sgd",
-            "learning_rate": float("nan"),
-        }
-        return Look(**about, **nothing, layers=[], unread=sentence(why))
+        return Look(**about, unread=sentence(why))
     kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
-    named = found.optimizer
-    if max([1, *(each.directions for each in layers)]) > 1:
-        named = "several steps"
-    return Look(**about, layers=layers, optimizer=named, kin=kin, learning_rate=found.learning_rate)
+    about |= {"kin": kin, "learning_rate": found.learning_rate}
+    look = Look(**about, layers=layers, optimizer=found.optimizer)
+    return replace(look, optimizer="several steps") if look.directions > 1 else look
 
 
 def sentence(error: Exception) -> str:
