@@ -25,6 +25,7 @@ from dlm_core.beyond import inputs
 from dlm_core.harness import files, registry  # noqa: F401, the registry fills the tables
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
 from dlm_core.harness.look import Look, first_look, sentence
+from dlm_core.harness.tables import counted
 from dlm_core.observation import Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
@@ -142,8 +143,9 @@ def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) ->
     found = Audit(results={}, beliefs={}, look=look, notes=[])
     for name, count, run in runs:
         record = records.ATTACKS[name]
-        key = name if name not in found else f"{name}, {count} image{'s' * (count > 1)}"
-        many = f"; {count} image{'s' * (count > 1)}" if count != told else ""
+        images = counted(count, "image")
+        key = name if name not in found else f"{name}, {images}"
+        many = f"; {images}" if count != told else ""
         print(f"{name} ({record.client}{many}) ...", flush=True)
         try:
             # searches side by side on several threads each slow down tenfold; the fused kernels of
@@ -490,7 +492,7 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
         "Each attack is for one kind of client,"
     )
     print(
-        f"here with {num_images} image{'s' * (num_images > 1)} in the step "
+        f"here with {counted(num_images, 'image')} in the step "
         "(--num-images, num_images), and some need an nn.Sequential; searches look for pixels in "
         "[0, 1], so that a client that normalises its images is not reached by them"
     )

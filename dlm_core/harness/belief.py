@@ -19,6 +19,7 @@ from dlm_core.beyond.batches import Reason, Traces
 from dlm_core.beyond.inputs import Ratio
 from dlm_core.coordinates import Start, cosines
 from dlm_core.harness.look import Look
+from dlm_core.harness.tables import counted
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
@@ -181,7 +182,8 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
     if look.directions > count * steps:
         return (
             f"the update has {look.directions} directions, "
-            f"and {_images(count)} in {steps} step{'s' * (steps > 1)} leave {count * steps} at most"
+            f"and {counted(count, 'image')} in {counted(steps, 'step')} "
+            f"leave {count * steps} at most"
         )
     if isinstance(found.evidence, Traces) and found.evidence.reason is Reason.NOT_ONE_STEP:
         return (
@@ -198,7 +200,3 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
             f"{look.blends[0].name!r} does not tell them apart"
         )
     return None
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count > 1)}"
