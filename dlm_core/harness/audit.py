@@ -11,6 +11,7 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs
-from dlm_core.harness import files, registry  # noqa: F401, the registry fills the tables
+from dlm_core.harness import files, leaks, registry  # noqa: F401, the registry fills the tables
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
+from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
 from dlm_core.observation import Unchanged, observe
@@ -89,6 +91,8 @@ def audit(
     Audit
         The verdict, and what each attack found.
 
+        Where the client sent what it had received, "nothing was sent".
+
     Raises
     ------
     ValueError
@@ -100,7 +104,7 @@ def audit(
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
-        raise _unchanged(read) from None
+        return _unchanged(read)
     except ValueError as why:
         return _without_head(f"{why}{read.where}", read, image_shape, out)
     if num_classes not in (None, seen.num_classes):
@@ -108,7 +112,8 @@ def audit(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
     look, coarse = first_look(seen, num_images, read.coarse), read.coarse
-    print(*read.notes, *look.sentences, sep="\n")
+    label = leaks.of_label(seen, look)
+    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options: dict[str, dict[str, Any]] = {
         "division": {"transmitted": coarse},
@@ -125,6 +130,8 @@ def audit(
         for name, count in plan
     ]
     found = _tried_in_turn(runs, look, num_images, only=attack != "all")
+    found.known.extend(filter(None, [label]))
+    found.untried.extend(_left_out(plan, found, attack))
     if not found:
         print("no attack applies, which is no proof that nothing leaks")
         return found
@@ -157,6 +164,7 @@ def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) ->
                 raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
             print(f"    does not apply: {sentence(why)}")
             found.notes.append(f"{name} does not apply: {sentence(why)}")
+            found.untried.append(Untried(key, f"does not apply: {sentence(why)}"))
             continue
         belief = believe(result, agreement, look)
         found.results[key], found.beliefs[key] = result, belief
@@ -243,6 +251,27 @@ def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
         more = [name for name in _suitable(count, look) if name != "unrolled_dlm"]
         plan += [(name, count) for name in more]
     return plan
+
+
+def _left_out(plan: Sequence[tuple[str, int]], found: Audit, attack: str) -> Iterator[Untried]:
+    """What was not tried beside what did not apply."""
+    met = {each.what for each in found.untried} | found.results.keys()
+    best = next((name for name, each in found.beliefs.items() if each.grade is Explains.FULLY), "")
+    planned = {name for name, _ in plan}
+    for name in tried():
+        if attack not in ("all", name):
+            yield Untried(name, f"not asked for, but {attack} alone")
+        elif name not in planned:
+            yield Untried(
+                name, f"the update does not look like its client: {records.ATTACKS[name].client}"
+            )
+        elif best and not any(each.split(",")[0] == name for each in met):
+            yield Untried(name, f"not needed: {best} explains the update")
+    yield from leaks.missing()
+
+
+def _not_asked(why: str) -> list[Untried]:
+    return [Untried(name, why) for name in tried()]
 
 
 def _suitable(num_images: int, look: Look) -> list[str]:
@@ -333,21 +362,26 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from None
 
 
-def _unchanged(read: _Read) -> Unchanged:
+def _unchanged(read: _Read) -> Audit:
     """What to say where no parameter moved."""
-    before = dict(read.network.named_buffers())
+    every = dict(read.network.named_parameters())
+    look = Look(unmoved=list(every), num_parameters=len(every), unread="no parameter changed")
+    found = Audit(results={}, beliefs={}, look=look, notes=read.notes)
+    found.untried.extend([*_not_asked("no parameter changed"), *leaks.missing()])
     moved = [
         name
-        for name, w in before.items()
+        for name, w in read.network.named_buffers()
         if w.is_floating_point() and not torch.equal(w, read.after[name].to(w))
     ]
-    if not moved:
-        return Unchanged("no weight changed: the client has not trained, or sent what it received")
-    return Unchanged(
-        f"no parameter changed, but {len(moved)} running statistics did, {moved[0]!r} first: they "
-        "are means of what passed through the network, and leak as much of the client's images; "
-        "no attack here reads them alone"
+    print(*read.notes, sep="\n", end="\n" if read.notes else "")
+    if moved:
+        found.known.append(leaks.of_statistics(moved))
+        print(*found.known, sep="\n")
+        return found
+    print(
+        "nothing was sent: no weight changed, the client has not trained or sent what it received"
     )
+    return replace(found, unchanged=True)
 
 
 def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:
@@ -371,6 +405,9 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
     except ValueError as none:
         print(none)
     found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    others = _not_asked(f"it needs what the network has not ({why})")
+    found.untried.extend([each for each in others if each.what not in results])
+    found.untried.extend(leaks.missing())
     if results:
         _show(found, "division", out, "all")
     return found
@@ -484,7 +521,7 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
         return
     mixed = [each for each in found.look.shown if each not in found.look.leaked]
     if found.leaks:
-        print(f"what stands in the update has leaked: {'; '.join(found.leaks)}")
+        print(f"what stands in the update has leaked: {'; '.join(map(str, found.leaks))}")
     if mixed:
         print(f"what stands in it, of one image or mixed of several: {'; '.join(mixed)}")
     print(

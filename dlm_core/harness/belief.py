@@ -7,6 +7,7 @@ or where the update has too few numbers for the image.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,8 +17,10 @@ import torch
 
 from dlm_core import metrics, records
 from dlm_core.beyond.batches import Reason, Traces
+from dlm_core.beyond.exact import Fit
 from dlm_core.beyond.inputs import Ratio
 from dlm_core.coordinates import Start, cosines
+from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
 from dlm_core.harness.tables import counted
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
@@ -37,6 +40,7 @@ class Verdict(StrEnum):
     LEAKED = "leaked"
     PARTLY = "partly"
     NOT_SHOWN = "not shown"
+    NOTHING_SENT = "nothing was sent"
 
 
 @functools.total_ordering
@@ -54,12 +58,16 @@ class Belief:
         Whether an exact attack judged itself.
     loss
         Of a search.
+    agreement
+        PSNR in dB between a search's images and those of a second one from another start; None
+        where there was none.
     """
 
     grade: Explains
     doubt: str | None
     judged: bool
     loss: float
+    agreement: float | None = None
 
     def __lt__(self, other: "Belief") -> bool:
         return self._place < other._place
@@ -83,12 +91,22 @@ class Audit(Mapping[str, Reconstruction]):
         The first look.
     notes
         Why attacks did not apply, in sentences.
+    known
+        What the files show before any attack beside layers' inputs: labels, running statistics.
+    untried
+        What was not tried, or could not be, each with its reason; kinds of attack that the audit
+        does not have, too.
+    unchanged
+        Whether the client sent what it had received.
     """
 
     results: dict[str, Reconstruction] = field(repr=False)
     beliefs: dict[str, Belief]
     look: Look = field(repr=False)
     notes: list[str]
+    known: list[Leak] = field(default_factory=list)
+    untried: list[Untried] = field(repr=False, default_factory=list)
+    unchanged: bool = False
 
     def __getitem__(self, attack: str) -> Reconstruction:
         return self.results[attack]
@@ -100,23 +118,62 @@ class Audit(Mapping[str, Reconstruction]):
         return len(self.results)
 
     @property
-    def leaks(self) -> list[str]:
-        """What has leaked: layers' inputs that stand in the update and are no mean of several, and
-        images that explain it.
+    def tried(self) -> list[str]:
+        """The attacks that came to a result, in their order: the keys of ``results``."""
+        return list(self.results)
+
+    @property
+    def leaks(self) -> list[Leak]:
+        """What has leaked: labels and running statistics, layers' inputs that stand in the update
+        and are no mean of several, and images that explain it.
         """
-        named = [name for name, each in self.beliefs.items() if each.grade is Explains.FULLY]
-        return [*self.look.leaked, *(f"the images that {name} found" for name in named)]
+        images = [
+            _leaked(name, self.results[name], each)
+            for name, each in self.beliefs.items()
+            if each.grade is Explains.FULLY
+        ]
+        divided = any(each.attack == "division" for each in images)
+        layers = [
+            each for each in of_layers(self.look.layers) if each.what != "image" or not divided
+        ]
+        return [*images, *layers, *self.known]
 
     @property
     def verdict(self) -> Verdict:
-        """Leaked where an image did; partly where something stands in the update, or where images
-        explain it in part or not alone.
+        """Leaked where an image did; partly where something else did, where something stands in the
+        update that may be a mean of several, or where images explain it in part or not alone.
         """
-        best = max((each.grade for each in self.beliefs.values()), default=Explains.LITTLE)
-        if best is Explains.FULLY:
+        if self.unchanged:
+            return Verdict.NOTHING_SENT
+        if any(each.what in ("image", "images") for each in self.leaks):
             return Verdict.LEAKED
-        partly = best is Explains.PARTLY or self.look.shown
+        best = max((each.grade for each in self.beliefs.values()), default=Explains.LITTLE)
+        partly = best is Explains.PARTLY or self.look.shown or self.known
         return Verdict.PARTLY if partly else Verdict.NOT_SHOWN
+
+
+def _leaked(attack: str, found: Reconstruction, belief: Belief) -> Leak:
+    """The images that an attack found, as one leak."""
+    many = len(found.images) > 1
+    what, their = ("images", "their pixels") if many else ("image", "its pixels")
+    error, how = _error(found, belief)
+    said = f"the {what} that {attack} found"
+    if math.isfinite(error):
+        said += f", {their} to {error:.0e} ({how})"
+    return Leak(what, attack, error, said)
+
+
+def _error(found: Reconstruction, belief: Belief) -> tuple[float, str]:
+    """(root mean square error of the pixels, where it comes from); NaN where none is known."""
+    if isinstance(found.evidence, Ratio):
+        return found.evidence.error, "rounding, relative to the image"
+    if isinstance(found.evidence, Traces):
+        return float(found.evidence.image_error.max()), "its own standard error"
+    if isinstance(found.evidence, Fit):
+        return 10 ** (-found.evidence.bound_psnr / 20), "the Cramér-Rao bound"
+    if belief.agreement is not None:
+        return 10 ** (-belief.agreement / 20), "the distance between two searches"
+    return math.nan, ""
 
 
 def twice(
@@ -162,7 +219,8 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
     if grade is Explains.FULLY and not isinstance(found.evidence, Ratio):
         doubt = _doubt(found, look)
     judged = found.evidence.explains is not None
-    return Belief(Explains.PARTLY if doubt else grade, doubt, judged, found.evidence.loss)
+    grade = Explains.PARTLY if doubt else grade
+    return Belief(grade, doubt, judged, found.evidence.loss, agreement)
 
 
 def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
