@@ -255,6 +255,11 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument(
         "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
     )
+    attack.add_argument(
+        "--minutes",
+        type=float,
+        help="that the audit may take (default: as many as its searches need; each says how many)",
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ weights, others explain the update nearly as well.
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,19 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs
 from dlm_core.harness import files, leaks, registry  # noqa: F401, the registry fills the tables
-from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
+from dlm_core.harness.attempt import attempt
+from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
+from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
 from dlm_core.observation import Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
-from dlm_core.threads import one_thread
 from dlm_core.weights import StateDict, rounded
 
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
@@ -63,6 +63,7 @@ def audit(
     attack: str = "all",
     client: str | None = None,
     out: str | Path = "reconstruction.png",
+    minutes: check.Positive | None = None,
 ) -> Audit:
     """Print what two snapshots of a client show, and write the picture.
 
@@ -85,6 +86,9 @@ def audit(
         update looks like.
     out
         Picture to write, enlarged; its suffix says in which format.
+    minutes
+        That the audit may take, above 0: searches are shortened or left out, and it is said. None
+        for as many as they need.
 
     Returns
     -------
@@ -98,6 +102,7 @@ def audit(
     ValueError
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
+    budget = Budget(minutes)
     _check_asked(model, image_shape, num_images, attack, client)
     _check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes)
@@ -129,36 +134,48 @@ def audit(
         )
         for name, count in plan
     ]
-    found = _tried_in_turn(runs, look, num_images, only=attack != "all")
+    found = _tried_in_turn(runs, look, num_images, budget, only=attack != "all")
+    ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
     found.known.extend(filter(None, [label]))
     found.untried.extend(_left_out(plan, found, attack))
     if not found:
-        print("no attack applies, which is no proof that nothing leaks")
+        none = "no attack came to a result" if ran_out else "no attack applies"
+        print(f"{none}, which is no proof that nothing leaks")
         return found
     best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
     _show(found, best, out, attack)
     return found
 
 
-Run = tuple[str, int, Callable[..., Reconstruction]]  # an attack, how many images, what runs it
+Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
 
 
-def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) -> Audit:
-    """What attacks find, one after the other until one explains the update; ValueError where the
-    ``only`` one does not apply.
+def _tried_in_turn(
+    runs: Sequence[Run], look: Look, told: int, budget: Budget, *, only: bool
+) -> Audit:
+    """What attacks find, one after the other until one explains the update or the user ends it;
+    ValueError where the ``only`` one does not apply.
     """
-    found = Audit(results={}, beliefs={}, look=look, notes=[])
-    for name, count, run in runs:
+    found, interrupted = Audit(results={}, beliefs={}, look=look, notes=[]), False
+    for place, (name, count, run) in enumerate(runs):
         record = records.ATTACKS[name]
         images = counted(count, "image")
         key = name if name not in found else f"{name}, {images}"
+        asked = name if count == told else f"{name}, {images}"
         many = f"; {images}" if count != told else ""
+        decided = settled(found, count) if name in SEARCHES else None
+        if interrupted or decided:
+            found.untried.append(Untried(asked, decided or "the audit was interrupted"))
+            print(f"not tried: {found.untried[-1]}")
+            continue
+        until = budget.until(name, (other for other, _, _ in runs[place + 1 :]))
         print(f"{name} ({record.client}{many}) ...", flush=True)
         try:
-            # searches side by side on several threads each slow down tenfold; the fused kernels of
-            # attention have no second derivative
-            with one_thread(), sdpa_kernel(SDPBackend.MATH):
-                result, agreement = twice(run, record)
+            went = attempt(run, record, until, _indented)
+        except NoTime as why:
+            _indented(f"left out: {why}")
+            found.untried.append(Untried(asked, str(why)))
+            continue
         except Exception as why:  # whatever a user's network or attack raises
             if only:
                 raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
@@ -166,13 +183,24 @@ def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) ->
             found.notes.append(f"{name} does not apply: {sentence(why)}")
             found.untried.append(Untried(key, f"does not apply: {sentence(why)}"))
             continue
-        belief = believe(result, agreement, look)
-        found.results[key], found.beliefs[key] = result, belief
-        lines = _lines(result, agreement, belief)
-        print(*(f"    {line}" for line in lines), sep="\n", flush=True)
+        interrupted = went.interrupted
+        if went.stopped:
+            _indented(went.stopped)
+            found.notes.append(f"{asked} was {went.stopped}")
+        if went.result is None:
+            found.untried.append(Untried(asked, went.stopped or ""))
+            continue
+        belief = believe(went.result, went.agreement, look)
+        found.results[key], found.beliefs[key] = went.result, belief
+        for line in _lines(went.result, went.agreement, belief):
+            _indented(line)
         if belief.grade is Explains.FULLY:
             break
-    return found
+    return replace(found, interrupted=interrupted)
+
+
+def _indented(line: str) -> None:
+    print(f"    {line}", flush=True)
 
 
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:

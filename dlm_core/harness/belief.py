@@ -23,6 +23,7 @@ from dlm_core.coordinates import Start, cosines
 from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
 from dlm_core.harness.tables import counted
+from dlm_core.harness.watch import Watch
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
@@ -90,7 +91,7 @@ class Audit(Mapping[str, Reconstruction]):
     look
         The first look.
     notes
-        Why attacks did not apply, in sentences.
+        Why attacks did not apply, and which were cut off, in sentences.
     known
         What the files show before any attack beside layers' inputs: labels, running statistics.
     untried
@@ -98,6 +99,8 @@ class Audit(Mapping[str, Reconstruction]):
         does not have, too.
     unchanged
         Whether the client sent what it had received.
+    interrupted
+        Whether the user ended it.
     """
 
     results: dict[str, Reconstruction] = field(repr=False)
@@ -107,6 +110,7 @@ class Audit(Mapping[str, Reconstruction]):
     known: list[Leak] = field(default_factory=list)
     untried: list[Untried] = field(repr=False, default_factory=list)
     unchanged: bool = False
+    interrupted: bool = False
 
     def __getitem__(self, attack: str) -> Reconstruction:
         return self.results[attack]
@@ -177,21 +181,21 @@ def _error(found: Reconstruction, belief: Belief) -> tuple[float, str]:
 
 
 def twice(
-    run: Callable[..., Reconstruction], record: records.Attack
+    run: Callable[..., Reconstruction], record: records.Attack, watch: Watch
 ) -> tuple[Reconstruction, float | None]:
     """(the result, PSNR in dB between its images and those of a search from another start, far
     away, so that what the update leaves open differs; None for exact attacks, and for those that
     have one start).
     """
-    found = run()
+    found = watch.keep(run())
     if not isinstance(found.evidence, SearchEvidence):
         return found, None
     if found.local_steps is not None:
         run = partial(run, local_steps=found.local_steps, **CLOSER)
-        found = run()
+        found = watch.keep(run())
     if not record.seeded:
         return found, None
-    start = {"coordinates": far} if "coordinates" in record.options else {}
+    start = {"coordinates": watch.noting(far)} if "coordinates" in record.options else {}
     again = run(seed=1, **start)
     images, others = (each.images.double().cpu() for each in (found, again))
     matched = images[metrics.match(images, others)]
@@ -223,6 +227,29 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
     return Belief(grade, doubt, judged, found.evidence.loss, agreement)
 
 
+def settled(found: Audit, count: int) -> str | None:
+    """Why no search for ``count`` images can be believed further than a result that was found;
+    None where one may be.
+
+    Parameters
+    ----------
+    found
+        So far.
+    count
+        Of images.
+
+    Notes
+    -----
+    That result explains the update to its rounding, and what speaks against it speaks against
+    any other images as well.
+    """
+    for name, each in found.items():
+        explains = each.evidence.explains is Explains.FULLY and len(each.images) == count
+        if explains and _limit(count, each.images.numel(), found.look):
+            return f"{name} explains the update already, and no search can be believed further"
+    return None
+
+
 def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
     """How much it explains by its own evidence, and by a second search."""
     if found.evidence.explains is not None:
@@ -248,6 +275,11 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
             "one step on these images does not explain the update; several steps "
             "may, or images of which one is a darker copy of another"
         )
+    return _limit(count, pixels, look)
+
+
+def _limit(count: int, pixels: int, look: Look) -> str | None:
+    """The same as far as it holds for any images, whatever they explain."""
     if look.numbers < pixels:
         return f"{look.numbers:,} weights moved, too few to fix {pixels:,} pixels"
     if look.num_classes <= 2 and not look.one_input:

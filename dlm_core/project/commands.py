@@ -188,11 +188,12 @@ def attack(
     attack: str,
     client: str | None,
     out: str,
-) -> None:
-    """Audit two snapshots, or list what can be named."""
+    minutes: float | None,
+) -> int | None:
+    """Audit two snapshots, or list what can be named; 130 where the audit was interrupted."""
     if show:
         print("\n".join(_names()))
-        return
+        return None
     if before is None or after is None:
         raise ValueError("attack takes two files, the weights before and after a round; see --help")
     # How many numbers, and how large, the audit checks.
@@ -201,7 +202,7 @@ def attack(
     from dlm_core.harness.audit import audit
 
     shape = tuple(int(size) for size in image_shape.split(","))
-    audit(
+    found = audit(
         before,
         after,
         model=model,
@@ -211,7 +212,9 @@ def attack(
         attack=attack,
         client=client,
         out=out,
+        minutes=minutes,
     )
+    return 130 if found.interrupted else None
 
 
 def _names() -> list[str]:
