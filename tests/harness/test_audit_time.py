@@ -79,7 +79,7 @@ def test_a_search_that_does_not_fit_is_shortened_and_the_last_cut_off(tmp_path, 
     assert "shortened to " in said and found["dlm_plus"].evaluations < 400
     assert "cut off after" in said and found.verdict != "leaked"
     cut = [each for each in found.notes if "cut off, as its time was over" in each]
-    assert cut and cut[0].startswith("unrolled_dlm")
+    assert any(each.startswith("unrolled_dlm") for each in cut)
     assert found["unrolled_dlm"].status is Status.BUDGET
     assert (tmp_path / "found.png").is_file()
 
