@@ -96,4 +96,6 @@ def attempt(
                 cut_off=not interrupted,
                 interrupted=interrupted,
             )
+        finally:
+            watch.close()
     return Attempt(result=result, agreement=agreement)

@@ -93,7 +93,8 @@ def audit(
     Returns
     -------
     Audit
-        The verdict, and what each attack found.
+        The verdict, and what each attack found. Where the user interrupts an attack, what was found
+        until then; ``interrupted`` says so.
 
         Where the client sent what it had received, "nothing was sent".
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dlm_core.coordinates import Start
 from dlm_core.harness.tables import counted
@@ -58,6 +59,7 @@ class Watch:
         self._to_images: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._began = self._shown = 0.0
         self._alarmed = False
+        self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> "Watch":
         self._began = time.monotonic()
@@ -68,18 +70,25 @@ class Watch:
             and threading.current_thread() is threading.main_thread()
         )
         if self._alarmed:  # what descends by no closure of an optimizer is ended as well
-            self._handler = signal.signal(signal.SIGALRM, _ring)
-            # again and again, as an error raised within a destructor is lost
-            signal.setitimer(signal.ITIMER_REAL, max(self.until - self._began, 1e-3), 1.0)
+            self._handler = signal.signal(signal.SIGALRM, _ring) or signal.SIG_DFL
+            signal.setitimer(signal.ITIMER_REAL, max(self.until - self._began, 1e-3))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the watch, which may have ended already: an alarm may ring while it ends."""
         if self._alarmed:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._handler)
-        self._hook.remove()
+            self._alarmed = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         if self._shown:
             print(CLEAR, end="", file=sys.stderr, flush=True)
+            self._shown = 0.0
 
     def keep(self, found: Reconstruction) -> Reconstruction:
         """Remember a result for the case that what follows is cut off, and return it."""

@@ -98,6 +98,7 @@ WRONG = {
             "--num-classes": [*NO_COUNT, "1", "7", "10000000", HUGE],
             "--num-images": [*NO_COUNT, "1000000000", HUGE],
             "--images": ["0", "x"],
+            "--minutes": ["", "0", "-1", "nan", "inf", "two"],
             "--attack": ["", "dlm_pluss", "grey", "ALL", "exact,dlm_plus"],
             "--client": ["", "adan", "Adam", "3"],
             "--out": [
