@@ -158,7 +158,7 @@ def recover(
     weight_decay: bool = False,
     trusted: rounding.Masks | None = None,
     extra_variance: rounding.Variances | None = None,
-    transmitted: arrays.Precision | None = None,
+    transmitted: rounding.Transmitted | None = None,
     max_steps: check.Whole = 40,
 ) -> Reconstruction:
     """Recover image, label and learning rate from one client's single SGD step on a single image.
@@ -177,7 +177,7 @@ def recover(
         (a defence's).
     transmitted
         Precision that the weights were rounded to on their way, where coarser than the one they are
-        held in.
+        held in; or of some of them, by name.
     max_steps
         Of the fit, at least 0. 0 leaves the closed form as it is, with errors that take no account
         of it.

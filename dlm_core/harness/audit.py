@@ -9,6 +9,7 @@ weights, others explain the update nearly as well.
 
 import copy
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,14 +23,14 @@ from torch import nn
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs
-from dlm_core.harness import files, leaks, registry  # noqa: F401, the registry fills the tables
+from dlm_core.harness import clues, files, leaks, registry  # noqa: F401, registry: the tables
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
 from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
-from dlm_core.observation import Unchanged, observe
+from dlm_core.observation import Observation, Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.weights import StateDict, rounded
 
@@ -38,6 +39,10 @@ GRADES = ("explains little of the update", "explains the update in part", "expla
 MOST_IMAGES = 16
 # Of a pixel outside [0, 1] which rounding may explain.
 BEYOND = 0.02
+# Cosine of W_t and W_{t+1} below which these are no weights before and after training.
+NEAR = 0.2
+# How far from 1 a decay is that leaves something of the weights.
+APART = 0.1
 # Pixels of the picture's width, about.
 SIDE = 256
 # Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
@@ -117,7 +122,11 @@ def audit(
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
+    invented = _untrained_head(seen)
+    if invented is not None:
+        return _without_head(invented, read, image_shape, out)
     look, coarse = first_look(seen, num_images, read.coarse), read.coarse
+    _check_near(read, look)
     label = leaks.of_label(seen, look)
     print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
@@ -304,6 +313,8 @@ def _not_asked(why: str) -> list[Untried]:
 
 
 def _suitable(num_images: int, look: Look) -> list[str]:
+    if look.num_classes == 1:
+        return ["division"] if num_images == 1 else ["exact_batch"]
     left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
     if look.kin != "adam" or look.optimizer == "several steps":
         left_out.add("interval_dlm")
@@ -320,7 +331,7 @@ class _Read(NamedTuple):
     after
         W_{t+1}.
     coarse
-        Half precision to which these are rounded, or None.
+        {name: half precision that a tensor of these is rounded to}.
     where
         What to add to an error of the network's.
     notes
@@ -329,7 +340,7 @@ class _Read(NamedTuple):
 
     network: nn.Module
     after: StateDict
-    coarse: torch.dtype | None
+    coarse: dict[str, torch.dtype]
     where: str
     notes: list[str]
 
@@ -360,7 +371,10 @@ def _read(
         )
     names = {name for name, _ in model.named_parameters()}
     sent = {name: w for name, w in after.items() if name in names}
-    coarse = _half_precision(sent)
+    moved = {
+        name: w for name, w in sent.items() if not torch.equal(w.double(), before[name].double())
+    }
+    coarse = _half_precision(moved)
     # All in one, as networks compute; float32 held in float64 has the rounding of float32.
     single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
     dtype = torch.float32 if single else torch.float64
@@ -370,14 +384,30 @@ def _read(
     )
     network = model.to(dtype)
     network.load_state_dict(before)
+    for name, w in network.named_parameters():  # searches leave out what did not move
+        w.requires_grad_(w.requires_grad and name in moved)
     if coarse:
-        notes.append(f"the weights that came back are rounded to {coarse}")
+        which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
+        many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
+        notes.append(f"{many} weights that came back are rounded to {which}")
     return _Read(network, after, coarse, where, notes)
 
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy of a user's network; ValueError, in one sentence, where there is none."""
     kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the model ({kind}) is compiled by torch.jit, and its layers cannot be followed; "
+            "give the network in Python that it was made from"
+        )
+    entries = itertools.chain(model.named_parameters(), model.named_buffers())
+    complex_s = next((name for name, w in entries if w.is_complex()), None)
+    if complex_s is not None:
+        raise ValueError(
+            f"the model ({kind}) has complex numbers in {complex_s!r}; an audit takes real ones: "
+            "hold them as pairs, by torch.view_as_real"
+        )
     if any(nn.parameter.is_lazy(w) for w in (*model.parameters(), *model.buffers())):
         raise ValueError(
             f"the model ({kind}) has lazy layers without weights; call it once on an image"
@@ -413,6 +443,36 @@ def _unchanged(read: _Read) -> Audit:
     return replace(found, unchanged=True)
 
 
+def _untrained_head(seen: Observation) -> str | None:
+    """What to say where the last bias, from which attacks read the labels, stood still alone."""
+    head = seen.head
+    if head.delta_bias.any() or not head.delta_weight.any():
+        return None
+    return (
+        f"the last layer's bias {head.names[1]!r} did not move, though its weight did: the client "
+        "did not train it, or it was invented to fit the network; give the network that the client "
+        "trains, with bias=False there"
+    )
+
+
+def _check_near(read: _Read, look: Look) -> None:
+    """Raise ValueError where W_{t+1} is nowhere near W_t, and no layer tells of a step that led so
+    far: of a gradient in its place Δ has all of W_t in it, like a decay of 1.
+    """
+    told = [each for each in look.layers if each.values is not None or each.directions]
+    if any(abs(each.decay - 1) > APART for each in told):
+        return
+    pairs = [(w.detach().double(), read.after[n]) for n, w in read.network.named_parameters()]
+    old, new = (torch.cat([each.double().flatten() for each in one]) for one in zip(*pairs))
+    cosine = float(nn.functional.cosine_similarity(old, new, 0))
+    if abs(cosine) < NEAR and old.any():
+        raise ValueError(
+            f"after is not near before (their cosine is {cosine:.2f}), as trained weights are: if "
+            "it is a gradient or an update, give before minus it, "
+            "{name: before[name] - after[name]}; else the weights that this client was sent"
+        )
+
+
 def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:
     """What the layers of a network show that no Observation takes; ValueError with ``why`` where
     they show nothing.
@@ -421,10 +481,14 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         layers = inputs.read(read.network, read.after, image_shape, read.coarse)
     except Exception:  # whatever a user's network raises
         layers = []
-    look = Look(layers=layers, unread=why, num_parameters=len(list(read.network.parameters())))
+    told = clues.of_network(read.network, image_shape)
+    count = len(list(read.network.parameters()))
+    look = Look(layers=layers, unread=why, num_parameters=count, clues=told)
     if not look.shown:
+        _check_near(read, look)
         raise ValueError(why) from None
-    print(*read.notes, *look.sentences, sep="\n")
+    label = leaks.of_rows(layers)
+    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     print("no other attack was tried: each needs what the network has not")
     results: dict[str, Reconstruction] = {}
     beliefs: dict[str, Belief] = {}
@@ -434,6 +498,7 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
     except ValueError as none:
         print(none)
     found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    found.known.extend(filter(None, [label]))
     others = _not_asked(f"it needs what the network has not ({why})")
     found.untried.extend([each for each in others if each.what not in results])
     found.untried.extend(leaks.missing())
@@ -476,16 +541,13 @@ def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> in
     return 100
 
 
-def _half_precision(weights: StateDict) -> torch.dtype | None:
-    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in;
-    else None.
-    """
-
-    def fits(dtype: torch.dtype) -> bool:
-        return all(torch.equal(w, weights[name]) for name, w in rounded(weights, dtype).items())
-
-    # The coarser first.
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)
+def _half_precision(weights: StateDict) -> dict[str, torch.dtype]:
+    """{name: the dtype of half precision that a tensor is rounded to, whatever it is held in}."""
+    found = {}
+    for dtype in (torch.float16, torch.bfloat16):  # the coarser counts where both fit
+        each = rounded(weights, dtype)
+        found |= {name: dtype for name, w in weights.items() if torch.equal(w, each[name])}
+    return found
 
 
 def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> Iterator[str]:
@@ -508,6 +570,8 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
     simulated = searched and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}"
+    if found.weight_decay and found.evidence.verdict is not None:
+        yield f"weight decay {found.weight_decay:.3g}"
     if simulated:
         yield (
             f"local steps {found.local_steps} (where later ones hardly move the weights, "

@@ -164,6 +164,18 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     return Leak("label", by, unknown, said)
 
 
+def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
+    """The same by the rows of the last layer's weight, where no bias of it moved."""
+    last = layers[-1] if layers else None
+    if last is None or last.odd is None:
+        return None
+    said = (
+        f"class {last.odd} is the label, or among the labels, if the loss is cross-entropy of a "
+        f"softmax: its row in {f'{last.name}.weight'!r} moved against all others"
+    )
+    return Leak("label", "label inference", math.nan, said)
+
+
 def _one_label(seen: Observation, last: LayerInput) -> bool:
     """Whether the last bias moved along p - e_y, by the features that its layer's update shows."""
     assert last.values is not None

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlm_core.beyond import inputs, recognise
 from dlm_core.beyond.inputs import LayerInput
+from dlm_core.harness import clues
 from dlm_core.observation import Observation
 
 
@@ -32,6 +34,8 @@ class Look:
         Names of the parameters that did not change.
     layers
         What the linear layers say.
+    clues
+        What the network itself tells, and what in it may have been made up to fit, in sentences.
     numbers
         How many weights moved.
     num_parameters
@@ -50,6 +54,7 @@ class Look:
     swapped: bool = False
     unmoved: list[str] = field(default_factory=list)
     layers: list[LayerInput] = field(repr=False, default_factory=list)
+    clues: list[str] = field(default_factory=list)
     numbers: int = 0
     num_parameters: int = 0
     num_classes: int = 0
@@ -103,6 +108,7 @@ class Look:
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
                 f"nothing: {_some(self.unmoved)}"
             )
+        yield from self.clues
         yield from filter(None, (each.sentence for each in self.layers))
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
@@ -118,11 +124,11 @@ class Look:
                 else "one step whose gradients are too large to read"
             )
             more = f" or {unread}" if self.coarse or self.kin == "adam" else ""
-            several = f"several steps or several images{more}"
+            several = f"several steps, several images, or another loss{more}"
             yield f"the update looks like {self.kin} or its kin: {several}"
 
 
-def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -> Look:
+def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype]) -> Look:
     """Look at an update.
 
     Parameters
@@ -132,7 +138,7 @@ def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -
     num_images
         In the client's step, as far as known.
     coarse
-        Half precision to which the weights were rounded, or None.
+        {name: half precision that a tensor of the weights was rounded to}.
 
     Raises
     ------
@@ -145,20 +151,44 @@ def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -
         # the labels' classes fall in Δ, all others rise
         "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
+        "clues": [*clues.of_network(seen.model, seen.image_shape), *_invented(seen)],
         "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
         "num_parameters": len(moved),
         "num_classes": seen.num_classes,
-        "coarse": coarse is not None,
+        "coarse": bool(coarse),
     }
     try:
         layers = inputs.layer_inputs(seen, coarse)
         found = recognise.recognise(seen)
     except Exception as why:
         return Look(**about, unread=sentence(why))
-    kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
+    linear = any(each.linear for each in layers)  # entries changed one by one leave full rank
+    kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
     about |= {"kin": kin, "learning_rate": found.learning_rate}
     look = Look(**about, layers=layers, optimizer=found.optimizer)
     return replace(look, optimizer="several steps") if look.directions > 1 else look
+
+
+def _invented(seen: Observation) -> list[str]:
+    """What may have been made up to fit the network: entries that stood still beside others."""
+    moved = {name for name, delta in seen.delta_by_name.items() if delta.any()}
+    still = [name for name in seen.parameter_names if name not in moved]
+    biases = [n for n in still if n.endswith("bias") and f"{n[:-4]}weight" in moved]
+    norms = {
+        f"{name}.{each}"
+        for name, module in seen.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for each in ("weight", "bias")
+    }
+    said = []
+    for what, names in (("biases", biases), ("batch norm's", [n for n in still if n in norms])):
+        if names:
+            said.append(
+                f"{what} {_some(names)} did not move, though other weights did: the client did "
+                "not train them, or they were invented to fit the network; then no search finds "
+                "the image, until the network is the client's own"
+            )
+    return said
 
 
 def sentence(error: Exception) -> str:

@@ -57,7 +57,7 @@ def test_an_image_s_leak_says_by_which_attack_and_how_exactly(tmp_path):
 def test_the_last_bias_alone_shows_the_label_and_not_the_image(tmp_path):
     model = mlp()
     found = asked(
-        model, sent(model, IMAGES[:1], LABELS[:1], only="3.bias"), tmp_path, attack="exact"
+        model, sent(model, IMAGES[:1], LABELS[:1], only="3.bias"), tmp_path, attack="dlm_plus"
     )
     (label,) = found.leaks
     assert found.verdict == "partly" and f"class {int(LABELS[0])} is among" in str(label)
