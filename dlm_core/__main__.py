@@ -248,10 +248,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         default="all",
         help="one of them (see --list); all (default): in turn, until one explains the update",
     )
-    attack.add_argument(
-        "--client",
-        help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)",
-    )
+    _client_options(attack)
     attack.add_argument(
         "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
     )
@@ -259,6 +256,19 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--minutes",
         type=float,
         help="that the audit may take (default: as many as its searches need; each says how many)",
+    )
+
+
+def _client_options(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument(
+        "--client",
+        help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)",
+    )
+    attack.add_argument(
+        "--normalise",
+        "--normalize",
+        help="what the client makes of pixels in [0, 1]: a name (see --list), MEAN/STD with a "
+        "number a channel (0.49,0.48,0.45/0.25,0.24,0.26), or range=LOW,HIGH (default: nothing)",
     )
 
 

@@ -262,6 +262,7 @@ VALID: dict[str, Callable] = {
     "audit.audit": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "exact"},
         **{"image_shape": (1, 8, 8), "num_images": 1, "num_classes": 10, "client": None},
+        **{"normalise": "half"},
         "out": f"{tempfile.gettempdir()}/reconstruction.png",
     },
     "files.snapshots": lambda s: {
@@ -285,6 +286,7 @@ VALID: dict[str, Callable] = {
     "evidence.middle": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
     "evidence.mean": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
     "evidence.computed": lambda s: {"value": 1.0, "label": "x", "quantity": "q"},
+    "preprocessing.normalised": lambda s: {"model": s.model, "normalise": "half"},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "released.trials": lambda s: {

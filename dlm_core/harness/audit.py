@@ -22,8 +22,14 @@ from torch import nn
 
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import inputs
-from dlm_core.harness import clues, files, leaks, registry  # noqa: F401, registry: the tables
+from dlm_core.beyond import inputs, preprocessing
+from dlm_core.harness import (
+    clues,
+    files,
+    leaks,
+    pictures,
+    registry,  # noqa: F401, it fills the tables
+)
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
 from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
@@ -37,14 +43,10 @@ from dlm_core.weights import StateDict, rounded
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 # Images that are looked for unasked.
 MOST_IMAGES = 16
-# Of a pixel outside [0, 1] which rounding may explain.
-BEYOND = 0.02
 # Cosine of W_t and W_{t+1} below which these are no weights before and after training.
 NEAR = 0.2
 # How far from 1 a decay is that leaves something of the weights.
 APART = 0.1
-# Pixels of the picture's width, about.
-SIDE = 256
 # Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
 PIXELS = 2**26
 
@@ -67,6 +69,7 @@ def audit(
     num_images: check.Count = 1,
     attack: str = "all",
     client: str | None = None,
+    normalise: preprocessing.Told | None = None,
     out: str | Path = "reconstruction.png",
     minutes: check.Positive | None = None,
 ) -> Audit:
@@ -89,6 +92,10 @@ def audit(
     client
         That ``unrolled_dlm`` simulates, of ``records.CLIENT_OPTIMIZERS``; None goes by what the
         update looks like.
+    normalise
+        What the client makes of pixels in [0, 1] before its network sees them, as
+        ``preprocessing.normalised`` takes it; images are then found and shown in [0, 1]. None:
+        nothing, or unknown; it is suspected where the update shows it.
     out
         Picture to write, enlarged; its suffix says in which format.
     minutes
@@ -110,8 +117,10 @@ def audit(
     """
     budget = Budget(minutes)
     _check_asked(model, image_shape, num_images, attack, client)
+    if normalise is not None:
+        preprocessing.check_channels(normalise, image_shape[0])
     _check_out(Path(out))
-    read = _read(before, after, model, image_shape, num_classes)
+    read = _read(before, after, model, image_shape, num_classes, normalise)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
@@ -215,8 +224,12 @@ def _indented(line: str) -> None:
 
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
     """Write the picture, and conclude."""
-    for line in _save(found[best].images.float(), out):
+    images = found[best].images
+    for line in pictures.write(images.float(), out):
         print(line)
+    suspicion = pictures.suspicion(images, found.look.normalisation)
+    if suspicion is not None and found.look.suspicion is None:  # else it was said
+        print(suspicion)
     print(f"{out} shows what {best} found")
     _conclude(found, found.beliefs[best], attack, len(found[best].images))
 
@@ -351,6 +364,7 @@ def _read(
     model: str | nn.Module,
     image_shape: Sequence[int],
     num_classes: int | None,
+    normalise: preprocessing.Normalisation | None,
 ) -> _Read:
     where = ""
     expected: Any
@@ -390,6 +404,9 @@ def _read(
         which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
         many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
         notes.append(f"{many} weights that came back are rounded to {which}")
+    if normalise is not None:
+        network = preprocessing.normalised(network, normalise)
+        notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
     return _Read(network, after, coarse, where, notes)
 
 
@@ -483,7 +500,13 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         layers = []
     told = clues.of_network(read.network, image_shape)
     count = len(list(read.network.parameters()))
-    look = Look(layers=layers, unread=why, num_parameters=count, clues=told)
+    look = Look(
+        layers=layers,
+        unread=why,
+        num_parameters=count,
+        clues=told,
+        normalisation=preprocessing.told_to(read.network),
+    )
     if not look.shown:
         _check_near(read, look)
         raise ValueError(why) from None
@@ -589,25 +612,6 @@ def _agreed(agreement: float | None) -> str:
     return f"a search from another start ends at {which} picture {between}"
 
 
-def _save(images: torch.Tensor, out: str | Path) -> Iterator[str]:
-    """Write the picture; what to say of its range."""
-    from torchvision.utils import save_image
-
-    low, high = float(images.min()), float(images.max())
-    if low < -BEYOND or high > 1 + BEYOND:
-        yield (
-            f"its values run from {low:.2g} to {high:.2g}: the client normalised its images, "
-            "perhaps, and the picture is stretched to that range"
-        )
-        images = (images - low) / (high - low)
-    if images.shape[1] not in (1, 3):  # a picture each of its channels
-        images = images.reshape(-1, 1, *images.shape[2:])
-    factor = max(1, SIDE // images.shape[-1])
-    save_image(
-        images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor
-    )
-
-
 def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:
     if belief.grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
@@ -623,8 +627,7 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
     )
     print(
         f"here with {counted(num_images, 'image')} in the step "
-        "(--num-images, num_images), and some need an nn.Sequential; searches look for pixels in "
-        "[0, 1], so that a client that normalises its images is not reached by them"
+        f"(--num-images, num_images), and some need an nn.Sequential; {_range(found.look)}"
     )
     if found.look.swapped:
         print("and the files look as if they had changed places")
@@ -638,3 +641,13 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
             ),
             sep="\n",
         )
+
+
+def _range(look: Look) -> str:
+    """What the searches assume of the client's pixels."""
+    if look.normalisation is not None:
+        return f"searches look for pixels in [0, 1] before {look.normalisation}, as told"
+    return (
+        "searches look for pixels in [0, 1] that go into the network as they are: a client that "
+        "normalises them is not reached unless --normalise (normalise) tells how"
+    )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlm_core.beyond import inputs, recognise
+from dlm_core.beyond import inputs, preprocessing, recognise
 from dlm_core.beyond.inputs import LayerInput
-from dlm_core.harness import clues
+from dlm_core.harness import clues, pictures
 from dlm_core.observation import Observation
 
 
@@ -46,6 +46,8 @@ class Look:
         Whether the weights were rounded to half precision.
     unread
         Why the update cannot be read, in a sentence; None where it can.
+    normalisation
+        What the client is told to have made of its pixels; None where nothing is.
     """
 
     optimizer: str = "several steps"
@@ -60,6 +62,7 @@ class Look:
     num_classes: int = 0
     coarse: bool = False
     unread: str | None = None
+    normalisation: preprocessing.Normalisation | None = None
 
     @property
     def images(self) -> int:
@@ -99,6 +102,13 @@ class Look:
         return [each.sentence or "" for each in self.layers if each.alone]
 
     @property
+    def suspicion(self) -> str | None:
+        """What the images that stand in the update say against ``normalisation``, in a sentence."""
+        images = [each.image for each in self.layers if each.image is not None]
+        said = (pictures.suspicion(each, self.normalisation) for each in images)
+        return next(filter(None, said), None)
+
+    @property
     def sentences(self) -> Iterator[str]:
         """What to say of it."""
         if self.swapped:
@@ -110,6 +120,7 @@ class Look:
             )
         yield from self.clues
         yield from filter(None, (each.sentence for each in self.layers))
+        yield from filter(None, [self.suspicion])
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
         elif self.optimizer != "several steps":
@@ -156,6 +167,7 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
         "num_parameters": len(moved),
         "num_classes": seen.num_classes,
         "coarse": bool(coarse),
+        "normalisation": preprocessing.told_to(seen.model),
     }
     try:
         layers = inputs.layer_inputs(seen, coarse)

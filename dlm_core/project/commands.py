@@ -187,6 +187,7 @@ def attack(
     num_images: int,
     attack: str,
     client: str | None,
+    normalise: str | None,
     out: str,
     minutes: float | None,
 ) -> int | None:
@@ -211,6 +212,7 @@ def attack(
         num_images=num_images,
         attack=attack,
         client=client,
+        normalise=normalise,
         out=out,
         minutes=minutes,
     )
@@ -220,12 +222,14 @@ def attack(
 def _names() -> list[str]:
     """What --attack, --model and --client take, a line each, with what an attack's record says."""
     from dlm_core import records
+    from dlm_core.beyond import preprocessing
     from dlm_core.harness import audit
 
     lines = ["--attack, in the order in which all are tried:"]
     lines += [f"  {key:14} {record.client}" for key, record in audit.tried().items()]
     lines.append(f"--model: {', '.join(records.NETWORKS)}")
     lines.append(f"--client: {', '.join(records.CLIENT_OPTIMIZERS)}")
+    lines.append(f"--normalise: {', '.join(preprocessing.KNOWN)}")
     return lines
 
 

@@ -101,6 +101,19 @@ WRONG = {
             "--minutes": ["", "0", "-1", "nan", "inf", "two"],
             "--attack": ["", "dlm_pluss", "grey", "ALL", "exact,dlm_plus"],
             "--client": ["", "adan", "Adam", "3"],
+            "--normalise": [
+                *(
+                    "",
+                    "imagnet",
+                    "0.5",
+                    "0.5/0",
+                    "0.5/x",
+                    "0.1,0.2/0.3",
+                    "range=1,0",
+                    "range=0.1,1",
+                ),
+                *("range=-1,nan", "0.1307,0.3081", "imagenet", "nan/1"),
+            ],
             "--out": [
                 *("", ".", "found", "found.xyz", "found.pngs", "folder.png", "nowhere/found.png"),
                 *("a file/found.png", "/proc/found.png"),
