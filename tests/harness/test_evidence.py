@@ -159,3 +159,9 @@ def test_an_interval_holds_its_share_to_the_last_bit(n):
         frame.loc[hits:, "psnr"] = 10.0
         found = evidence.share(frame, "")
         assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_what_two_criteria_ask_of_is_said_once():
+    found = evidence.middle([1.0] * 12, "a", quantity="b", unit="dB", units="images")
+    both = evidence.every([found.at_least(-3), found.at_most(3)])
+    assert both.evidence.count("a: ") == 1 and both.verdict is Verdict.HOLDS
