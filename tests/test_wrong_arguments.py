@@ -197,6 +197,10 @@ VALID: dict[str, Callable] = {
         s, client_optimizer="sgd", optimizer_options={}, local_steps=1, batch_size=1
     ),
     "unrolled.next_steps": lambda s: {"losses": {1: 0.1}, "max_local_steps": 4, "finest": 1.0},
+    "ablation.ablated": lambda s: {
+        **{"seen": s.seen, "objective": "told rate", "learning_rate": 0.05, "start": "grey"},
+        **{"box": True, "smooth": True, **s.search},
+    },
     "exact.recover": lambda s: {
         **{"seen": s.seen, "weight_decay": False, "transmitted": None, "max_steps": 0},
         "trusted": [torch.ones_like(d) > 0 for d in s.update],

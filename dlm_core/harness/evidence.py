@@ -332,7 +332,7 @@ def _joined(findings: list[Finding], all_: Verdict, one: Verdict, word: str) -> 
     criteria = list(dict.fromkeys(each.criterion for each in findings))
     return Finding(
         criterion=word + "; ".join(criteria),
-        evidence="; ".join(each.evidence for each in findings),
+        evidence="; ".join(dict.fromkeys(each.evidence for each in findings)),
         verdict=verdict,
         interval=decides.interval,
         n=decides.n,

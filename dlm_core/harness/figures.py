@@ -97,6 +97,7 @@ def show_images(
     row_names: Sequence[str],
     column_names: Sequence[str] = (),
     cell: check.Positive = 0.42,
+    below: Sequence[Sequence[float | None]] = (),
 ) -> Any:
     """Draw a grid of images, and return the matplotlib figure.
 
@@ -111,6 +112,8 @@ def show_images(
         Above the first row; there may be fewer than columns.
     cell
         Width and height of a place in inches.
+    below
+        Rows of numbers, written to one decimal under the images; None writes none.
 
     Raises
     ------
@@ -136,6 +139,9 @@ def show_images(
                 axis.imshow(pixels)
             if i == 0 and j < len(column_names):
                 axis.set_title(column_names[j], pad=2, fontsize=6)
+        for number, axis in zip(below[i] if i < len(below) else (), axes[i]):
+            if number is not None:
+                axis.set_xlabel(f"{number:.1f}", fontsize=5, labelpad=1)
         axes[i][0].set_ylabel(row_names[i], rotation=0, ha="right", va="center", fontsize=6)
     return figure
 

@@ -307,3 +307,24 @@ def strongest(
         psnr_max=max(psnr[trial] for trial in attacks[best]),
         psnr_unaware=next(iter(medians.values())),
     )
+
+
+def highest(attacks: Mapping[Any, Sequence[Trial]], psnr: Mapping[Trial, float]) -> Any:
+    """A table of the attacked clients, one row each, as ``harness.evidence`` takes it: "psnr" is
+    the highest of any attack on that client.
+
+    Parameters
+    ----------
+    attacks
+        Trials of each attack on the same clients in the same order, as of ``Victim.attacks``.
+    psnr
+        As ``psnrs`` has it.
+    """
+    import pandas
+
+    names = ("dataset", "index", "num_images", "model", "seed")
+    rows = [
+        {**{name: getattr(same[0], name) for name in names}, "psnr": max(map(psnr.get, same))}
+        for same in zip(*attacks.values(), strict=True)
+    ]
+    return pandas.DataFrame(rows)

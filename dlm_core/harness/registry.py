@@ -14,6 +14,7 @@ import cloudpickle
 
 from dlm_core import attacks, data, defenses, federated, models, records  # noqa: F401
 from dlm_core.beyond import (  # noqa: F401
+    ablation,
     adaptive,
     batches,
     clients,

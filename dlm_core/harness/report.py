@@ -232,8 +232,8 @@ class Report:
         statement
             In words.
         finding
-            Of ``harness.evidence``: criterion, numbers and verdict. A bool, whose criterion and n
-            are not kept, is what notebooks 12 to 20 still give.
+            Of ``harness.evidence``: criterion, numbers and verdict. A bool is taken as well; it
+            keeps neither criterion nor n, and no numbered notebook gives one.
         evidence
             The numbers that decide a bool; beside a finding, further ones.
         whose

@@ -130,7 +130,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     p, spread = hits / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is in it
 
 
 @check.arguments

@@ -150,3 +150,18 @@ def test_a_claim_keeps_its_criterion_n_interval_and_verdict(tmp_path, monkeypatc
     assert "criterion: median PSNR at least 20.0 dB" in capsys.readouterr().out
     page = (tmp_path / "claims.md").read_text()
     assert r"DLM+ \| x" in page  # a bar in a cell would break the table
+
+
+@pytest.mark.parametrize("n", range(1, 60))
+def test_an_interval_holds_its_share_to_the_last_bit(n):
+    for hits in range(n + 1):
+        frame = pandas.DataFrame({"dataset": "a", "index": range(n), "psnr": 30.0})
+        frame.loc[hits:, "psnr"] = 10.0
+        found = evidence.share(frame, "")
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_what_two_criteria_ask_of_is_said_once():
+    found = evidence.middle([1.0] * 12, "a", quantity="b", unit="dB", units="images")
+    both = evidence.every([found.at_least(-3), found.at_most(3)])
+    assert both.evidence.count("a: ") == 1 and both.verdict is Verdict.HOLDS

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dlm_core.harness import options, report, sweeps
+from dlm_core.harness import evidence, options, report, sweeps
 from dlm_core.harness.paths import REPOSITORY
 from dlm_core.harness.trials import Trial
 
@@ -73,6 +73,19 @@ def test_strongest_attack_is_that_of_the_highest_median_and_no_picture_is_a_fail
     leak = options.strongest(attacks, psnr)
     assert (leak.attack, leak.psnr, leak.psnr_unaware) == ("dlm_plus", 40.0, 40.0)
     assert leak.psnr_max == 50.0
+
+
+def test_highest_is_of_each_client_by_whichever_attack_sees_it_best():
+    victim = options.Victim(trial=Trial(dataset="digits", num_images=2, **options.MLP), number=3)
+    attacks = {name: victim.trials(name) for name in ("dlm_plus", "exact_batch")}
+    found = {"dlm_plus": [30.0, 5.0, -math.inf], "exact_batch": [10.0, 80.0, -math.inf]}
+    psnr = {t: found[name][t.index] for name, several in attacks.items() for t in several}
+    table = options.highest(attacks, psnr)
+    assert table.psnr.tolist() == [30.0, 80.0, -math.inf]
+    share = evidence.share(table, "both")
+    assert (share.value, share.n, share.units) == (pytest.approx(2 / 3), 3, "batches, 3 networks")
+    with pytest.raises(ValueError, match="shorter"):
+        options.highest({**attacks, "exact_batch": attacks["exact_batch"][:2]}, psnr)
 
 
 def test_victims_share_network_and_data_and_have_images_of_their_own():
