@@ -204,7 +204,7 @@ def test_pixels_outside_0_to_1_are_said_and_the_picture_stretched(tmp_path, caps
     found = asked(model, snapshots(model, normalised, LABELS[:1]), tmp_path)
     assert torch.allclose(found["division"].images.float(), normalised, atol=1e-4)
     said = capsys.readouterr().out
-    assert "the pixels run from -2 to 1.75, outside [0, 1]: the client normalised its images" in said
+    assert "the pixels run from -2 to 1.75, outside [0, 1]: the client normalised" in said
     assert "perhaps; --normalise (normalise) takes mean and std" in said  # of none that is known
     assert "from -2 to 1.75: the picture shows (value + 2) / 3.75" in said
 
