@@ -291,6 +291,9 @@ VALID: dict[str, Callable] = {
     "evidence.mean": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
     "evidence.computed": lambda s: {"value": 1.0, "label": "x", "quantity": "q"},
     "preprocessing.normalised": lambda s: {"model": s.model, "normalise": "half"},
+    "kinds.make": lambda s: {"kind": "MLP", "index": 0},
+    "calibration.Case": lambda s: {"kind": "MLP", "index": 0, "compared": False},
+    "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "released.trials": lambda s: {

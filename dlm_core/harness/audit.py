@@ -566,7 +566,7 @@ def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> in
 
 def _half_precision(weights: StateDict) -> dict[str, torch.dtype]:
     """{name: the dtype of half precision that a tensor is rounded to, whatever it is held in}."""
-    found = {}
+    found: dict[str, torch.dtype] = {}
     for dtype in (torch.float16, torch.bfloat16):  # the coarser counts where both fit
         each = rounded(weights, dtype)
         found |= {name: dtype for name, w in weights.items() if torch.equal(w, each[name])}

@@ -197,10 +197,15 @@ def twice(
         return found, None
     start = {"coordinates": watch.noting(far)} if "coordinates" in record.options else {}
     again = run(seed=1, **start)
-    images, others = (each.images.double().cpu() for each in (found, again))
+    return found, likeness(found.images, again.images)
+
+
+def likeness(images: torch.Tensor, others: torch.Tensor) -> float:
+    """PSNR in dB between two searches' images, [N, C, H, W] each: the median of the best pairs."""
+    images, others = images.double().cpu(), others.double().cpu()
     matched = images[metrics.match(images, others)]
     errors = (matched - others).square().flatten(1).mean(1)
-    return found, float((-10 * errors.clamp(min=1e-30).log10()).median())
+    return float((-10 * errors.clamp(min=1e-30).log10()).median())
 
 
 def far(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:

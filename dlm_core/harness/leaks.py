@@ -34,12 +34,15 @@ class Leak:
         a search the distance between its two ends. NaN where none is known.
     sentence
         All of it in words.
+    classes
+        Of a label: those that are told.
     """
 
     what: str
     attack: str
     error: float
     sentence: str
+    classes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.sentence
@@ -152,7 +155,7 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
             f"the label, class {towards[0]}: the last bias moved as one image of this class moves "
             "it by softmax and cross-entropy"
         )
-        return Leak("label", by, unknown, said)
+        return Leak("label", by, unknown, said, (towards[0],))
     directions = 1 if last is None else max(1, last.directions)
     if abs(float(delta.sum())) > left or len(towards) > directions:
         return None
@@ -161,7 +164,7 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
         f"{classes} among the labels, if the loss is cross-entropy of a softmax and labels are not "
         "smoothed or mixed: the last bias moved towards no other class"
     )
-    return Leak("label", by, unknown, said)
+    return Leak("label", by, unknown, said, tuple(towards))
 
 
 def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
@@ -173,7 +176,7 @@ def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
         f"class {last.odd} is the label, or among the labels, if the loss is cross-entropy of a "
         f"softmax: its row in {f'{last.name}.weight'!r} moved against all others"
     )
-    return Leak("label", "label inference", math.nan, said)
+    return Leak("label", "label inference", math.nan, said, (last.odd,))
 
 
 def _one_label(seen: Observation, last: LayerInput) -> bool:

@@ -13,6 +13,7 @@ SIDE = 256  # pixels of the picture's width, about
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away in any picture
 BEYOND = 0.02  # of a pixel outside [0, 1], which an error of the attack may explain
 WHOLE = 0.1  # root mean square distance from whole grey levels, in levels; at random 0.29
+FILLED = 0.25  # of [0, 1], by the pixels of nearly any photograph
 FEW = 8  # grey levels, below which any values may be whole by chance
 
 
@@ -103,8 +104,9 @@ def _advice(known: Normalisation | None) -> str:
 def _likely(known: list[Normalisation], values: torch.Tensor) -> Normalisation | None:
     """The one that brings all values into [0, 1] and fills it best."""
     ends = {each: _ends(each.pixels(values)) for each in known}
-    within = [each for each, (low, high) in ends.items() if not _outside(low, high)]
-    return max(within, key=lambda each: ends[each][1] - ends[each][0], default=None)
+    widths = {each: high - low for each, (low, high) in ends.items() if not _outside(low, high)}
+    best = max(widths, key=lambda each: widths[each], default=None)
+    return best if best is not None and widths[best] > FILLED else None
 
 
 def _whole(pixels: torch.Tensor) -> bool:

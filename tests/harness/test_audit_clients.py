@@ -203,10 +203,10 @@ def test_pixels_outside_0_to_1_are_said_and_the_picture_stretched(tmp_path, caps
     normalised = (IMAGES[:1] - 0.5) / 0.25
     found = asked(model, snapshots(model, normalised, LABELS[:1]), tmp_path)
     assert torch.allclose(found["division"].images.float(), normalised, atol=1e-4)
-    assert (
-        "the client normalised its images, perhaps, and the picture is stretched"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "the pixels run from -2 to 1.75, outside [0, 1]: the client normalised" in said
+    assert "perhaps; --normalise (normalise) takes mean and std" in said  # of none that is known
+    assert "from -2 to 1.75: the picture shows (value + 2) / 3.75" in said
 
 
 def test_the_silhouette_that_adam_leaves_is_not_called_the_image(tmp_path, capsys):

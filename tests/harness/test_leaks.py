@@ -49,6 +49,7 @@ def test_an_image_s_leak_says_by_which_attack_and_how_exactly(tmp_path):
     assert str(image) == image.sentence and "the image that division found" in str(image)
     (label,) = of(found, "label")
     assert label.attack == "label inference" and f"class {int(LABELS[0])}" in str(label)
+    assert label.classes == (int(LABELS[0]),)
     assert "if the loss" not in str(label)  # one image, and the last bias moved along p - e_y
     (features,) = of(found, "input of layer '3'")
     assert features.error < 1e-3 and found.tried == ["division"]
@@ -61,6 +62,7 @@ def test_the_last_bias_alone_shows_the_label_and_not_the_image(tmp_path):
     )
     (label,) = found.leaks
     assert found.verdict == "partly" and f"class {int(LABELS[0])} is among" in str(label)
+    assert label.classes == (int(LABELS[0]),)
 
 
 def smoothed(scores, labels):
