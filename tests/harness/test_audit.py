@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dlm_core import data, federated, metrics, models, records
 from dlm_core.__main__ import main
@@ -95,18 +96,19 @@ def test_adam_s_step_is_recognised_and_met_with_its_own_attack(tmp_path, capsys)
 
 
 def test_where_no_attack_applies_it_is_said(capsys, tmp_path):
-    images, labels, *_ = data.load("digits", n=2)
-    seen = federated.train_locally(
-        models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, learning_rate=0.05
-    )
-    still = {"7.bias": seen.model.state_dict()["7.bias"]}  # from which a batch's labels are read
-    before, after = seen.model.state_dict(), {**seen.weights_after, **still}
-    assert (
-        audit(before, after, image_shape=(1, 8, 8), num_images=2, out=tmp_path / "found.png") == {}
-    )
+    images, *_ = data.load("digits", n=2)
+    layers = nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 1)
+    model = nn.Sequential(*layers)  # of one output, which searches by softmax do not suit
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    run = torch.optim.SGD(model.parameters(), lr=0.05)
+    nn.functional.binary_cross_entropy_with_logits(model(images), torch.ones(2, 1)).backward()
+    run.step()
+    sent = before, model.state_dict()
+    about = {"model": model, "image_shape": (1, 8, 8), "num_images": 2}
+    assert audit(*sent, **about, out=tmp_path / "found.png") == {}
     said = capsys.readouterr().out
     tried = [line for line in said.splitlines() if line.endswith(") ...")]
-    assert said.count("does not apply: ") == len(tried) >= 3
+    assert said.count("does not apply: ") == len(tried) >= 1
     assert "no attack applies, which is no proof" in said
 
 

@@ -164,6 +164,13 @@ def test_a_last_bias_that_never_moves_is_said_and_not_read(tmp_path):
     assert not found and any("invented to fit" in note for note in found.notes)
 
 
+def test_of_a_last_bias_that_did_not_move_no_labels_are_read(tmp_path):
+    lenet = models.build("lenet", SHAPE, 10, seed=0)
+    before, after = snapshots(lenet, IMAGES[:2], LABELS[:2])
+    with pytest.raises(ValueError, match="'7.bias' did not move.*invented to fit"):
+        asked(lenet, (before, {**after, "7.bias": before["7.bias"]}), tmp_path, num_images=2)
+
+
 def test_without_a_last_bias_the_label_is_read_off_the_rows(tmp_path, capsys):
     model = network(*MLP[:2], linear(48, 10, bias=False))
     found = asked(model, snapshots(model, targets=torch.tensor([7])), tmp_path)
