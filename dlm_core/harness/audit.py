@@ -134,17 +134,12 @@ def audit(
     invented = _untrained_head(seen)
     if invented is not None:
         return _without_head(invented, read, image_shape, out)
-    look, coarse = first_look(seen, num_images, read.coarse), read.coarse
+    look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
     label = leaks.of_label(seen, look)
     print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
-    options: dict[str, dict[str, Any]] = {
-        "division": {"transmitted": coarse},
-        "exact": {"transmitted": coarse, "weight_decay": look.optimizer == "sgd with decay"},
-        "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client_optimizer": client or look.kin},
-    }
+    options = _options(read, look, image_shape, client)
     runs = [
         (
             name,
@@ -358,6 +353,26 @@ class _Read(NamedTuple):
     notes: list[str]
 
 
+def _options(
+    read: _Read, look: Look, image_shape: Sequence[int], client: str | None
+) -> dict[str, dict[str, Any]]:
+    """What attacks are told of what was read and seen."""
+    options: dict[str, dict[str, Any]] = {
+        "division": {"transmitted": read.coarse},
+        "exact": {
+            "transmitted": read.coarse,
+            "weight_decay": look.optimizer == "sgd with decay",
+        },
+        "dlm_plus": {"restarts": 2},
+        "unrolled_dlm": {"client_optimizer": client or look.kin},
+    }
+    if clues.insists(read.network, image_shape):  # searches compute in float64 elsewhere
+        own = next(read.network.parameters()).dtype
+        for name in SEARCHES:
+            options.setdefault(name, {})["dtype"] = own
+    return options
+
+
 def _read(
     before: Any,
     after: Any,
@@ -404,6 +419,8 @@ def _read(
         which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
         many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
         notes.append(f"{many} weights that came back are rounded to {which}")
+    notes += clues.of_network(network, image_shape)
+    network.register_forward_hook(lambda _, __, returned: clues.alone(returned))
     if normalise is not None:
         network = preprocessing.normalised(network, normalise)
         notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
@@ -498,16 +515,14 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         layers = inputs.read(read.network, read.after, image_shape, read.coarse)
     except Exception:  # whatever a user's network raises
         layers = []
-    told = clues.of_network(read.network, image_shape)
     count = len(list(read.network.parameters()))
     look = Look(
         layers=layers,
         unread=why,
         num_parameters=count,
-        clues=told,
         normalisation=preprocessing.told_to(read.network),
     )
-    if not look.shown:
+    if not any(each.sentence for each in layers):
         _check_near(read, look)
         raise ValueError(why) from None
     label = leaks.of_rows(layers)
@@ -527,6 +542,8 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
     found.untried.extend(leaks.missing())
     if results:
         _show(found, "division", out, "all")
+    else:
+        print("no attack came to a result, which is no proof that nothing leaks")
     return found
 
 

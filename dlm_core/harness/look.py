@@ -12,7 +12,7 @@ from torch import nn
 
 from dlm_core.beyond import inputs, preprocessing, recognise
 from dlm_core.beyond.inputs import LayerInput
-from dlm_core.harness import clues, pictures
+from dlm_core.harness import pictures
 from dlm_core.observation import Observation
 
 
@@ -34,8 +34,8 @@ class Look:
         Names of the parameters that did not change.
     layers
         What the linear layers say.
-    clues
-        What the network itself tells, and what in it may have been made up to fit, in sentences.
+    invented
+        What may have been made up to fit the network, in sentences.
     numbers
         How many weights moved.
     num_parameters
@@ -56,7 +56,7 @@ class Look:
     swapped: bool = False
     unmoved: list[str] = field(default_factory=list)
     layers: list[LayerInput] = field(repr=False, default_factory=list)
-    clues: list[str] = field(default_factory=list)
+    invented: list[str] = field(default_factory=list)
     numbers: int = 0
     num_parameters: int = 0
     num_classes: int = 0
@@ -118,7 +118,7 @@ class Look:
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
                 f"nothing: {_some(self.unmoved)}"
             )
-        yield from self.clues
+        yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
         yield from filter(None, [self.suspicion])
         if self.unread is not None:
@@ -162,7 +162,7 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
         # the labels' classes fall in Δ, all others rise
         "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
-        "clues": [*clues.of_network(seen.model, seen.image_shape), *_invented(seen)],
+        "invented": _invented(seen),
         "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
         "num_parameters": len(moved),
         "num_classes": seen.num_classes,
