@@ -324,6 +324,8 @@ def _suitable(num_images: int, look: Look) -> list[str]:
     if look.num_classes == 1:
         return ["division"] if num_images == 1 else ["exact_batch"]
     left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
+    if look.last_alone:
+        left_out |= {"exact", "exact_batch", "unrolled_dlm"}
     if look.kin != "adam" or look.optimizer == "several steps":
         left_out.add("interval_dlm")
     return [name for name in tried() if name not in left_out]

@@ -32,6 +32,8 @@ class Look:
         Whether the two files look as if they had changed places.
     unmoved
         Names of the parameters that did not change.
+    last_alone
+        Whether nothing but the last layer moved.
     layers
         What the linear layers say.
     invented
@@ -55,6 +57,7 @@ class Look:
     learning_rate: float = math.nan
     swapped: bool = False
     unmoved: list[str] = field(default_factory=list)
+    last_alone: bool = False
     layers: list[LayerInput] = field(repr=False, default_factory=list)
     invented: list[str] = field(default_factory=list)
     numbers: int = 0
@@ -118,6 +121,11 @@ class Look:
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
                 f"nothing: {_some(self.unmoved)}"
             )
+        if self.last_alone:
+            yield (
+                "the last layer alone moved: its update tells its input and the labels, and of an "
+                "image what its input tells"
+            )
         yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
         yield from filter(None, [self.suspicion])
@@ -158,10 +166,12 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     """
     bias = seen.head.delta_bias
     moved = [bool(layer.any()) for layer in seen.delta]
+    told = [name for name, did in zip(seen.parameter_names, moved) if did]
     about: dict[str, Any] = {
         # the labels' classes fall in Δ, all others rise
         "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
+        "last_alone": set(seen.parameter_names) > set(seen.head.names) >= set(told),
         "invented": _invented(seen),
         "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
         "num_parameters": len(moved),

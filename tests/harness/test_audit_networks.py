@@ -192,6 +192,17 @@ def test_batch_norm_that_never_moves_is_said(tmp_path, capsys):
     assert found["dlm_plus"].images.isfinite().all()
 
 
+@pytest.mark.parametrize("kept", ["3.", "3.bias"])
+def test_of_the_last_layer_alone_no_steps_are_simulated(kept, tmp_path, capsys):
+    model = network(*MLP)
+    before, after = snapshots(model)
+    after = {name: w if name.startswith(kept) else before[name] for name, w in after.items()}
+    found = asked(model, (before, after), tmp_path)
+    said = capsys.readouterr().out
+    assert "the last layer alone moved" in said and "several" not in said
+    assert found.verdict == "partly" and any(each.what == "label" for each in found.leaks)
+
+
 def test_searches_leave_out_what_did_not_move(tmp_path):
     lenet = models.build("lenet", SHAPE, 10, seed=1)
     before, after = snapshots(lenet)
