@@ -29,7 +29,9 @@ from dlm_core.harness import (
     leaks,
     pictures,
     registry,  # noqa: F401, it fills the tables
+    written,
 )
+from dlm_core.harness.about import About, snapshot
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
 from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
@@ -105,10 +107,8 @@ def audit(
     Returns
     -------
     Audit
-        The verdict, and what each attack found. Where the user interrupts an attack, what was found
-        until then; ``interrupted`` says so.
-
-        Where the client sent what it had received, "nothing was sent".
+        The verdict, "nothing was sent" where both snapshots are equal, and what each attack found.
+        Where the user interrupts an attack, what was found until then; ``interrupted`` says so.
 
     Raises
     ------
@@ -121,12 +121,27 @@ def audit(
         preprocessing.check_channels(normalise, image_shape[0])
     _check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise)
+    about = About(
+        before=snapshot(before),
+        after=snapshot(after),
+        asked={
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "image_shape": image_shape,
+            "num_classes": num_classes,
+            "num_images": num_images,
+            "attack": attack,
+            "client": client,
+            "normalise": None if normalise is None else str(normalise),
+            "minutes": minutes,
+        },
+    )
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
-        return _unchanged(read)
+        return _told(_unchanged(read), about)
     except ValueError as why:
-        return _without_head(f"{why}{read.where}", read, image_shape, out)
+        found = _without_head(f"{why}{read.where}", read, image_shape, out)
+        return _told(found, about)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
@@ -150,15 +165,23 @@ def audit(
     ]
     found = _tried_in_turn(runs, look, num_images, budget, only=attack != "all")
     ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
+    found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
     found.untried.extend(_left_out(plan, found, attack))
     if not found:
         none = "no attack came to a result" if ran_out else "no attack applies"
         print(f"{none}, which is no proof that nothing leaks")
-        return found
+        return _told(found, about)
     best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
     _show(found, best, out, attack)
-    return found
+    return _told(found, about)
+
+
+def _told(found: Audit, about: About) -> Audit:
+    """Print the verdict; the audit with what was asked."""
+    kinds = f"{len(found.untried)} kinds of attack"
+    print(f"verdict: {found.verdict}; {kinds} were not tried (--json, --report, .untried say why)")
+    return replace(found, about=about)
 
 
 Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
@@ -220,12 +243,17 @@ def _indented(line: str) -> None:
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
     """Write the picture, and conclude."""
     images = found[best].images
-    for line in pictures.write(images.float(), out):
-        print(line)
+
+    def save(path: str | Path) -> None:
+        for line in pictures.write(images.float(), path):
+            print(line)
+
+    kept = written.keep("out", out, save)
     suspicion = pictures.suspicion(images, found.look.normalisation)
     if suspicion is not None and found.look.suspicion is None:  # else it was said
         print(suspicion)
-    print(f"{out} shows what {best} found")
+    if kept:
+        print(f"{out} shows what {best} found")
     _conclude(found, found.beliefs[best], attack, len(found[best].images))
 
 
@@ -261,19 +289,7 @@ def _check_out(out: Path) -> None:
     """Raise ValueError unless the picture can be written to ``out``, in a known format."""
     from PIL import Image
 
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
-    if out.is_dir():
-        raise ValueError(f"out is {str(out)!r}, a folder; it takes the picture's file")
-    existed = out.exists()
-    try:
-        open(out, "ab").close()
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"out is {str(out)!r}, which cannot be written ({error.strerror})"
-        ) from None
+    written.check_writable("out", out)
     try:
         known = Image.registered_extensions()[out.suffix.lower()]
         Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
@@ -537,7 +553,7 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         beliefs["division"] = believe(results["division"], None, look)
     except ValueError as none:
         print(none)
-    found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
     found.known.extend(filter(None, [label]))
     others = _not_asked(f"it needs what the network has not ({why})")
     found.untried.extend([each for each in others if each.what not in results])

@@ -213,7 +213,7 @@ def _invented(seen: Observation) -> list[str]:
     return said
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """An error in one line; its kind too, where it is none of ours."""
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:

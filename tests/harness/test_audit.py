@@ -41,7 +41,7 @@ def ask(clients_files, tmp_path, capsys):
     def attack(after, *options, before="before"):
         files = [str(clients_files / f"{name}.pt") for name in (before, after)]
         where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png")]
-        assert main(["attack", *files, *where, *options]) == 0
+        assert main(["attack", *files, *where, *options]) in (1, 2, 3)  # a verdict
         return capsys.readouterr().out
 
     return attack
@@ -185,7 +185,7 @@ def test_an_audit_of_a_network_of_one_s_own(tmp_path, capsys):
     ],
 )
 def test_attack_refuses_before_it_works(capsys, options, message):
-    assert main(["attack", "before.pt", "after.pt", *options]) == 2
+    assert main(["attack", "before.pt", "after.pt", *options]) == 64
     assert message in capsys.readouterr().err
 
 
@@ -202,7 +202,8 @@ def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype,
     torch.save(rounded, tmp_path / "before.pt")
     torch.save({name: tensor.to(held) for name, tensor in after.items()}, tmp_path / "after.pt")
     where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png"), "--attack", "exact"]
-    assert main(["attack", str(tmp_path / "before.pt"), str(tmp_path / "after.pt"), *where]) == 0
+    files = [str(tmp_path / f"{name}.pt") for name in ("before", "after")]
+    assert main(["attack", *files, *where]) == 1
     said = capsys.readouterr().out
     assert f"rounded to {dtype}" in said and "not to be trusted" not in said
 
@@ -329,7 +330,7 @@ def test_where_no_picture_can_be_written_is_said_before_any_attack(
 ):
     monkeypatch.chdir(tmp_path)
     files = [str(clients_files / f"{name}.pt") for name in ("before", "sgd")]
-    assert main(["attack", *files, "--image-shape", "1,8,8", "--out", out]) == 2
+    assert main(["attack", *files, "--image-shape", "1,8,8", "--out", out]) == 64
     said = capsys.readouterr()
     assert said.err.startswith(f"error: out is {str(Path(out))!r}") and said.err.count("\n") == 1
     assert said.out == "" and list(tmp_path.iterdir()) == []
