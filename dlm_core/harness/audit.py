@@ -148,7 +148,7 @@ def audit(
         )
     invented = _untrained_head(seen)
     if invented is not None:
-        return _without_head(invented, read, image_shape, out)
+        return _told(_without_head(invented, read, image_shape, out), about)
     look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
     label = leaks.of_label(seen, look)

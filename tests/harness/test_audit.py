@@ -203,7 +203,7 @@ def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype,
     torch.save({name: tensor.to(held) for name, tensor in after.items()}, tmp_path / "after.pt")
     where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png"), "--attack", "exact"]
     files = [str(tmp_path / f"{name}.pt") for name in ("before", "after")]
-    assert main(["attack", *files, *where]) == 1
+    assert main(["attack", *files, *where]) in (1, 2)  # rounded so, several images may look alike
     said = capsys.readouterr().out
     assert f"rounded to {dtype}" in said and "not to be trusted" not in said
 
