@@ -161,7 +161,7 @@ def test_pictures_of_any_kind_are_shown(found, shape):
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = replace(found["division"], images=images)
     shown = Page(page.page(replace(found, results={"division": result})))
-    assert 1 <= len(shown.sources) <= page.MOST and "stretched" in shown.text
+    assert 1 <= len(shown.sources) <= page.MOST and "lie outside [0, 1]" in shown.text
 
 
 def test_an_audit_of_no_files_and_of_equal_ones_has_its_page(tmp_path, capsys):
