@@ -277,12 +277,16 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _client_options(attack)
     attack.add_argument(
-        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
-    )
-    attack.add_argument(
         "--minutes",
         type=float,
         help="that the audit may take (default: as many as its searches need; each says how many)",
+    )
+    _written(attack)
+
+
+def _written(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument(
+        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
     )
     attack.add_argument("--json", metavar="FILE", help="write all that is said as JSON too")
     attack.add_argument(
