@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dlm_core.harness.paths import checkout, writable
 from dlm_core.project import environment
@@ -188,7 +189,7 @@ def attack(
     num_images: int,
     attack: str,
     client: str | None,
-    normalise: str | None,
+    normalise: Any,
     out: str,
     minutes: float | None,
     json: str | None,
