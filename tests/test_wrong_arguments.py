@@ -18,6 +18,8 @@ import torch
 
 import dlm_core
 from dlm_core import check
+from dlm_core.harness.belief import Audit
+from dlm_core.harness.look import Look
 
 # Modules whose functions are called by others of ours alone, on what was checked at the door.
 INNER = {
@@ -25,13 +27,16 @@ INNER = {
         "battery",
         "check",
         "contents",
-        "information",
         "interrupts",
+        "jacobian",
         "keys",
+        "lanczos",
         "sources",
         "likelihood",
         "memory",
         "paths",
+        "precision",
+        "priors",
     ),
     *("reading", "records", "recursion", "registry", "results", "rounding", "scene", "stacks"),
     "threads",
@@ -206,6 +211,12 @@ VALID: dict[str, Callable] = {
         "trusted": [torch.ones_like(d) > 0 for d in s.update],
         "extra_variance": [0.0 for d in s.update],
     },
+    "information.of_update": lambda s: {
+        **{"model": s.model, "images": s.images[:1], "labels": s.labels[:1]},
+        **{"learning_rate": 0.05, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "transmitted": None, "defence": s.noise, "prior": "white"},
+        "seed": 0,
+    },
     "exact.bound": lambda s: {
         **{"seen": s.seen, "images": s.images[:1], "labels": s.labels[:1], "learning_rate": 0.05}
     },
@@ -269,6 +280,8 @@ VALID: dict[str, Callable] = {
         **{"normalise": "half"},
         "out": f"{tempfile.gettempdir()}/reconstruction.png",
     },
+    "account.account": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
+    "page.page": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
     "files.snapshots": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "expected": s.sent}
     },

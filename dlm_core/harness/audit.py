@@ -29,7 +29,9 @@ from dlm_core.harness import (
     leaks,
     pictures,
     registry,  # noqa: F401, it fills the tables
+    written,
 )
+from dlm_core.harness.about import About, snapshot
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
 from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
@@ -105,10 +107,8 @@ def audit(
     Returns
     -------
     Audit
-        The verdict, and what each attack found. Where the user interrupts an attack, what was found
-        until then; ``interrupted`` says so.
-
-        Where the client sent what it had received, "nothing was sent".
+        The verdict, "nothing was sent" where both snapshots are equal, and what each attack found.
+        Where the user interrupts an attack, what was found until then; ``interrupted`` says so.
 
     Raises
     ------
@@ -121,30 +121,40 @@ def audit(
         preprocessing.check_channels(normalise, image_shape[0])
     _check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise)
+    about = About(
+        before=snapshot(before),
+        after=snapshot(after),
+        asked={
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "image_shape": image_shape,
+            "num_classes": num_classes,
+            "num_images": num_images,
+            "attack": attack,
+            "client": client,
+            "normalise": None if normalise is None else str(normalise),
+            "minutes": minutes,
+        },
+    )
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
-        return _unchanged(read)
+        return _told(_unchanged(read), about)
     except ValueError as why:
-        return _without_head(f"{why}{read.where}", read, image_shape, out)
+        found = _without_head(f"{why}{read.where}", read, image_shape, out)
+        return _told(found, about)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
     invented = _untrained_head(seen)
     if invented is not None:
-        return _without_head(invented, read, image_shape, out)
-    look, coarse = first_look(seen, num_images, read.coarse), read.coarse
+        return _told(_without_head(invented, read, image_shape, out), about)
+    look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
     label = leaks.of_label(seen, look)
     print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
-    options: dict[str, dict[str, Any]] = {
-        "division": {"transmitted": coarse},
-        "exact": {"transmitted": coarse, "weight_decay": look.optimizer == "sgd with decay"},
-        "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client_optimizer": client or look.kin},
-    }
+    options = _options(read, look, image_shape, client)
     runs = [
         (
             name,
@@ -155,15 +165,23 @@ def audit(
     ]
     found = _tried_in_turn(runs, look, num_images, budget, only=attack != "all")
     ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
+    found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
     found.untried.extend(_left_out(plan, found, attack))
     if not found:
         none = "no attack came to a result" if ran_out else "no attack applies"
         print(f"{none}, which is no proof that nothing leaks")
-        return found
+        return _told(found, about)
     best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
     _show(found, best, out, attack)
-    return found
+    return _told(found, about)
+
+
+def _told(found: Audit, about: About) -> Audit:
+    """Print the verdict; the audit with what was asked."""
+    kinds = f"{len(found.untried)} kinds of attack"
+    print(f"verdict: {found.verdict}; {kinds} were not tried (--json, --report, .untried say why)")
+    return replace(found, about=about)
 
 
 Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
@@ -225,12 +243,17 @@ def _indented(line: str) -> None:
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
     """Write the picture, and conclude."""
     images = found[best].images
-    for line in pictures.write(images.float(), out):
-        print(line)
+
+    def save(path: str | Path) -> None:
+        for line in pictures.write(images.float(), path):
+            print(line)
+
+    kept = written.keep("out", out, save)
     suspicion = pictures.suspicion(images, found.look.normalisation)
     if suspicion is not None and found.look.suspicion is None:  # else it was said
         print(suspicion)
-    print(f"{out} shows what {best} found")
+    if kept:
+        print(f"{out} shows what {best} found")
     _conclude(found, found.beliefs[best], attack, len(found[best].images))
 
 
@@ -266,19 +289,7 @@ def _check_out(out: Path) -> None:
     """Raise ValueError unless the picture can be written to ``out``, in a known format."""
     from PIL import Image
 
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
-    if out.is_dir():
-        raise ValueError(f"out is {str(out)!r}, a folder; it takes the picture's file")
-    existed = out.exists()
-    try:
-        open(out, "ab").close()
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"out is {str(out)!r}, which cannot be written ({error.strerror})"
-        ) from None
+    written.check_writable("out", out)
     try:
         known = Image.registered_extensions()[out.suffix.lower()]
         Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
@@ -329,6 +340,8 @@ def _suitable(num_images: int, look: Look) -> list[str]:
     if look.num_classes == 1:
         return ["division"] if num_images == 1 else ["exact_batch"]
     left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
+    if look.last_alone:
+        left_out |= {"exact", "exact_batch", "unrolled_dlm"}
     if look.kin != "adam" or look.optimizer == "several steps":
         left_out.add("interval_dlm")
     return [name for name in tried() if name not in left_out]
@@ -356,6 +369,26 @@ class _Read(NamedTuple):
     coarse: dict[str, torch.dtype]
     where: str
     notes: list[str]
+
+
+def _options(
+    read: _Read, look: Look, image_shape: Sequence[int], client: str | None
+) -> dict[str, dict[str, Any]]:
+    """What attacks are told of what was read and seen."""
+    options: dict[str, dict[str, Any]] = {
+        "division": {"transmitted": read.coarse},
+        "exact": {
+            "transmitted": read.coarse,
+            "weight_decay": look.optimizer == "sgd with decay",
+        },
+        "dlm_plus": {"restarts": 2},
+        "unrolled_dlm": {"client_optimizer": client or look.kin},
+    }
+    if clues.insists(read.network, image_shape):  # searches compute in float64 elsewhere
+        own = next(read.network.parameters()).dtype
+        for name in SEARCHES:
+            options.setdefault(name, {})["dtype"] = own
+    return options
 
 
 def _read(
@@ -404,6 +437,8 @@ def _read(
         which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
         many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
         notes.append(f"{many} weights that came back are rounded to {which}")
+    notes += clues.of_network(network, image_shape)
+    network.register_forward_hook(lambda _, __, returned: clues.alone(returned))
     if normalise is not None:
         network = preprocessing.normalised(network, normalise)
         notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
@@ -498,16 +533,14 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         layers = inputs.read(read.network, read.after, image_shape, read.coarse)
     except Exception:  # whatever a user's network raises
         layers = []
-    told = clues.of_network(read.network, image_shape)
     count = len(list(read.network.parameters()))
     look = Look(
         layers=layers,
         unread=why,
         num_parameters=count,
-        clues=told,
         normalisation=preprocessing.told_to(read.network),
     )
-    if not look.shown:
+    if not any(each.sentence for each in layers):
         _check_near(read, look)
         raise ValueError(why) from None
     label = leaks.of_rows(layers)
@@ -520,13 +553,15 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         beliefs["division"] = believe(results["division"], None, look)
     except ValueError as none:
         print(none)
-    found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
     found.known.extend(filter(None, [label]))
     others = _not_asked(f"it needs what the network has not ({why})")
     found.untried.extend([each for each in others if each.what not in results])
     found.untried.extend(leaks.missing())
     if results:
         _show(found, "division", out, "all")
+    else:
+        print("no attack came to a result, which is no proof that nothing leaks")
     return found
 
 

@@ -20,6 +20,7 @@ from dlm_core.beyond.batches import Reason, Traces
 from dlm_core.beyond.exact import Fit
 from dlm_core.beyond.inputs import Ratio
 from dlm_core.coordinates import Start, cosines
+from dlm_core.harness.about import About
 from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
 from dlm_core.harness.tables import counted
@@ -42,6 +43,34 @@ class Verdict(StrEnum):
     PARTLY = "partly"
     NOT_SHOWN = "not shown"
     NOTHING_SENT = "nothing was sent"
+
+    @property
+    def sentence(self) -> str:
+        """What it means, for whoever reads nothing else."""
+        return _SENTENCES[self]
+
+    @property
+    def exit_status(self) -> int:
+        """Of an audit that came to its end. 1 and 2 are also what a shell or a Python that fails
+        leaves: no failure is taken for "not shown".
+        """
+        return {Verdict.NOTHING_SENT: 0, Verdict.LEAKED: 1, Verdict.PARTLY: 2}.get(self, 3)
+
+
+_SENTENCES = {
+    Verdict.LEAKED: "An image of the client was read from what it sent.",
+    Verdict.PARTLY: (
+        "Something about the client's data was read from what it sent, or may have been; "
+        "of no image it is certain."
+    ),
+    Verdict.NOT_SHOWN: (
+        "No leak was shown. That does not make the client safe: each attack is for one kind of "
+        "client, and what was not tried is listed."
+    ),
+    Verdict.NOTHING_SENT: (
+        "The client sent back what it had received: these two files say nothing about its images."
+    ),
+}
 
 
 @functools.total_ordering
@@ -91,7 +120,7 @@ class Audit(Mapping[str, Reconstruction]):
     look
         The first look.
     notes
-        Why attacks did not apply, and which were cut off, in sentences.
+        What was done to the files, why attacks did not apply, and which were cut off.
     known
         What the files show before any attack beside layers' inputs: labels, running statistics.
     untried
@@ -101,6 +130,8 @@ class Audit(Mapping[str, Reconstruction]):
         Whether the client sent what it had received.
     interrupted
         Whether the user ended it.
+    about
+        What was asked, of which files, with which software; None where that is not known.
     """
 
     results: dict[str, Reconstruction] = field(repr=False)
@@ -111,6 +142,7 @@ class Audit(Mapping[str, Reconstruction]):
     untried: list[Untried] = field(repr=False, default_factory=list)
     unchanged: bool = False
     interrupted: bool = False
+    about: About | None = field(repr=False, default=None)
 
     def __getitem__(self, attack: str) -> Reconstruction:
         return self.results[attack]
@@ -120,6 +152,11 @@ class Audit(Mapping[str, Reconstruction]):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    @property
+    def exit_status(self) -> int:
+        """Of ``python -m dlm_core attack``: 0 to 3 by the verdict, 130 where it was interrupted."""
+        return 130 if self.interrupted else self.verdict.exit_status
 
     @property
     def tried(self) -> list[str]:

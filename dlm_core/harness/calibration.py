@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlm_core import check, federated, records
 from dlm_core.coordinates import cosines
@@ -219,7 +220,8 @@ def searches(found: Audit, client: Client, *, compared: bool = True) -> list[dic
         As in ``Case``: adds "chance" and "near", dB.
     """
     rows = []
-    with one_thread():
+    # as the audit runs them
+    with one_thread(), sdpa_kernel(SDPBackend.MATH):
         for key in (key for key, each in found.beliefs.items() if each.agreement is not None):
             more = _compared(key, found, client) if compared else {}
             rows.append(_search(key, found, client) | more)

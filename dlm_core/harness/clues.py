@@ -50,6 +50,24 @@ def of_network(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
     return said
 
 
+def alone(returned: Any) -> Any:
+    """The class scores among what a network returned; all of it where none are."""
+    try:
+        return scores(returned)
+    except ValueError:
+        return returned
+
+
+def insists(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Whether a network takes an image in its own precision alone, and none in float64."""
+    try:
+        copied = copy.deepcopy(model).eval().double()
+        _passed(copied, torch.full((1, *image_shape), 0.5).to(next(copied.parameters())), 0)
+    except Exception:  # whatever a user's network raises
+        return True
+    return False
+
+
 def _passed(model: nn.Module, images: torch.Tensor, seed: int) -> Any:
     with torch.no_grad(), own_generator(seed=seed, device=images.device):
         return model(images)

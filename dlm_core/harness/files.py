@@ -96,6 +96,15 @@ def snapshots(
     return first, second, both + alone + [f"after: {note}" for note in more if note not in both]
 
 
+def parts(given: str | Path) -> list[Path]:
+    """The files that a snapshot's path stands for: itself, or an index and its shards."""
+    path = _file_in(Path(given)) if os.path.isdir(given) else Path(given)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    place = json.loads(path.read_text())["weight_map"]
+    return [path, *(path.with_name(name) for name in sorted(set(place.values())))]
+
+
 # --- files
 
 

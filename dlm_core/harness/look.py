@@ -12,7 +12,7 @@ from torch import nn
 
 from dlm_core.beyond import inputs, preprocessing, recognise
 from dlm_core.beyond.inputs import LayerInput
-from dlm_core.harness import clues, pictures
+from dlm_core.harness import pictures
 from dlm_core.observation import Observation
 
 
@@ -32,10 +32,12 @@ class Look:
         Whether the two files look as if they had changed places.
     unmoved
         Names of the parameters that did not change.
+    last_alone
+        Whether nothing but the last layer moved.
     layers
         What the linear layers say.
-    clues
-        What the network itself tells, and what in it may have been made up to fit, in sentences.
+    invented
+        What may have been made up to fit the network, in sentences.
     numbers
         How many weights moved.
     num_parameters
@@ -55,8 +57,9 @@ class Look:
     learning_rate: float = math.nan
     swapped: bool = False
     unmoved: list[str] = field(default_factory=list)
+    last_alone: bool = False
     layers: list[LayerInput] = field(repr=False, default_factory=list)
-    clues: list[str] = field(default_factory=list)
+    invented: list[str] = field(default_factory=list)
     numbers: int = 0
     num_parameters: int = 0
     num_classes: int = 0
@@ -118,7 +121,12 @@ class Look:
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
                 f"nothing: {_some(self.unmoved)}"
             )
-        yield from self.clues
+        if self.last_alone:
+            yield (
+                "the last layer alone moved: its update tells its input and the labels, and of an "
+                "image what its input tells"
+            )
+        yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
         yield from filter(None, [self.suspicion])
         if self.unread is not None:
@@ -158,11 +166,13 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     """
     bias = seen.head.delta_bias
     moved = [bool(layer.any()) for layer in seen.delta]
+    told = [name for name, did in zip(seen.parameter_names, moved) if did]
     about: dict[str, Any] = {
         # the labels' classes fall in Δ, all others rise
         "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
-        "clues": [*clues.of_network(seen.model, seen.image_shape), *_invented(seen)],
+        "last_alone": set(seen.parameter_names) > set(seen.head.names) >= set(told),
+        "invented": _invented(seen),
         "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
         "num_parameters": len(moved),
         "num_classes": seen.num_classes,
@@ -203,7 +213,7 @@ def _invented(seen: Observation) -> list[str]:
     return said
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """An error in one line; its kind too, where it is none of ours."""
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:

@@ -164,6 +164,14 @@ def test_a_last_bias_that_never_moves_is_said_and_not_read(tmp_path):
     assert not found and any("invented to fit" in note for note in found.notes)
 
 
+def test_of_a_last_bias_that_did_not_move_no_labels_are_read(tmp_path):
+    lenet = models.build("lenet", SHAPE, 10, seed=0)
+    before, after = snapshots(lenet, IMAGES[:2], LABELS[:2])
+    found = asked(lenet, (before, {**after, "7.bias": before["7.bias"]}), tmp_path, num_images=2)
+    assert not found and "'7.bias' did not move" in found.notes[0]
+    assert not any(each.what == "label" for each in found.leaks)
+
+
 def test_without_a_last_bias_the_label_is_read_off_the_rows(tmp_path, capsys):
     model = network(*MLP[:2], linear(48, 10, bias=False))
     found = asked(model, snapshots(model, targets=torch.tensor([7])), tmp_path)
@@ -182,6 +190,17 @@ def test_batch_norm_that_never_moves_is_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "batch norm's '1.weight', '1.bias' did not move" in said and "invented" in said
     assert found["dlm_plus"].images.isfinite().all()
+
+
+@pytest.mark.parametrize("kept", ["3.", "3.bias"])
+def test_of_the_last_layer_alone_no_steps_are_simulated(kept, tmp_path, capsys):
+    model = network(*MLP)
+    before, after = snapshots(model)
+    after = {name: w if name.startswith(kept) else before[name] for name, w in after.items()}
+    found = asked(model, (before, after), tmp_path)
+    said = capsys.readouterr().out
+    assert "the last layer alone moved" in said and "several" not in said
+    assert found.verdict == "partly" and any(each.what == "label" for each in found.leaks)
 
 
 def test_searches_leave_out_what_did_not_move(tmp_path):
@@ -204,6 +223,29 @@ def test_what_is_taken_for_scores_is_said(tmp_path, capsys):
     assert "returns a tuple of 2; its first is taken for the class scores" in (
         capsys.readouterr().out
     )
+
+
+def smooth(kind):
+    return network(linear(64, 48), nn.Sigmoid, linear(48, 10), kind=kind)
+
+
+@pytest.mark.parametrize("kind", [Pair, Single])
+def test_searches_go_on_where_a_network_returns_more_or_insists_on_float32(kind, tmp_path):
+    model = smooth(kind)
+
+    def loss(returned, labels):
+        return F.cross_entropy(returned[0] if kind is Pair else returned, labels)
+
+    found = asked(model, snapshots(model, loss=loss), tmp_path, attack="dlm_plus")
+    assert found["dlm_plus"].evidence.loss < 1e-3
+    assert metrics.psnr(found["dlm_plus"].images.to(IMAGES), IMAGES[:1], data_range=1.0) > 20
+
+
+def test_of_several_images_and_no_last_bias_the_directions_are_said(tmp_path, capsys):
+    model = network(*MLP[:2], linear(48, 10, bias=False))
+    found = asked(model, snapshots(model, IMAGES, LABELS), tmp_path)
+    assert not found and "has 4 directions" in capsys.readouterr().out
+    assert found.verdict != "leaked" and found.untried
 
 
 def test_dropout_is_said(tmp_path, capsys):

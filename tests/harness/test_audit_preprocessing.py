@@ -210,10 +210,10 @@ def test_the_command_takes_it(tmp_path, capsys):
     for file, weights in zip(files, client(model, "half")):
         torch.save(weights, file)
     shape = ["--model", "mlp", "--image-shape", "3,16,16", "--out", str(tmp_path / "found.png")]
-    assert main(["attack", *files, *shape]) == 0
+    assert main(["attack", *files, *shape]) in (1, 2)  # a verdict
     assert "--normalise half (normalise='half') shows them in [0, 1]" in capsys.readouterr().out
     for given in ("half", "0.5/0.5", "0.5,0.5,0.5/0.5,0.5,0.5", "range=-1,1"):
-        assert main(["attack", *files, *shape, "--normalise", given]) == 0
+        assert main(["attack", *files, *shape, "--normalise", given]) in (1, 2)
         assert "outside" not in capsys.readouterr().out
     assert main(["attack", "--list"]) == 0
     assert "--normalise: imagenet" in capsys.readouterr().out

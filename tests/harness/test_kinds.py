@@ -46,7 +46,7 @@ def test_kinds_are_as_they_say():
     assert torch.equal(darker.images[1], darker.images[0] / 2)
     assert len(kinds.make("LeNet, 2 images of a class", 0).classes) == 1
     assert kinds.make("LeNet, 2 steps, normalised", 0).images.min() < 0
-    half = kinds.make("LeNet, sent in half precision", 0).after["0.weight"]
+    half = kinds.make("MLP, sent in half precision", 0).after["1.weight"]
     assert torch.equal(half, half.bfloat16().float())
     assert len(kinds.make("MLP, two labels an image", 0).classes) == 2
 
