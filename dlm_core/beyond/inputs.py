@@ -7,6 +7,11 @@ several steps on one image as long as nothing in front of the layer moved its in
 it has rank B at most. Weight decay adds a multiple of the weights, which ``decay`` finds and takes
 off. Adam's kin change the update entry by entry; then its rank is full and nothing is said.
 
+The length of the input follows from the bias, and its direction from the weight as it was sent: a
+client whose rates differ between the two, that clips or scales tensor by tensor, projects its
+updates, or sends an adapter's product, leaves a multiple or a projection. Later layers' inputs tell
+that, where they are those of another image: ``disputed``.
+
 What a rank cannot tell, and what is done about it: several inputs may leave one direction where δ
 is the same for all of them (a network with one output, softmax over two classes), or where rounding
 hides how it differs: they are looked for, and ``alone`` says so. Several steps of Adam's kin may
@@ -25,7 +30,7 @@ import torch
 from torch import nn
 
 from dlm_core import check, records
-from dlm_core.beyond import decay
+from dlm_core.beyond import decay, ratios
 from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import NOISE, Traced
 from dlm_core.observation import TINY, Observation, unit_in_last_place
@@ -36,6 +41,7 @@ ARITHMETIC = 4e-6  # of the largest singular value: what the client's float32 ar
 # how many of an input's numbers are of one size after several.
 EVEN, MANY, MOST = 0.02, 0.3, 0.9
 LENGTH = 0.1  # error of the bias's update, relative, up to which the input's length is known
+KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 GAP = 2.5  # between the singular values of inputs and those of what else changed an update
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
 LEFT = 0.01  # what else changed it, of the first singular value, up to which an input is shown
@@ -92,6 +98,10 @@ class LayerInput:
     untrained
         Whether it did not: the network itself has no weight there, or a later layer's input is not
         that of this image.
+    disputed
+        Whether the image that it or an earlier layer shows leaves other inputs of later layers than
+        their updates show: then weight and bias did not move by one gradient at one rate, and
+        ``values`` may be a multiple or a projection of the input.
     image
         [1, C, H, W] where ``values`` are ``pixels``: in the client's own range, whatever that is.
         None elsewhere.
@@ -114,6 +124,7 @@ class LayerInput:
     odd: int | None = None
     still: int = 0
     untrained: bool = False
+    disputed: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
 
     @property
@@ -156,6 +167,12 @@ class LayerInput:
             return (
                 f"{said}, but for {self.still:,} of them whose weights did not move: "
                 "the client did not train these, and they are not 0 as they seem"
+            )
+        if self.disputed:
+            return (
+                f"{said}, or a multiple or a projection of it: layers' updates do not agree on one "
+                "image, as where the client sets rates or clips tensor by tensor, projects its "
+                "updates, or trains adapters"
             )
         if self.pixels and self.still:
             said += (
@@ -315,7 +332,71 @@ def read(
             continue
         bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
         found.append(_of_layer(traced, name, weight, bias))
-    return [_compared(traced, each, found) for each in found]
+    found = [_compared(traced, each, found) for each in found]
+    if _disagree(traced, found):
+        found = [_disputed(each) for each in found]
+    return [*_of_others(traced, model, before, after), *found]
+
+
+def _of_others(
+    traced: Traced,
+    model: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> list[LayerInput]:
+    """The same of weights that are no linear layer's and are used as one's."""
+    found: dict[str, LayerInput] = {}
+    for pair in ratios.pairs(model, traced.linear):
+        name, bias_s, columns = pair
+        weight, bias = _moved(before, after, name), _moved(before, after, bias_s)
+        if name in found or weight is None or bias is None:
+            continue
+        delta, variance = (ratios.oriented(each, columns) for each in weight[:2])
+        if not delta.any() or _sign_like(delta):
+            continue
+        known = ratios.input_of(delta, bias.delta, variance, bias.variance)
+        if known is None:
+            continue
+        try:
+            taken = ratios.used_as_one(traced, pair, traced.probes)
+        except Exception:  # whatever a user's network raises
+            taken = None
+        if taken is None:
+            continue
+        values, error = known
+        traced.add(name, taken)
+        pixels = traced.is_pixels(name)
+        found[name] = LayerInput(
+            name=name.removesuffix(".weight"),
+            features=len(values),
+            outputs=len(bias.delta),
+            rank=1,
+            standing=1,
+            rows=1,
+            pixels=pixels,
+            fixed=False,
+            values=values,
+            error=error,
+            signs=_even(values, error),
+            image=traced.image_of(name, values) if pixels else None,
+        )
+    return list(found.values())
+
+
+def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
+    """Whether later layers' inputs are not those of an image that a layer shows."""
+    known = [each for each in layers if each.error < KNOWN and each.rank == 1 and not each.signs]
+    later = {
+        each.name: (each.values, each.scaled)
+        for each in known
+        if each.values is not None and not each.pixels
+    }
+    images = [each.image for each in known if each.image is not None and not each.untrained]
+    return any(traced.disagrees(image, later) for image in images)
+
+
+def _disputed(layer: LayerInput) -> LayerInput:
+    return layer if layer.values is None else replace(layer, disputed=True, alone=False)
 
 
 def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -> LayerInput:

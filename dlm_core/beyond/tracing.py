@@ -23,6 +23,7 @@ AWAY = 0.1  # how far inputs are moved to see whether rounding would hide that �
 HIDDEN = 40.0  # times the relative size below which rounding hides a direction: what δ turns by
 PROBES = 4
 ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
+SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
 FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
 
 
@@ -182,16 +183,68 @@ class Traced:
                 return False
         return bool(inputs)
 
+    def disagrees(
+        self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
+    ) -> bool:
+        """Whether later layers saw what another image leaves, by more than half precision explains;
+        layers that chance reaches in training say nothing.
+
+        Parameters
+        ----------
+        image
+            [1, C, H, W].
+        inputs
+            {later layer: (its input, whether its length is known)}.
+        """
+        try:
+            train, again = (self._pass(image, train=True, seed=seed) for seed in (0, 1))
+        except Exception:  # one image in batch norm
+            train = again = self._pass(image)
+        sure = {name: each for name, each in inputs.items() if train[name][0].equal(again[name][0])}
+        return bool(sure) and not any(
+            all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
+            for passed in (train, self._pass(image))
+        )
+
+    def gradients(self, weight: str, bias: str, image: torch.Tensor) -> list[torch.Tensor]:
+        """Of both for an image and some loss of what the network returns; with other numbers in the
+        bias, since of a black image ReLU may let nothing through.
+        """
+        parameters = dict(self.model.named_parameters())
+        given, own = parameters[bias], parameters[bias].clone()
+        other = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+        try:
+            given.copy_(other)
+            self.model.requires_grad_(True)
+            self._pass(image, grad=True)
+            total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
+            grads = torch.autograd.grad(total.sum(), [parameters[weight], given])
+        finally:
+            self.model.requires_grad_(False)
+            given.copy_(own)
+        return [each.double() for each in grads]
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Take in what ``probes`` leave [5, features] of a weight that is no linear layer's."""
+        self.rows[name] = 1
+        self.maps[name] = self._map_of(inputs)
+
+    @property
+    def probes(self) -> torch.Tensor:
+        """[5, pixels], by which it is seen what of an image reaches a layer."""
+        return self._probed[0]
+
     def _map(self, name: str) -> "_Map | None":
         if name not in self.maps:
             self.maps[name] = self._make_map(name)
         return self.maps[name]
 
     def _make_map(self, name: str) -> "_Map | None":
-        probes, inputs = self._probed
-        if name not in inputs:
-            return None
-        taken, count = inputs[name], math.prod(self.shape)
+        inputs = self._probed[1]
+        return self._map_of(inputs[name]) if name in inputs else None
+
+    def _map_of(self, taken: torch.Tensor) -> "_Map | None":
+        probes, count = self.probes, math.prod(self.shape)
         constant, factor = taken[0], taken[1] - taken[0]
         factor = torch.where(factor.abs() > torch.finfo(self.dtype).eps * 1e2, factor, 0.0)
         used = factor != 0
@@ -319,6 +372,15 @@ class Traced:
 def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     used = expected.abs() > ABSENT * expected.abs().max()
     return bool(F.cosine_similarity(found[used], expected[used], 0).abs() > ALIKE)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor, scaled: bool) -> bool:
+    """Whether two inputs are one but for half precision, and but for a factor where the length is
+    not known.
+    """
+    if not scaled:
+        expected = (found @ expected) / expected.square().sum() * expected
+    return bool((found - expected).norm() <= SAME * expected.norm())
 
 
 def _repeats(signal: torch.Tensor, hidden: float) -> bool:

@@ -250,7 +250,8 @@ def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
 
     kept = written.keep("out", out, save)
     suspicion = pictures.suspicion(images, found.look.normalisation)
-    if suspicion is not None and found.look.suspicion is None:  # else it was said
+    told = found.look.suspicion is not None or found.beliefs[best].grade is Explains.LITTLE
+    if suspicion is not None and not told:
         print(suspicion)
     if kept:
         print(f"{out} shows what {best} found")
