@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
 import dlm_core
 from dlm_core.harness import files
@@ -60,6 +61,14 @@ class About:
             "system": f"{platform.system()} {platform.machine()}",
         }
     )
+
+
+def of(before: files.Given, after: files.Given, **asked: Any) -> About:
+    """What was asked of two snapshots; of a network its class, of other objects their ``str``."""
+    plain = (int, float, str, tuple, type(None))
+    named = {name: type(v).__name__ if isinstance(v, nn.Module) else v for name, v in asked.items()}
+    words = {name: v if isinstance(v, plain) else str(v) for name, v in named.items()}
+    return About(before=snapshot(before), after=snapshot(after), asked=words)
 
 
 def snapshot(given: files.Given) -> Snapshot:

@@ -31,7 +31,7 @@ from dlm_core.harness import (
     registry,  # noqa: F401, it fills the tables
     written,
 )
-from dlm_core.harness.about import About, snapshot
+from dlm_core.harness.about import About, of
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
 from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
@@ -121,27 +121,15 @@ def audit(
         preprocessing.check_channels(normalise, image_shape[0])
     _check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise)
-    about = About(
-        before=snapshot(before),
-        after=snapshot(after),
-        asked={
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "image_shape": image_shape,
-            "num_classes": num_classes,
-            "num_images": num_images,
-            "attack": attack,
-            "client": client,
-            "normalise": None if normalise is None else str(normalise),
-            "minutes": minutes,
-        },
-    )
+    told = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
+    told |= {"num_images": num_images, "attack": attack, "client": client}
+    about = of(before, after, **told, normalise=normalise, minutes=minutes)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged:
         return _told(_unchanged(read), about)
     except ValueError as why:
-        found = _without_head(f"{why}{read.where}", read, image_shape, out)
-        return _told(found, about)
+        return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
@@ -168,12 +156,12 @@ def audit(
     found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
     found.untried.extend(_left_out(plan, found, attack))
-    if not found:
+    if found:
+        best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
+        _show(found, best, out, attack)
+    else:
         none = "no attack came to a result" if ran_out else "no attack applies"
         print(f"{none}, which is no proof that nothing leaks")
-        return _told(found, about)
-    best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
-    _show(found, best, out, attack)
     return _told(found, about)
 
 
