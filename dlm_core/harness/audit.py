@@ -238,8 +238,8 @@ def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
 
     kept = written.keep("out", out, save)
     suspicion = pictures.suspicion(images, found.look.normalisation)
-    told = found.look.suspicion is not None or found.beliefs[best].grade is Explains.LITTLE
-    if suspicion is not None and not told:
+    judged = found.look.suspicion is not None or best == "division"  # at the first look
+    if suspicion and not judged and found.beliefs[best].grade is not Explains.LITTLE:
         print(suspicion)
     if kept:
         print(f"{out} shows what {best} found")

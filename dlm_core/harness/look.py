@@ -107,8 +107,16 @@ class Look:
     @property
     def suspicion(self) -> str | None:
         """What the images that stand in the update say against ``normalisation``, in a sentence."""
-        images = [each.image for each in self.layers if each.image is not None]
-        said = (pictures.suspicion(each, self.normalisation) for each in images)
+        said = (
+            pictures.suspicion(
+                each.image,
+                self.normalisation,
+                error=each.error * float(each.image.double().square().mean().sqrt()),
+                mixed=not each.alone,
+            )
+            for each in self.layers
+            if each.image is not None
+        )
         return next(filter(None, said), None)
 
     @property

@@ -12,6 +12,7 @@ from dlm_core.beyond.preprocessing import KNOWN, Normalisation
 SIDE = 256  # pixels of the picture's width, about
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away in any picture
 BEYOND = 0.02  # of a pixel outside [0, 1], which an error of the attack may explain
+SPREAD = 4.0  # standard errors by which a pixel may be off
 WHOLE = 0.1  # root mean square distance from whole grey levels, in levels; at random 0.29
 FILLED = 0.25  # of [0, 1], by the pixels of nearly any photograph
 FEW = 8  # grey levels, below which any values may be whole by chance
@@ -62,11 +63,26 @@ def shown_as(images: torch.Tensor) -> str | None:
     )
 
 
-def suspicion(images: torch.Tensor, told: Normalisation | None) -> str | None:
+def suspicion(
+    images: torch.Tensor,
+    told: Normalisation | None,
+    *,
+    error: float = 0.0,
+    mixed: bool = False,
+) -> str | None:
     """What the values of recovered images say against the preprocessing that was told, or against
     none; None for nothing.
 
     Pixels of 8 bits are whole grey levels under the client's own preprocessing, and under no other.
+
+    Parameters
+    ----------
+    images, told
+        [B, C, H, W] as recovered, and the preprocessing that was told.
+    error
+        Root mean square error of a value, which may bring it outside [0, 1].
+    mixed
+        Whether they may be means of several images, whose weights can have both signs.
     """
     images = images.detach().double().cpu()
     if _whole(images):
@@ -86,8 +102,13 @@ def suspicion(images: torch.Tensor, told: Normalisation | None) -> str | None:
             f"whole grey levels of 8 bits; {_advice(sure[0])}"
         )
     low, high = _ends(images)
-    if not _outside(low, high):
+    if not _outside(low + SPREAD * error, high - SPREAD * error):
         return None
+    if mixed:
+        return (
+            f"the pixels run from {low:.3g} to {high:.3g}, outside [0, 1], as those of a mean of "
+            f"several images may, or of a client that normalises: {_advice(None)}"
+        )
     perhaps = "otherwise" if told is not None else "its images"
     return (
         f"the pixels run from {low:.3g} to {high:.3g}, outside [0, 1]: the client normalised "

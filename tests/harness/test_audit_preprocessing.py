@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dlm_core import data, metrics, models, records
 from dlm_core.__main__ import main
 from dlm_core.beyond.preprocessing import KNOWN, normalised
+from dlm_core.harness import kinds
 from dlm_core.harness.audit import audit
 from dlm_core.observation import observe
 
@@ -222,3 +223,15 @@ def test_the_command_takes_it(tmp_path, capsys):
 def test_other_channels_than_the_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="normalise is 'imagenet', of 3 channels; .* have 1"):
         audit({}, {}, image_shape=(1, 8, 8), normalise="imagenet", out=tmp_path / "found.png")
+
+
+@pytest.mark.parametrize("kind", ["linear, 2 classes, 4 images", "MLP, sent in half precision"])
+def test_what_a_mean_or_rounding_may_explain_is_not_put_down_to_a_normalisation(
+    kind, tmp_path, capsys
+):
+    client = kinds.make(kind, 0)
+    how = {"model": client.network, "image_shape": tuple(client.images.shape[1:])}
+    audit(client.before, client.after, **how, attack="division", out=tmp_path / "found.png")
+    said = capsys.readouterr().out
+    assert "the client normalised its images" not in said
+    assert ("as those of a mean of several images may" in said) == kind.startswith("linear")
