@@ -237,7 +237,8 @@ def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
             print(line)
 
     kept = written.keep("out", out, save)
-    suspicion = pictures.suspicion(images, found.look.normalisation)
+    mixed = found.beliefs[best].judged and not found[best].vouched.any()
+    suspicion = pictures.suspicion(images, found.look.normalisation, mixed=bool(mixed))
     judged = found.look.suspicion is not None or best == "division"  # at the first look
     if suspicion and not judged and found.beliefs[best].grade is not Explains.LITTLE:
         print(suspicion)
@@ -603,6 +604,8 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         yield found.evidence.verdict
         if belief.grade is Explains.LITTLE:
             return
+        if belief.judged and not found.vouched.any():
+            yield "it vouches for none of its pictures: none need be an image of the client"
     searched = isinstance(found.evidence, SearchEvidence)
     if searched:
         loss = found.evidence.loss

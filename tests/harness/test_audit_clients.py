@@ -250,3 +250,15 @@ def test_lazy_layers_are_to_be_called_once(tmp_path):
     sent = snapshots(called, IMAGES[:1], LABELS[:1])
     with pytest.raises(ValueError, match="call it once on an image"):
         asked(lazy, sent, tmp_path)
+
+
+def test_a_mixture_that_no_zeros_settle_is_vouched_for_by_nothing_that_is_said(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+    images = data.load("digits", n=2).images
+    sent = snapshots(model, images, torch.tensor([0, 1]))
+    found = asked(model, sent, tmp_path, num_images=2, attack="exact_batch")
+    said = capsys.readouterr().out
+    assert found["exact_batch"].evidence.reason == "unsettled" and found.verdict == "partly"
+    assert "it vouches for none of its pictures" in said
+    assert "the client normalised" not in said
