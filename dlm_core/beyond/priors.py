@@ -31,7 +31,7 @@ def root(name: str, image_shape: Sequence[int]) -> tuple[Map, Map]:
     name
         "white": pixels are independent. "smooth": independent are the cosine coefficients over
         channel, row and column, with variances as in natural images. The mean variance of a pixel
-        is ``STD``² for both.
+        is ``STD**2`` for both.
     image_shape
         (C, H, W).
 

@@ -7,7 +7,7 @@ learning rate. ``make`` makes one of them.
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Kind:
     others: bool = False
     dataset: str = "digits"
     optimizer: Optimizer = _sgd
-    loss: Loss = cross_entropy
+    loss: Loss = field(default_factory=lambda: cross_entropy)
     one_class: bool = False
     darker: bool = False
     num_classes: int | None = None
