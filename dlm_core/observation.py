@@ -195,8 +195,8 @@ def _unchanged(model: nn.Module, after: StateDict) -> str:
     moved = [n for n, w in buffers.items() if not torch.equal(w, after[n].to(w.device))]
     if not moved:
         return (
-            "no weight changed, weights_after equals the model's: the client has not trained, "
-            "or sent what it received"
+            "no weight changed, weights_after equals the model's weights: the client has not "
+            "trained, or sent what it received"
         )
     return (
         f"no parameter changed, but {len(moved)} running statistics did, {moved[0]!r} first: they "
