@@ -5,11 +5,10 @@ An image is grey + L z, with z white and of variance 1, and independent of other
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from scipy.fft import dct
 
 from dlm_core import check
+from dlm_core.coordinates import cosine_basis
 
 STD = 0.25  # of a pixel: 0.256 about grey for the bundled CIFAR-100 images
 PRIORS = ("white", "smooth")
@@ -44,7 +43,7 @@ def root(name: str, image_shape: Sequence[int]) -> tuple[Map, Map]:
     if name == "white":
         return (lambda z: STD * z), (lambda x: STD * x)
     amplitude = STD * _amplitude(image_shape)
-    channel, row, column = (_cosines(n) for n in image_shape)
+    channel, row, column = (cosine_basis(n) for n in image_shape)
     planes = "dc,ih,jw,...{}->...{}"
 
     def to_images(z: torch.Tensor) -> torch.Tensor:
@@ -67,8 +66,3 @@ def _amplitude(image_shape: Sequence[int]) -> torch.Tensor:
     colours = torch.tensor(COLOURS if channels == 3 else (1.0,) * channels).double()
     variance = colours[:, None, None] * variance
     return (variance / variance.mean()).sqrt()
-
-
-def _cosines(n: int) -> torch.Tensor:
-    """Orthonormal cosine transform [n frequencies, n samples]."""
-    return torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho"))
