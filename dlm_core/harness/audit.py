@@ -126,8 +126,8 @@ def audit(
     about = of(before, after, **told, normalise=normalise, minutes=minutes)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
-    except Unchanged:
-        return _told(_unchanged(read), about)
+    except Unchanged as why:
+        return _told(_unchanged(read, why), about)
     except ValueError as why:
         return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about)
     if num_classes not in (None, seen.num_classes):
@@ -463,20 +463,14 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from None
 
 
-def _unchanged(read: _Read) -> Audit:
+def _unchanged(read: _Read, why: Unchanged) -> Audit:
     """What to say where no parameter moved."""
     every = dict(read.network.named_parameters())
     look = Look(unmoved=list(every), num_parameters=len(every), unread="no parameter changed")
     found = Audit(results={}, beliefs={}, look=look, notes=read.notes)
     found.untried.extend([*_not_asked("no parameter changed"), *leaks.missing()])
-    moved = [
-        name
-        for name, w in read.network.named_buffers()
-        if w.is_floating_point() and not torch.equal(w, read.after[name].to(w))
-    ]
-    print(*read.notes, sep="\n", end="\n" if read.notes else "")
-    if moved:
-        found.known.append(leaks.of_statistics(moved))
+    if why.statistics:
+        found.known.append(leaks.of_statistics(why))
         print(*found.known, sep="\n")
         return found
     print(

@@ -11,7 +11,7 @@ from dlm_core import records
 from dlm_core.beyond.inputs import LayerInput
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
-from dlm_core.observation import Observation
+from dlm_core.observation import Observation, Unchanged
 
 # Of the last bias's update: how far it may be from that of softmax, cross-entropy and one label;
 # and how much of its size rounding may be, if its sum shall say anything.
@@ -127,15 +127,9 @@ def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
     ]
 
 
-def of_statistics(moved: Sequence[str]) -> Leak:
-    """What running statistics show that moved while no parameter did; ``moved``: their names."""
-    many = len(moved) > 1
-    said = (
-        f"no parameter changed, but {len(moved)} running statistic{'s' * many} did, {moved[0]!r} "
-        f"first: they are means of what passed through the network, and leak as much of the "
-        "client's images; no attack here reads them alone"
-    )
-    return Leak("running statistics", "comparing the files", math.nan, said)
+def of_statistics(unchanged: Unchanged) -> Leak:
+    """What running statistics show that moved while no parameter did."""
+    return Leak("running statistics", "comparing the files", math.nan, str(unchanged))
 
 
 def of_label(seen: Observation, look: Look) -> Leak | None:
