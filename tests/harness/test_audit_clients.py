@@ -10,34 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import data, metrics, models
-from dlm_core.harness.audit import audit
 from dlm_core.harness.belief import believe
 from dlm_core.results import Explains
-
-SHAPE = (1, 8, 8)
-IMAGES, LABELS, *_ = data.load("digits", n=5)
-
-
-def network(*layers):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), *(layer() for layer in layers))
-
-
-def linear(inputs, outputs, **options):
-    return lambda: nn.Linear(inputs, outputs, **options)
-
-
-def snapshots(model, images, targets, loss=F.cross_entropy, **how):
-    trained = copy.deepcopy(model).train()
-    run = torch.optim.SGD(trained.parameters(), **{"lr": 0.1, **how})
-    loss(trained(images), targets).backward()
-    run.step()
-    return copy.deepcopy(model.state_dict()), trained.state_dict()
-
-
-def asked(model, sent, tmp_path, **options):
-    return audit(*sent, model=model, image_shape=SHAPE, out=tmp_path / "found.png", **options)
+from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
 
 
 class Pair(nn.Module):

@@ -7,37 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import data, metrics, models
-from dlm_core.harness.audit import audit
+from dlm_core import metrics, models
 from dlm_core.observation import Unchanged, observe
+from tests.harness import audited
+from tests.harness.audited import SHAPE, asked, linear, network, snapshots
 
-SHAPE = (1, 8, 8)
-IMAGES, LABELS, *_ = data.load("digits", n=4)
-
-
-def network(*layers, kind=nn.Sequential):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(nn.Flatten(), *(layer() for layer in layers))
-
-
-def linear(inputs, outputs, **options):
-    return lambda: nn.Linear(inputs, outputs, **options)
-
-
+IMAGES, LABELS = audited.IMAGES[:4], audited.LABELS[:4]
 MLP = (linear(64, 48), nn.ReLU, linear(48, 10))
-
-
-def snapshots(model, images=IMAGES[:1], targets=LABELS[:1], loss=F.cross_entropy, **how):
-    trained = copy.deepcopy(model).train()
-    run = torch.optim.SGD(trained.parameters(), **{"lr": 0.1, **how})
-    loss(trained(images), targets).backward()
-    run.step()
-    return copy.deepcopy(model.state_dict()), trained.state_dict()
-
-
-def asked(model, sent, tmp_path, **options):
-    return audit(*sent, model=model, image_shape=SHAPE, out=tmp_path / "found.png", **options)
 
 
 def shows_the_image(found):
