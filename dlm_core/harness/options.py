@@ -324,10 +324,7 @@ def highest(attacks: Mapping[Any, Sequence[Trial]], psnr: Mapping[Trial, float])
 
     names = ("dataset", "index", "num_images", "model", "seed")
     rows = [
-        {
-            **{name: getattr(same[0], name) for name in names},
-            "psnr": max(psnr[each] for each in same),
-        }
+        {**{name: getattr(same[0], name) for name in names}, "psnr": max(map(psnr.get, same))}
         for same in zip(*attacks.values(), strict=True)
     ]
     return pandas.DataFrame(rows)
