@@ -225,6 +225,11 @@ VALID: dict[str, Callable] = {
     "signlike.sign_dlm": lambda s: {"seen": s.of_adam, "total_variation": 0.0, **s.search},
     "recognise.recognise": lambda s: {"seen": s.seen},
     "recognise.linear_step": lambda s: {"seen": s.seen},
+    "learned.plug_and_play": lambda s: {
+        **{"seen": s.defended, "defence": s.noise, "learning_rate": 0.05, "local_steps": 1},
+        **{"num_images": 1, "labels": "inferred", "seed": 0, "max_evaluations": 2},
+        **{"last_noise": 0.1, "training_steps": 2},
+    },
     "batches.recover_batch": lambda s: {
         **{"seen": s.of_mlp, "num_images": 2, "seed": 0, "max_rounds": 1}
     },
@@ -249,12 +254,23 @@ VALID: dict[str, Callable] = {
         **{"num_clients": 2, "num_rounds": 1, "client": {"learning_rate": 0.1}, "seed": 0},
     },
     "options.federation": lambda s: {"dataset": "digits", "num_rounds": 1},
+    "options.in_colour": lambda s: {"num_rounds": 1, "dataset": "digits"},
     "options.undefended": lambda s: {"training": s.training},
     "options.menu": lambda s: {
         **{"training": s.training, "scales": [0.1], "percents": [10], "multipliers": [0.1]},
         **{"dp_sgd": [1.0], "kept_out": [90], "bits": [8]},
     },
     "options.price": lambda s: {"before": [0.9, 0.8], "after": [0.8, 0.8]},
+    "thresholds.shown": lambda s: {"dataset": "digits"},
+    "thresholds.guesses": lambda s: {
+        **{"dataset": "digits", "attacked": [0], "reserved": 1790, "source": "bundled"}
+    },
+    "all_rounds.Watched": lambda s: {
+        **{"training": s.training, "shown": s.noise, "attack": "aware_exact"},
+        **{"attack_options": {"max_steps": 0}, "averaged": True, "index": 0, "num_images": 1},
+        **{"local_steps": 1, "every": 1},
+    },
+    "all_rounds.averaged": lambda s: {"rounds": [s.seen, s.seen]},
     "tables.where": lambda s: {"frame": s.frame, "name": "a"},
     "tables.only": lambda s: {"frame": s.frame, "name": "a"},
     "tables.psnrs": lambda s: {"frame": s.frame},

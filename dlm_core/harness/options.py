@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dlm_core import check, defenses
 from dlm_core.defenses import Setting
 from dlm_core.harness import sweeps, tables
+from dlm_core.harness.all_rounds import Watched
 from dlm_core.harness.trials import Trial
 from dlm_core.harness.utility import Federation, Training
 from dlm_core.records import Options
@@ -79,6 +80,15 @@ def federation(dataset: str, num_rounds: check.Count) -> Federation:
     """The training that options are priced in: five clients, each with three steps on 96 images."""
     client = Training(learning_rate=1.0, local_steps=3, batch_size=96)
     return Federation(dataset=dataset, num_clients=5, num_rounds=num_rounds, client=client, **MLP)
+
+
+@check.arguments
+def in_colour(num_rounds: check.Count, dataset: str = "cifar100") -> Federation:
+    """The same for colour images, on a LeNet with ReLU. It takes the full set (data/README.md)."""
+    client = Training(learning_rate=0.1, local_steps=20, batch_size=96)
+    lenet = {"model": "lenet", "model_options": {"init": "default", "activation": "relu"}}
+    about: dict[str, Any] = {"dataset": dataset, "num_rounds": num_rounds, **lenet}
+    return Federation(num_clients=5, client=client, **about)
 
 
 @check.arguments
@@ -240,6 +250,15 @@ class Victim:
     def __post_init__(self) -> None:
         check.fields(self)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What an attacker who simulates this client is told of it: for several images the labels
+        as well.
+        """
+        client = self.trial.client
+        how = {"learning_rate": client.learning_rate, "local_steps": client.local_steps}
+        return {**how, "labels": "given"} if self.trial.num_images > 1 else how
+
     def trials(
         self,
         attack: str,
@@ -252,11 +271,62 @@ class Victim:
         return [replace(one, index=i, seed=i) for i in range(self.number)]
 
     def attacks(self, defence: Setting | None) -> dict[tuple[str, Options], list[Trial]]:
-        """{(attack, its options): trials} of all attacks that apply."""
+        """{(attack, its options): trials} of all attacks that apply; the last has a learned prior,
+        where there is one for the data set.
+        """
         strategies = self.undefended if defence is None else self.defended
+        if defence is not None and self.trial.dataset == "digits":
+            strategies = [*strategies, ("learned_prior", self.told)]
         return {
             (attack, Options(how)): self.trials(attack, how, defence) for attack, how in strategies
         }
+
+
+@check.arguments
+def over_rounds(
+    option: Option, victim: Victim, *, networks: check.Count = 5, every: check.Count = 1
+) -> dict[tuple[str, Options], list[Watched]]:
+    """{("all rounds, " and the attack, its options): one for each client} of a server that keeps
+    the rounds of a training.
+
+    One attack fits all answers jointly, with the learned prior. The other averages them, as if W_t
+    had stood still, and divides: for one image, whose quotient at the first layer is the same in
+    each round.
+
+    Parameters
+    ----------
+    option
+        Whose training is watched; one with a defence, of digits.
+    victim
+        The clients.
+    networks
+        Trainings, of so many seeds; the clients take them in turn.
+    every
+        The joint fit takes each so many-th round; the average takes all.
+    """
+    if option.shown is None:
+        raise ValueError("option has no defence; one round shows what all do")
+    attacks: dict[tuple[str, Options], dict[str, Any]] = {
+        ("learned_prior", Options(victim.told)): {"every": every}
+    }
+    if victim.trial.num_images == 1:
+        attacks["aware_exact", Options(max_steps=0)] = {"averaged": True}
+    client = {"num_images": victim.trial.num_images, "local_steps": victim.trial.client.local_steps}
+    return {
+        (f"all rounds, {attack}", told): [
+            Watched(
+                training=replace(option.training, seed=i % networks),
+                shown=option.shown,
+                attack=attack,
+                attack_options=told,
+                index=i,
+                **client,
+                **how,
+            )
+            for i in range(victim.number)
+        ]
+        for (attack, told), how in attacks.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,13 +350,15 @@ class Leak:
     psnr_unaware: float
 
 
-def psnrs(trials: Iterable[Trial]) -> dict[Trial, float]:
-    """Run the trials: PSNR in dB of each; that of one without a picture is -inf, the worst."""
+def psnrs(trials: Iterable[Any]) -> dict[Any, float]:
+    """Run the trials, ``Trial`` or ``Watched``: PSNR in dB of each; -inf, the worst, of one without
+    a picture.
+    """
     plan = list(dict.fromkeys(trials))
     return {each: record.get("psnr", -math.inf) for each, record in zip(plan, sweeps.sweep(plan))}
 
 
-def median(trials: Iterable[Trial], psnr: Mapping[Trial, float]) -> float:
+def median(trials: Iterable[Any], psnr: Mapping[Any, float]) -> float:
     """Median PSNR of the trials, in dB; -inf where it falls on one without a picture."""
     import pandas
 
@@ -295,7 +367,7 @@ def median(trials: Iterable[Trial], psnr: Mapping[Trial, float]) -> float:
 
 
 def strongest(
-    attacks: Mapping[tuple[str, Options], Sequence[Trial]], psnr: Mapping[Trial, float]
+    attacks: Mapping[tuple[str, Options], Sequence[Any]], psnr: Mapping[Any, float]
 ) -> Leak:
     """The attack of the highest median among those of ``Victim.attacks``, as ``psnrs`` has them."""
     medians = {name: median(trials, psnr) for name, trials in attacks.items()}
@@ -309,14 +381,16 @@ def strongest(
     )
 
 
-def highest(attacks: Mapping[Any, Sequence[Trial]], psnr: Mapping[Trial, float]) -> Any:
+def highest(attacks: Mapping[Any, Sequence[Any]], psnr: Mapping[Any, float]) -> Any:
     """A table of the attacked clients, one row each, as ``harness.evidence`` takes it: "psnr" is
-    the highest of any attack on that client.
+    the highest of any attack on that client. Which that is, the truth says: no attacker knows it,
+    and so knowing more never loses to knowing less.
 
     Parameters
     ----------
     attacks
-        Trials of each attack on the same clients in the same order, as of ``Victim.attacks``.
+        Trials of each attack on the same clients in the same order, as of ``Victim.attacks``; of
+        the first attack ``trials.Trial``, of others ``Watched`` too.
     psnr
         As ``psnrs`` has it.
     """

@@ -20,6 +20,7 @@ from dlm_core.beyond import (  # noqa: F401
     clients,
     exact,
     inputs,
+    learned,
     normalisation,
     protocols,
     signlike,

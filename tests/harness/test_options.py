@@ -8,6 +8,7 @@ import pytest
 from dlm_core.harness import evidence, options, report, sweeps
 from dlm_core.harness.paths import REPOSITORY
 from dlm_core.harness.trials import Trial
+from dlm_core.records import Options
 
 TRAINING = options.federation("digits", num_rounds=4)
 STRENGTHS = {
@@ -86,6 +87,50 @@ def test_highest_is_of_each_client_by_whichever_attack_sees_it_best():
     assert (share.value, share.n, share.units) == (pytest.approx(2 / 3), 3, "batches, 3 networks")
     with pytest.raises(ValueError, match="shorter"):
         options.highest({**attacks, "exact_batch": attacks["exact_batch"][:2]}, psnr)
+
+
+def local_victim(**how):
+    base = Trial(dataset="digits", client={"learning_rate": 1.0, **how}, **options.MLP)
+    return options.Victim(trial=base, number=4)
+
+
+def test_a_defended_digit_meets_a_learned_prior_and_no_other_image_does():
+    defence = one("clipping and noise, local").shown
+    victim = local_victim(local_steps=3)
+    told = {"learning_rate": 1.0, "local_steps": 3}
+    assert ("learned_prior", Options(told)) in victim.attacks(defence)
+    assert not [name for name, _ in victim.attacks(None) if name == "learned_prior"]
+    batch = replace(victim, trial=replace(victim.trial, num_images=2))
+    assert ("learned_prior", Options({**told, "labels": "given"})) in batch.attacks(defence)
+    colour = replace(victim, trial=Trial(dataset="cifar100"))
+    assert not [name for name, _ in colour.attacks(defence) if name == "learned_prior"]
+
+
+def test_all_rounds_are_of_the_priced_training_and_of_the_same_clients():
+    option, victim = one("DP-SGD"), local_victim(local_steps=3)
+    attacks = options.over_rounds(option, victim, networks=2, every=3)
+    assert [name for name, _ in attacks] == [
+        "all rounds, learned_prior",
+        "all rounds, aware_exact",
+    ]
+    joint, averaging = attacks.values()
+    assert [each.every for each in joint + averaging] == [3] * 4 + [1] * 4
+    assert [each.averaged for each in joint + averaging] == [False] * 4 + [True] * 4
+    for several in (joint, averaging):
+        assert [each.index for each in several] == [0, 1, 2, 3]
+        assert {each.training for each in several} == set(option.trainings(2))
+        assert {each.local_steps for each in several} == {3}
+    # a quotient is of one image
+    batch = replace(victim, trial=replace(victim.trial, num_images=2))
+    assert [name for name, _ in options.over_rounds(option, batch)] == ["all rounds, learned_prior"]
+    with pytest.raises(ValueError, match="option has no defence"):
+        options.over_rounds(options.undefended(TRAINING), victim)
+
+
+def test_the_price_in_colour_takes_the_full_set_and_runs():
+    record = options.in_colour(1, dataset="digits").run()
+    assert 0 <= record["accuracy"] <= 1
+    assert options.in_colour(1, dataset="digits").model == "lenet"
 
 
 def test_victims_share_network_and_data_and_have_images_of_their_own():
