@@ -19,7 +19,7 @@ from dlm_core.harness import evidence, report
 from dlm_core.harness.evidence import Verdict
 from dlm_core.harness.interrupts import kept_from_workers
 from dlm_core.harness.paths import REPOSITORY, checkout, writable
-from dlm_core.project import kernel
+from dlm_core.project import kernel, paper
 from dlm_core.project import parameters as cells
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -146,6 +146,7 @@ def run(
             shutil.copy(each.target, each.source)
     if figures == REPOSITORY / "figures":
         fill_readme(figures)
+        paper.fill(figures)
     _summary(figures, names, failed, time.time() - began, profile)
     return failed
 
