@@ -297,7 +297,7 @@ class _Client:
         if math.isinf(self.clip):
             return sent
         length = (sum(each.square().sum() for each in sent.values()) + 1e-20) ** 0.5
-        factor = (self.clip / length).clamp(max=1.0)  # type: ignore[union-attr]
+        factor = (self.clip / length).clamp(max=1.0)
         return {n: factor * each for n, each in sent.items()}
 
 

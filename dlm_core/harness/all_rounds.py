@@ -165,7 +165,7 @@ def _sent(training: Federation) -> list[nn.Module]:
     model = training._build(everything.images.shape[1:], everything.num_classes)
     count = training.num_clients
     parts = [(images[c::count], labels[c::count]) for c in range(count)]
-    how = {"num_rounds": training.num_rounds, "defend": training._defend}
+    how: dict[str, Any] = {"num_rounds": training.num_rounds, "defend": training._defend}
     sent = [model]
     try:
         for after, _ in federated.rounds(

@@ -311,7 +311,10 @@ def over_rounds(
     }
     if victim.trial.num_images == 1:
         attacks["aware_exact", Options(max_steps=0)] = {"averaged": True}
-    client = {"num_images": victim.trial.num_images, "local_steps": victim.trial.client.local_steps}
+    client: dict[str, Any] = {
+        "num_images": victim.trial.num_images,
+        "local_steps": victim.trial.client.local_steps,
+    }
     return {
         (f"all rounds, {attack}", told): [
             Watched(
@@ -398,7 +401,7 @@ def highest(attacks: Mapping[Any, Sequence[Any]], psnr: Mapping[Any, float]) -> 
 
     names = ("dataset", "index", "num_images", "model", "seed")
     rows = [
-        {**{name: getattr(same[0], name) for name in names}, "psnr": max(map(psnr.get, same))}
+        {**{name: getattr(same[0], name) for name in names}, "psnr": max(map(psnr.__getitem__, same))}
         for same in zip(*attacks.values(), strict=True)
     ]
     return pandas.DataFrame(rows)

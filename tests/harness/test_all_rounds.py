@@ -75,7 +75,7 @@ def test_a_key_covers_training_defence_attack_and_images():
     "how, message",
     [
         ({"index": 99, "num_images": 2}, "among the first 100"),
-        ({"attack": "no_such"}, "attack is 'no_such'"),
+        ({"attack": "no_such"}, "attack 'no_such' is unknown"),
         ({"attack_options": {"max_step": 0}}, "max_step"),
         ({"attack": "learned_prior", "attack_options": {}}, "must be told learning_rate"),
         ({"every": 0}, "every is 0"),
