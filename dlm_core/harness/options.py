@@ -401,7 +401,10 @@ def highest(attacks: Mapping[Any, Sequence[Any]], psnr: Mapping[Any, float]) -> 
 
     names = ("dataset", "index", "num_images", "model", "seed")
     rows = [
-        {**{name: getattr(same[0], name) for name in names}, "psnr": max(map(psnr.__getitem__, same))}
+        {
+            **{name: getattr(same[0], name) for name in names},
+            "psnr": max(map(psnr.__getitem__, same)),
+        }
         for same in zip(*attacks.values(), strict=True)
     ]
     return pandas.DataFrame(rows)
