@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import dlm_core
 from dlm_core import check
@@ -77,6 +78,7 @@ def scene():
         trial=Trial("grey", dataset="digits"),
         training=options.federation("digits", num_rounds=1),
         frame=pandas.DataFrame({"name": ["a", "b"], "psnr": [10.0, 30.0]}),
+        medians=pandas.DataFrame({"n": [5], "psnr_25": [1.0], "psnr_50": [2.0], "psnr_75": [3.0]}),
         judged=pandas.DataFrame({"dataset": "digits", "index": [0, 1], "psnr": [10.0, 30.0]}),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
     )
@@ -278,6 +280,14 @@ VALID: dict[str, Callable] = {
     "report.knowledge": lambda s: {"seen": s.seen, "attacks": ["dlm_plus"]},
     "figures.name": lambda s: {"key": "dlm_plus", "kind": "attack"},
     "figures.look": lambda s: {"key": "dlm_plus", "kind": "attack"},
+    "figures.shade": lambda s: {"learning_rate": 0.01},
+    "figures.weights": lambda s: {"init": "paper"},
+    "figures.counted": lambda s: {"rows": s.medians},
+    "figures.thresholds": lambda s: {"axis": Figure().subplots(), "grey": 13.0, "along": "x"},
+    "figures.heading": lambda s: {"axis": Figure().subplots(), "letter": "a", "text": "title"},
+    "figures.medians": lambda s: {"axis": Figure().subplots(), "x": [1.0], "rows": s.medians},
+    "figures.strip": lambda s: {"axis": Figure().subplots(), "place": 0.0, "values": [1.0]},
+    "figures.legend": lambda s: {"figure": Figure(), "ncols": 2},
     "figures.show_images": lambda s: {"rows": [[s.images[0]]], "row_names": ["digit"]},
     "audit.audit": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "exact"},
@@ -334,6 +344,7 @@ VALID: dict[str, Callable] = {
 OF_ANY_VALUE = {
     *(("tables.where", "name"), ("tables.listed", "separator"), ("sweeps.sweep", "store")),
     *(("tables.spread", "unit"), ("tables.spread", "values")),
+    *(("figures.heading", "letter"), ("figures.heading", "text"), ("figures.counted", "of")),
     *(("tables.brief", "values"), ("settings.sentence", "n"), ("settings.sentence", "trials")),
     *((f"evidence.{each}", "label") for each in ("share", "median", "difference", "computed")),
     *((f"evidence.{each}", "label") for each in ("share_difference", "middle", "mean")),

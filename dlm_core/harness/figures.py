@@ -1,15 +1,34 @@
-"""One look for all figures: size, colours, and grids of images."""
+"""One look for all figures: size, colours, thresholds, headings, medians, and grids of images."""
 
+import html
+import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from dlm_core import check, records
-from dlm_core.harness import registry  # noqa: F401, it fills the tables
+from dlm_core.harness import registry, tables  # noqa: F401, the registry fills the tables
 
 # Width of a journal column in inches.
 COLUMN = 85 / 25.4
+# seaborn's colour-blind safe colours in its order, which a record's ``colour`` counts; yellow, pale
+# pink and the three lightest are darkened, to be read on white.
+PALETTE = (
+    *("#0173b2", "#c77700", "#029e73", "#c44e00", "#b5519f"),
+    *("#8a5a2b", "#882255", "#767676", "#6b6b00", "#3e9bd6"),
+)
+# Where the colour that a record names means another attack in the same artifact.
+OWN = {"interval_dlm": "#332288", "statistics": "#882255"}
+# A client's learning rates, light to dark; the same colour in every notebook.
+RATES = {1e-4: "#9ccfc0", 1e-3: "#62b6a5", 1e-2: "#2a9089", 1e-1: "#1f4e79", 1.0: "#14142b"}
+# Medians of fewer trials are drawn as points, without line and quartiles.
+FEWEST = 5
+# Error of pixels rounded to whole grey levels, at most half of one: 20 log10(255 sqrt(12)).
+EIGHT_BITS = 58.9
+INK = "0.35"
+# Lines of a released search, where colour tells clients apart.
+RELEASED = {"color": "0.15", "ls": "--", "marker": "D"}
 STYLE: dict[str, Any] = {
     "figure.figsize": (COLUMN, 0.7 * COLUMN),
     "figure.dpi": 200,
@@ -25,6 +44,10 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     "axes.linewidth": 0.6,
     "legend.frameon": False,
+    "axes.titlelocation": "left",
+    **{f"{x}tick.major.size": 3 for x in "xy"},
+    **{f"{x}tick.minor.size": 1.5 for x in "xy"},
+    **{f"{x}tick.{kind}.width": 0.6 for x in "xy" for kind in ("major", "minor")},
     "pdf.fonttype": 42,
     "image.interpolation": "nearest",
 }
@@ -37,17 +60,18 @@ def style() -> None:
     import matplotlib.style
     import seaborn
 
-    seaborn.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
+    seaborn.set_theme(context="paper", style="ticks", palette=PALETTE, rc=STYLE)
     matplotlib.style.use(STYLE)
 
 
 Kind = Literal["attack", "defence"]
+Named = Literal["attack", "defence", "network", "data set"]
 
 
 @check.arguments
-def name(key: str, kind: Kind | None = None) -> str:
-    """The name of a registered attack or defence, as the papers write it; ``kind`` as in
-    ``look``.
+def name(key: str, kind: Named | None = None) -> str:
+    """The name of a registered attack or defence, or of the network or data set that ``kind``
+    says, as the papers write it; None as in ``look``.
     """
     return _record(key, kind).title
 
@@ -64,22 +88,191 @@ def look(key: str, kind: Kind | None = None) -> dict[str, Any]:
     kind
         Which of the two; None takes the attack where both have the key, as "noise".
     """
-    import seaborn
-
     record = _record(key, kind)
-    palette = seaborn.color_palette("colorblind")
-    return {"label": record.title, "color": palette[record.colour], "marker": record.marker}
+    colour = PALETTE[record.colour % len(PALETTE)]
+    if isinstance(record, records.Attack):
+        colour = OWN.get(key, colour)
+    return {"label": record.title, "color": colour, "marker": record.marker}
 
 
-def _record(key: str, kind: Kind | None) -> records.Attack | records.Defence:
-    tables: dict[str | None, dict[str, Any]] = {
+@check.arguments
+def shade(learning_rate: check.Positive) -> str:
+    """The colour of a client's learning rate: the darker, the larger. Rates between two powers of
+    ten take the nearer one's.
+    """
+    return RATES[min(RATES, key=lambda rate: abs(math.log(rate / learning_rate)))]
+
+
+@check.arguments
+def weights(init: str) -> dict[str, Any]:
+    """Keyword arguments (label, color, marker) of an initialisation: "paper" or "default"."""
+    looks = {
+        "paper": {"label": "the paper's initial weights", "color": "#4b2e83", "marker": "o"},
+        "default": {"label": "PyTorch's initial weights", "color": "#7a9a01", "marker": "s"},
+    }
+    check.one_of("init", init, looks)
+    return looks[init]
+
+
+Axes = Annotated[Any, check.Must("matplotlib's axes", lambda x: hasattr(x, "axhline"))]
+Figure = Annotated[Any, check.Must("a matplotlib figure", lambda x: hasattr(x, "savefig"))]
+
+
+@check.arguments
+def thresholds(
+    axis: Axes,
+    grey: check.Finite | None = None,
+    *,
+    success: bool = True,
+    eight_bits: bool = False,
+    along: Literal["x", "y"] = "y",
+    labelled: bool = True,
+) -> None:
+    """Draw what a PSNR is compared with, the same in every figure, named at the axes' edge.
+
+    Parameters
+    ----------
+    axis
+        Of matplotlib.
+    grey
+        PSNR in dB of a grey square, drawn dotted; None leaves it out.
+    success
+        Draw 20 dB, dashed and dotted.
+    eight_bits
+        Draw the PSNR of pixels rounded to whole grey levels, dashed.
+    along
+        Which axis has the PSNR.
+    labelled
+        Write the names: at the right, or above where ``along`` is "x". False where the axes beside
+        have them.
+    """
+    beneath = grey is not None and grey < 20
+    outer = ("top", "bottom") if beneath else ("bottom", "top")
+    lines = [("grey square", grey, ":", outer[0], "right")] if grey is not None else []
+    if success:
+        lines.append(("success: 20 dB", 20.0, "-.", outer[1], "left"))
+    if eight_bits:
+        lines.append(("8-bit rounding", EIGHT_BITS, "--", "center", "left"))
+    for text, level, style, vertical, horizontal in lines:
+        drawn = axis.axhline if along == "y" else axis.axvline
+        drawn(level, color=INK, lw=0.8, ls=style, zorder=1.5)
+        if not labelled:
+            continue
+        near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 5.5, "color": INK}
+        if along == "y":
+            near |= {"xytext": (2, 0), "xycoords": ("axes fraction", "data"), "va": vertical}
+            text = text.replace(" ", "\n", 1)
+            axis.annotate(text, (1, level), annotation_clip=False, linespacing=0.95, **near)
+        else:
+            near |= {"xytext": (0, 2), "xycoords": ("data", "axes fraction"), "ha": horizontal}
+            named = axis.annotate(text, (level, 1), annotation_clip=False, **near)
+            named.set_gid("above")
+
+
+@check.arguments
+def heading(axis: Axes, letter: str, text: str = "") -> None:
+    """Write a panel's letter in bold and what it shows above it: call it after ``thresholds``."""
+    above = any(each.get_gid() == "above" for each in axis.texts)
+    title = f"$\\mathbf{{{letter}}}$  {text}" if letter else text
+    axis.set_title(title, loc="left", pad=9 if above else 3)
+
+
+@check.arguments
+def medians(
+    axis: Axes, x: Sequence[check.Finite] | tables.Column, rows: tables.Frame, **look: Any
+) -> None:
+    """Draw medians of the PSNR with their quartiles as a band; medians of fewer than five trials
+    as points alone.
+
+    Parameters
+    ----------
+    axis
+        Of matplotlib.
+    x
+        Where each row is drawn.
+    rows
+        Of ``sweeps.summarise``: columns n, psnr_25, psnr_50 and psnr_75.
+    **look
+        As for ``axis.plot``.
+    """
+    if rows.n.min() < FEWEST:
+        look |= {"ls": ""}
+    axis.plot(x, rows.psnr_50, **look)
+    if rows.n.min() >= FEWEST and look.get("ls") != "":
+        band = {"color": look.get("color"), "alpha": 0.15, "lw": 0}
+        axis.fill_between(x, rows.psnr_25, rows.psnr_75, **band)
+
+
+@check.arguments
+def counted(rows: tables.Frame, of: str = "images") -> str:
+    """How many trials rows of ``sweeps.summarise`` count: "n = 10 images", "n = 3 to 10 images"."""
+    least, most = int(rows.n.min()), int(rows.n.max())
+    return f"n = {least if least == most else f'{least} to {most}'} {of}"
+
+
+@check.arguments
+def strip(
+    axis: Axes, place: check.Finite, values: Sequence[check.Finite] | tables.Column, **look: Any
+) -> None:
+    """Draw one row of trials: each as a dot at its PSNR, and their median where they are five or
+    more.
+
+    Parameters
+    ----------
+    axis
+        Of matplotlib; the PSNR lies along x.
+    place
+        Height of the row.
+    values
+        PSNR in dB of each trial; a trial without a picture (-inf or NaN) has no dot and counts as
+        the worst in the median.
+    **look
+        color, marker and label, as ``look`` returns them.
+    """
+    import pandas
+
+    every = pandas.Series(list(values), dtype=float).fillna(-math.inf)
+    finite = every[every > -math.inf]
+    look = {"marker": "o", "color": INK, **look}
+    few = len(every) < FEWEST
+    label = look.pop("label", None)
+    each = {"ms": 3, "alpha": 0.8} if few else {"ms": 2.2, "alpha": 0.45, "mew": 0}
+    dots = {**look, "marker": look["marker"] if few else "o", **each}
+    axis.plot(finite, [place] * len(finite), ls="", label=label if few else None, **dots)
+    if not few:
+        middle = {"ls": "", "ms": 4.5, "mec": "white", "mew": 0.5, **look, "label": label}
+        axis.plot(tables.quantile(every, 0.5), place, zorder=3, **middle)
+
+
+@check.arguments
+def legend(figure: Figure, ncols: check.Count = 3) -> None:
+    """One legend below all of a figure's axes: each label once, in the order drawn."""
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            named.setdefault(label, handle)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols)
+
+
+def _record(key: str, kind: Named | None) -> Any:
+    found: dict[str | None, dict[str, Any]] = {
         "attack": records.ATTACKS,
         "defence": records.DEFENCES,
+        "network": records.NETWORKS,
+        "data set": records.DATA_SETS,
         None: {**records.DEFENCES, **records.ATTACKS},
     }
-    every = tables[kind]
+    every = found[kind]
     check.one_of("key", key, every)
     return every[key]
+
+
+def caption(text: str) -> None:
+    """Display a caption under the figure that was shown last, for notebooks and the site."""
+    from IPython.display import display
+
+    written = f'<p class="caption" style="font-style: italic">{html.escape(text)}</p>'
+    display({"text/html": written, "text/plain": text}, raw=True)
 
 
 def show(figure: Any, alt: str) -> None:
@@ -113,7 +306,7 @@ def show_images(
     cell
         Width and height of a place in inches.
     below
-        Rows of numbers, written to one decimal under the images; None writes none.
+        Rows of PSNRs in dB, written to one decimal under the images; None writes none.
 
     Raises
     ------
@@ -138,10 +331,10 @@ def show_images(
             if pixels is not None:
                 axis.imshow(pixels)
             if i == 0 and j < len(column_names):
-                axis.set_title(column_names[j], pad=2, fontsize=6)
+                axis.set_title(column_names[j], loc="center", pad=2, fontsize=6)
         for number, axis in zip(below[i] if i < len(below) else (), axes[i]):
             if number is not None:
-                axis.set_xlabel(f"{number:.1f}", fontsize=5, labelpad=1)
+                axis.set_xlabel(f"{number:.1f} dB", fontsize=5, labelpad=1)
         axes[i][0].set_ylabel(row_names[i], rotation=0, ha="right", va="center", fontsize=6)
     return figure
 

@@ -154,14 +154,14 @@ class Report:
 
     @check.arguments
     def figure(self, figure: Any, alt: str, suffix: str = "") -> None:
-        """Save a figure as PDF and PNG under the notebook's name, and show it.
+        """Save a figure as PDF and PNG under the notebook's name, and show it with its caption.
 
         Parameters
         ----------
         figure
             Of matplotlib.
         alt
-            Its description, for readers who do not see it.
+            What to see in it: its caption, and its description for readers who do not see it.
         suffix
             Added to the notebook's name, where it has several figures.
         """
@@ -175,6 +175,7 @@ class Report:
         }
         files = {f"{stem}.{kind}": _drawn(figure, kind, note) for kind, note in notes.items()}
         figures.show(figure, alt)
+        figures.caption(alt)
         self._keep(files, alt)
 
     @check.arguments
