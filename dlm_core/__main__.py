@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,23 +15,28 @@ from typing import Any, NoReturn
 from dlm_core.harness.paths import in_checkout
 from dlm_core.project import commands, environment
 
+# Of `attack`, whose verdicts are 0 to 3: a wrong command line or file, and an error of our own.
+REFUSED, FAILED = 64, 70
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit status. What is wrong with it is one sentence
     on standard error.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wrong = REFUSED if [*arguments[:1]] == ["attack"] else 2
     if sys.version_info < (3, 11):
-        return _refuse(f"{environment.refused()}")
-    options = _parser().parse_args(arguments)
+        return _refuse(f"{environment.refused()}", wrong)
+    options = _parser(wrong).parse_args(arguments)
     act = options.__dict__.pop("act")
     try:
         return act(**vars(options)) or 0
     except ModuleNotFoundError as error:
-        return _refuse(_missing(error.name or "a package"))
+        return _refuse(_missing(error.name or "a package"), wrong)
     except ValueError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), wrong)
     except OSError as error:
-        return _refuse(_said(error))
+        return _refuse(_said(error), wrong)
     except KeyboardInterrupt:
         # It would print what the notebook's interrupted kernel was at.
         logging.getLogger("asyncio").disabled = True
@@ -38,11 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = kept if act in (commands.figures, commands.verify, commands.test) else ""
         print(f"\ninterrupted{said}", file=sys.stderr)
         return 130
+    except Exception:
+        if act is not commands.attack:
+            raise
+        traceback.print_exc()  # Python's own status for it is that of a verdict
+        return FAILED
 
 
-def _refuse(sentence: str) -> int:
+def _refuse(sentence: str, status: int) -> int:
     print(f"error: {' '.join(sentence.splitlines())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _said(error: OSError) -> str:
@@ -66,24 +77,33 @@ def _missing(package: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line; the usage is in the help."""
+    """One that says what is wrong in one line; the usage is in the help.
 
-    def __init__(self, **settings: Any) -> None:
+    Attributes
+    ----------
+    wrong
+        Exit status of a wrong command line.
+    """
+
+    def __init__(self, *, wrong: int, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self.wrong = wrong
 
     def error(self, message: str) -> NoReturn:
-        """End with exit status 2."""
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+        """End with the exit status ``wrong``."""
+        self.exit(self.wrong, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wrong: int) -> argparse.ArgumentParser:
     called = Path(sys.argv[0]).name
     program = "python -m dlm_core" if called == "__main__.py" else called
-    parser = _Parser(prog=program, description=__doc__)
+    parser = _Parser(prog=program, description=__doc__, wrong=wrong)
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, act: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
-        sub = choices.add_parser(name, help=text, description=text)
+    def command(
+        name: str, act: Callable[..., int | None], text: str, **settings: Any
+    ) -> argparse.ArgumentParser:
+        sub = choices.add_parser(name, help=text, description=text, wrong=wrong, **settings)
         sub.set_defaults(act=act)
         return sub
 
@@ -218,6 +238,10 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "attack",
         commands.attack,
         "does this client leak? reconstruct images from two snapshots, safetensors or torch files",
+        epilog="Exit status: 0 nothing was sent (both files have the same weights and statistics); "
+        "1 an image leaked; 2 something else did, or may have; 3 no leak was shown, which does not "
+        f"mean that the client is safe; {REFUSED} wrong usage or a file that cannot be read; "
+        f"{FAILED} an error of this program; 130 interrupted.",
     )
     attack.add_argument("before", nargs="?", help="state dict that the client received, W_t")
     attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
@@ -230,7 +254,10 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument(
         "--model",
         default="lenet",
-        help="network with the weights' names of dlm_core.models (default lenet; see --list)",
+        help="network with the weights' names of dlm_core.models (default lenet; see --list), or "
+        "package.module:factory, a network of your own: the module is imported, from the current "
+        "folder too, and the factory called, so it runs your code (nothing in a weight file is "
+        "ever run); it may take image_shape and num_classes",
     )
     attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
     attack.add_argument(
@@ -248,12 +275,37 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         default="all",
         help="one of them (see --list); all (default): in turn, until one explains the update",
     )
+    _client_options(attack)
+    attack.add_argument(
+        "--minutes",
+        type=float,
+        help="that the audit may take (default: as many as its searches need; each says how many)",
+    )
+    _written(attack)
+
+
+def _written(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument(
+        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
+    )
+    attack.add_argument("--json", metavar="FILE", help="write all that is said as JSON too")
+    attack.add_argument(
+        "--report",
+        metavar="FILE.html",
+        help="write a page for whoever decides: verdict, pictures, what was tried and what was not",
+    )
+
+
+def _client_options(attack: argparse.ArgumentParser) -> None:
     attack.add_argument(
         "--client",
         help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)",
     )
     attack.add_argument(
-        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
+        "--normalise",
+        "--normalize",
+        help="what the client makes of pixels in [0, 1]: a name (see --list), MEAN/STD with a "
+        "number a channel (0.49,0.48,0.45/0.25,0.24,0.26), or range=LOW,HIGH (default: nothing)",
     )
 
 

@@ -92,15 +92,10 @@ def idlg(seen: Observation, *, learning_rate: check.Positive, **options: Any) ->
     assumes=(PLAIN_STEP,),
     client="one step of plain SGD",
 )
-@records.passes_on_to(reconstruct, fixed=["scale", "update_of", "unknowns"])
+@records.passes_on_to(dlg, fixed=["update_of", "unknowns"])
 @check.arguments
 def dlg_factor(
-    seen: Observation,
-    *,
-    learning_rate: check.Positive,
-    k0: check.Positive,
-    labels: str | Labels = "optimised",
-    **options: Any,
+    seen: Observation, *, learning_rate: check.Positive, k0: check.Positive, **options: Any
 ) -> Reconstruction:
     """DLG with a factor on the dummy gradient, of the released experiments: Σ_layers ‖k·g - Δ/η‖²,
     k optimised along with the images.
@@ -114,18 +109,11 @@ def dlg_factor(
     k0
         The guess > 0 that k starts from, told; the true factor is 1. What the search makes of it is
         ``found.point["k"]``.
-    labels, **options
-        Of ``search.reconstruct``.
+    **options
+        Of ``dlg``.
     """
-    return reconstruct(
-        seen,
-        objectives.squared_distance,
-        scale=1 / learning_rate,
-        labels=labels,
-        update_of=_factored,
-        unknowns={"k": k0},
-        **options,
-    )
+    factor = {"update_of": _factored, "unknowns": {"k": k0}}
+    return dlg(seen, learning_rate=learning_rate, **factor, **options)
 
 
 def _factored(model, loss, images, labels, *, k: torch.Tensor) -> list[torch.Tensor]:

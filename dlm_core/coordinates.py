@@ -47,18 +47,27 @@ def cosines(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator
         The start [B, C, H, W], mid-grey with faint noise, and the map from such coefficients, over
         channel, row and column, to images [B, C, H, W] in (0, 1).
     """
+    planes = smooth_planes(shape, like)
+    return 0.1 * _noise(shape, like, generator), lambda z: torch.sigmoid(planes(z))
+
+
+def smooth_planes(
+    shape: Sequence[int], like: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The map of ``cosines`` before its sigmoid: Cᵀ(a·z).
+
+    Parameters
+    ----------
+    shape, like
+        As in ``pixels``.
+    """
     _, channels, height, width = shape
-    c, y, x = (_cosine_basis(n).to(like) for n in (channels, height, width))
+    c, y, x = (cosine_basis(n).to(like) for n in (channels, height, width))
     rows, columns = torch.arange(height) * 1.0, torch.arange(width) * 1.0
     frequency = torch.hypot(*torch.meshgrid(rows, columns, indexing="ij"))
     amplitude = 1 / ((1 + frequency / 2) * (1 + torch.arange(channels))[:, None, None])
     amplitude = (amplitude / amplitude.square().mean().sqrt()).to(like)
-
-    def to_images(z: torch.Tensor) -> torch.Tensor:
-        planes = y.T @ (amplitude * z) @ x
-        return torch.sigmoid(torch.einsum("dc,bdhw->bchw", c, planes))
-
-    return 0.1 * _noise(shape, like, generator), to_images
+    return lambda z: torch.einsum("dc,bdhw->bchw", c, y.T @ (amplitude * z) @ x)
 
 
 def _noise(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -66,8 +75,8 @@ def _noise(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _cosine_basis(n: int) -> torch.Tensor:
-    """Orthonormal DCT-II matrix [n frequencies, n samples]."""
+def cosine_basis(n: int) -> torch.Tensor:
+    """Orthonormal DCT-II matrix [n frequencies, n samples], float64."""
     k = torch.arange(n, dtype=torch.float64)
     basis = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
     basis[0] /= math.sqrt(2)

@@ -23,7 +23,17 @@ TINY = 1e-300  # for a zero that is divided by, or whose logarithm is taken
 
 
 class Unchanged(ValueError):
-    """The two snapshots are identical: nothing can leak."""
+    """No parameter moved between the two snapshots.
+
+    Attributes
+    ----------
+    statistics
+        Names of the running statistics that moved all the same.
+    """
+
+    def __init__(self, said: str, statistics: Sequence[str] = ()) -> None:
+        super().__init__(said)
+        self.statistics = tuple(statistics)
 
 
 class Head(NamedTuple):
@@ -72,7 +82,7 @@ class Observation:
         Where the snapshots do not fit each other or hold NaN or infinity (the tensor is named), or
         the model takes no such images or has not so many classes.
     Unchanged
-        Where they are identical.
+        Where no parameter moved; it says whether running statistics did, which leak as well.
 
     Notes
     -----
@@ -96,10 +106,7 @@ class Observation:
         check_finite("the model", before)
         check_finite("weights_after", self.weights_after)
         if all(torch.equal(p, a) for p, a in zip(self.model.parameters(), self._after)):
-            raise Unchanged(
-                "weights_after equals the model's weights: the client has not trained, "
-                "nothing can leak"
-            )
+            raise _unchanged(self.model, self.weights_after)
         found = self._last_layer[1].out_features
         if self.num_classes != found:
             raise ValueError(f"num_classes is {self.num_classes}; the model has {found} classes")
@@ -190,6 +197,23 @@ def observe(
     model.load_state_dict(before)
     name, head = find_head(model, image_shape)
     return Observation(model, dict(after), tuple(image_shape), head.out_features, name)
+
+
+def _unchanged(model: nn.Module, after: StateDict) -> Unchanged:
+    """What to say where no parameter moved."""
+    buffers = {n: w for n, w in model.named_buffers() if n in after and w.is_floating_point()}
+    moved = [n for n, w in buffers.items() if not torch.equal(w, after[n].to(w))]
+    if not moved:
+        return Unchanged(
+            "no weight changed, weights_after equals the model's weights: the client has not "
+            "trained, or sent what it received"
+        )
+    return Unchanged(
+        f"no parameter changed, but {len(moved)} running statistic{'s' * (len(moved) > 1)} did, "
+        f"{moved[0]!r} first: they are means of what passed through the network, and leak as much "
+        "of the client's images; no attack here reads them alone",
+        moved,
+    )
 
 
 @check.arguments

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 
 import dlm_core
 from dlm_core import check
+from dlm_core.harness.belief import Audit
+from dlm_core.harness.look import Look
 
 # Modules whose functions are called by others of ours alone, on what was checked at the door.
 INNER = {
@@ -26,13 +28,16 @@ INNER = {
         "battery",
         "check",
         "contents",
-        "information",
         "interrupts",
+        "jacobian",
         "keys",
+        "lanczos",
         "sources",
         "likelihood",
         "memory",
         "paths",
+        "precision",
+        "priors",
     ),
     *("reading", "records", "recursion", "registry", "results", "rounding", "scene", "stacks"),
     "threads",
@@ -208,6 +213,12 @@ VALID: dict[str, Callable] = {
         "trusted": [torch.ones_like(d) > 0 for d in s.update],
         "extra_variance": [0.0 for d in s.update],
     },
+    "information.of_update": lambda s: {
+        **{"model": s.model, "images": s.images[:1], "labels": s.labels[:1]},
+        **{"learning_rate": 0.05, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "transmitted": None, "defence": s.noise, "prior": "white"},
+        "seed": 0,
+    },
     "exact.bound": lambda s: {
         **{"seen": s.seen, "images": s.images[:1], "labels": s.labels[:1], "learning_rate": 0.05}
     },
@@ -292,8 +303,11 @@ VALID: dict[str, Callable] = {
     "audit.audit": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "exact"},
         **{"image_shape": (1, 8, 8), "num_images": 1, "num_classes": 10, "client": None},
+        **{"normalise": "half"},
         "out": f"{tempfile.gettempdir()}/reconstruction.png",
     },
+    "account.account": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
+    "page.page": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
     "files.snapshots": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "expected": s.sent}
     },
@@ -315,6 +329,10 @@ VALID: dict[str, Callable] = {
     "evidence.middle": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
     "evidence.mean": lambda s: {"values": [1.0, 2.0], "label": "x", "quantity": "q"},
     "evidence.computed": lambda s: {"value": 1.0, "label": "x", "quantity": "q"},
+    "preprocessing.normalised": lambda s: {"model": s.model, "normalise": "half"},
+    "kinds.make": lambda s: {"kind": "MLP", "index": 0},
+    "calibration.Case": lambda s: {"kind": "MLP", "index": 0, "compared": False},
+    "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "released.trials": lambda s: {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlm_core import check, objectives, records, search
-from dlm_core.coordinates import Start, _cosine_basis, cosines, pixels
+from dlm_core.coordinates import Start, cosines, pixels, smooth_planes
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
 
@@ -121,7 +121,7 @@ def _coordinates(start: str, box: bool, smooth: bool) -> Callable[..., Start]:
 
     def made(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
         noise, plain = pixels(shape, like, generator)
-        planes = _smooth_planes(shape, like) if smooth else plain
+        planes = smooth_planes(shape, like) if smooth else plain
         if box:
             return (FAINT if start == "grey" else 1.0) * noise, lambda z: planes(z).sigmoid()
         if start == "noise":
@@ -130,14 +130,3 @@ def _coordinates(start: str, box: bool, smooth: bool) -> Callable[..., Start]:
         return SLOPE * FAINT * noise, lambda z: 0.5 + planes(z)
 
     return made
-
-
-def _smooth_planes(shape: Sequence[int], like: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The map of ``cosines`` before its sigmoid."""
-    _, channels, height, width = shape
-    c, y, x = (_cosine_basis(n).to(like) for n in (channels, height, width))
-    rows, columns = torch.arange(height) * 1.0, torch.arange(width) * 1.0
-    frequency = torch.hypot(*torch.meshgrid(rows, columns, indexing="ij"))
-    amplitude = 1 / ((1 + frequency / 2) * (1 + torch.arange(channels))[:, None, None])
-    amplitude = (amplitude / amplitude.square().mean().sqrt()).to(like)
-    return lambda z: torch.einsum("dc,bdhw->bchw", c, y.T @ (amplitude * z) @ x)

@@ -23,7 +23,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import check, objectives, records
+from dlm_core.beyond import preprocessing
 from dlm_core.beyond.rounding import CHI2_RANGE, TINY, TWO_CLASSES
 from dlm_core.beyond.stacks import REWRITE_HINT, check_walk
 from dlm_core.federated import loss as training_loss
@@ -197,9 +198,21 @@ def recover_batch(
     so images are recovered from them too.
     """
     began = time.perf_counter()
+    network, told = preprocessing.bare(seen)
     with for_network(seen.model):
-        outcome = _recover(seen, num_images, max_rounds, seed)
-        return outcome.as_reconstruction(seen, began)
+        outcome = _recover(network, num_images, max_rounds, seed)
+        found = outcome.as_reconstruction(network, began)
+    return found if told is None else _in_pixels(found, told)
+
+
+def _in_pixels(found: Reconstruction, told: preprocessing.Normalisation) -> Reconstruction:
+    """The same of images that the network saw normalised."""
+    traces = found.evidence
+    assert isinstance(traces, Traces)
+    images = told.pixels(found.images)
+    images[~traces.recovered] = 0.5
+    evidence = replace(traces, image_error=traces.image_error * told.error)
+    return replace(found, images=images, evidence=evidence)
 
 
 def _recover(seen: Observation, num_images: int | None, max_rounds: int, seed: int) -> "_Outcome":

@@ -19,7 +19,7 @@ from enum import StrEnum
 import torch
 
 from dlm_core import arrays, attacks, check, label_inference, records
-from dlm_core.beyond import information, recursion, rounding, stacks
+from dlm_core.beyond import information, preprocessing, recursion, rounding, stacks
 from dlm_core.beyond.likelihood import GaussNewton, Point, Problem, Start
 from dlm_core.beyond.rounding import CHI2_RANGE, TWO_CLASSES, NoiseModel
 from dlm_core.observation import Observation
@@ -158,7 +158,7 @@ def recover(
     weight_decay: bool = False,
     trusted: rounding.Masks | None = None,
     extra_variance: rounding.Variances | None = None,
-    transmitted: arrays.Precision | None = None,
+    transmitted: rounding.Transmitted | None = None,
     max_steps: check.Whole = 40,
 ) -> Reconstruction:
     """Recover image, label and learning rate from one client's single SGD step on a single image.
@@ -177,7 +177,7 @@ def recover(
         (a defence's).
     transmitted
         Precision that the weights were rounded to on their way, where coarser than the one they are
-        held in.
+        held in; or of some of them, by name.
     max_steps
         Of the fit, at least 0. 0 leaves the closed form as it is, with errors that take no account
         of it.
@@ -210,10 +210,11 @@ def recover(
     """
     rounding.check_entries(seen, trusted=trusted, extra_variance=extra_variance)
     began = time.perf_counter()
+    network, told = preprocessing.bare(seen)
     with for_network(seen.model):
-        layers = stacks.stack(seen.model, seen.image_shape)
+        layers = stacks.stack(network.model, seen.image_shape)
         label = label_inference.infer(seen, trusted=trusted)[0]
-        noise = NoiseModel(seen, layers, label, trusted, extra_variance, transmitted)
+        noise = NoiseModel(network, layers, label, trusted, extra_variance, transmitted)
         problem = Problem(layers, label, noise.update, noise.guess(), weight_decay)
         try:
             fit, evidence, client = _fit(seen, problem, noise, trusted, max_steps)
@@ -224,8 +225,9 @@ def recover(
                 f"weights_after leaves too little to solve for the image: {in_use} of {every} "
                 "weights moved by more than their rounding and are trusted"
             ) from None
+    images = fit.point.x[: evidence.directions].reshape(1, *seen.image_shape)
     return Reconstruction(
-        images=fit.point.x[: evidence.directions].reshape(1, *seen.image_shape),
+        images=images if told is None else told.pixels(images),
         labels=label[None],
         status=fit.status,
         vouched=torch.tensor([evidence.grade is Grade.DETERMINED], device=fit.point.x.device),
@@ -267,10 +269,12 @@ def bound(
         raise ValueError(f"labels has shape {list(labels.shape)}; the bound takes one, [1]")
     if labels[0] >= seen.num_classes:
         raise ValueError(f"labels is [{int(labels[0])}]; the model has {seen.num_classes} classes")
+    network, told = preprocessing.bare(seen)
     with for_network(seen.model):
-        layers = stacks.stack(seen.model, seen.image_shape)
-        x = _with_errors(layers, images.double().flatten())
-        known = NoiseModel(seen, layers, labels[0]).at(x, learning_rate)
+        layers = stacks.stack(network.model, seen.image_shape)
+        values = images.double() if told is None else told.values(images.double())
+        x = _with_errors(layers, values.flatten())
+        known = NoiseModel(network, layers, labels[0]).at(x, learning_rate)
         curvature = information.curvature(
             layers, labels[0], known.weights, x, learning_rate, known.error_variance
         )
@@ -279,7 +283,7 @@ def bound(
                 f"images has {x.numel()} entries; before a convolution the bound takes up to "
                 f"{information.LARGEST}"
             )
-        return _psnr(curvature.variance)
+        return _psnr(_of_pixels(curvature.variance, seen))
 
 
 def _fit(
@@ -300,7 +304,8 @@ def _fit(
         image = _walk_down(problem, features)
     else:
         found = attacks.dlm_plus(seen, trusted=trusted, labels=problem.label[None])
-        image = found.images.flatten()
+        told = preprocessing.told_to(seen.model)
+        image = (found.images if told is None else told.values(found.images)).flatten()
         problem = replace(problem, mean=image)
         steps = steps if enough else min(steps, FEW_STEPS)
 
@@ -406,8 +411,8 @@ def _judge(
         losses=fit.losses,
         loss=fit.losses[-1],
         chi2=chi2,
-        bound_psnr=_psnr(variance) if explained else math.nan,
-        pixel_error=variance.sqrt().reshape(seen.image_shape),
+        bound_psnr=_psnr(_of_pixels(variance, seen)) if explained else math.nan,
+        pixel_error=_of_pixels(variance, seen).sqrt().reshape(seen.image_shape),
         identifiable=identifiable,
         directions=n,
         grade=_grade(chi2, plausible, identifiable < n, cut_short),
@@ -415,6 +420,17 @@ def _judge(
         two_classes=seen.num_classes == 2,
     )
     return evidence, point.eta * math.sqrt(abs(float(scale_covariance[0, 0])))
+
+
+def _of_pixels(variance: torch.Tensor, seen: Observation) -> torch.Tensor:
+    """The variance of each pixel [n], from that of what the network sees of it (what is longer is
+    cut).
+    """
+    told = preprocessing.told_to(seen.model)
+    if told is None:
+        return variance
+    errors = variance[: math.prod(seen.image_shape)].sqrt().reshape(seen.image_shape)
+    return told.errors(errors).square().flatten()
 
 
 def _degrees_of_freedom(point: Point, identifiable: int) -> float:

@@ -4,8 +4,13 @@ The update of a linear layer's weight and bias together is Σ δ·[x; 1]ᵀ over
 passed through it. If one did, it has rank one, and x is the ratio of the weight's update to the
 bias's: for any loss, label, optimizer's scale, clipping or dropout behind the layer, and after
 several steps on one image as long as nothing in front of the layer moved its input. With B inputs
-it has rank B at most. Weight decay and Adam's kin change the update entry by entry; then its rank
-is full and nothing is said.
+it has rank B at most. Weight decay adds a multiple of the weights, which ``decay`` finds and takes
+off. Adam's kin change the update entry by entry; then its rank is full and nothing is said.
+
+The length of the input follows from the bias, and its direction from the weight as it was sent: a
+client whose rates differ between the two, that clips or scales tensor by tensor, projects its
+updates, or sends an adapter's product, leaves a multiple or a projection. Later layers' inputs tell
+that, where they are those of another image: ``disputed``.
 
 What a rank cannot tell, and what is done about it: several inputs may leave one direction where δ
 is the same for all of them (a network with one output, softmax over two classes), or where rounding
@@ -25,7 +30,8 @@ import torch
 from torch import nn
 
 from dlm_core import check, records
-from dlm_core.arrays import Precision
+from dlm_core.beyond import decay, ratios
+from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import NOISE, Traced
 from dlm_core.observation import TINY, Observation, unit_in_last_place
 from dlm_core.results import Evidence, Explains, Reconstruction, Status
@@ -35,6 +41,7 @@ ARITHMETIC = 4e-6  # of the largest singular value: what the client's float32 ar
 # how many of an input's numbers are of one size after several.
 EVEN, MANY, MOST = 0.02, 0.3, 0.9
 LENGTH = 0.1  # error of the bias's update, relative, up to which the input's length is known
+KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 GAP = 2.5  # between the singular values of inputs and those of what else changed an update
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
 LEFT = 0.01  # what else changed it, of the first singular value, up to which an input is shown
@@ -76,9 +83,25 @@ class LayerInput:
     alone
         Whether only one input leaves such an update; else ``values`` may be a weighted mean of
         several that are alike to this layer.
+    decay
+        What multiple of the weights was taken off the update, as weight decay leaves it: the
+        learning rate times λ; 0 where none was found.
     signs
         Whether ``values`` are all of one size but for zeros: they may be an input's signs, which
         Adam's kin leave.
+    odd
+        The one output whose row moved against all others, where there is one among three or more:
+        of a last layer, the label's.
+    still
+        Numbers of ``values`` that are 0 because no weight of theirs moved: the input is 0 there, or
+        the client did not train them.
+    untrained
+        Whether it did not: the network itself has no weight there, or a later layer's input is not
+        that of this image.
+    disputed
+        Whether the image that it or an earlier layer shows leaves other inputs of later layers than
+        their updates show: then weight and bias did not move by one gradient at one rate, and
+        ``values`` may be a multiple or a projection of the input.
     image
         [1, C, H, W] where ``values`` are ``pixels``: in the client's own range, whatever that is.
         None elsewhere.
@@ -96,7 +119,12 @@ class LayerInput:
     error: float = math.nan
     scaled: bool = True
     alone: bool = False
+    decay: float = 0.0
     signs: bool = False
+    odd: int | None = None
+    still: int = 0
+    untrained: bool = False
+    disputed: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
 
     @property
@@ -106,6 +134,11 @@ class LayerInput:
         """
         full = self.rank >= min(self.outputs, self.features)
         return 0 if self.rows > 1 or (full and self.rank > 1) else self.standing
+
+    @property
+    def linear(self) -> bool:
+        """Whether gradients alone moved it: fewer directions than it has room for, and no signs."""
+        return 0 < self.rank < min(self.outputs, self.features) and not self.signs
 
     @property
     def sentence(self) -> str | None:
@@ -125,10 +158,27 @@ class LayerInput:
     def _shown(self) -> str:
         which = "the image, " if self.pixels else ""
         known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
+        beside = f" beside weight decay of {self.decay:.2g}·W" if self.decay else ""
         said = (
             f"the input of layer {self.name!r} ({which}{self.features:,} numbers) "
-            f"stands in the update, {known}"
+            f"stands in the update{beside}, {known}"
         )
+        if self.untrained:
+            return (
+                f"{said}, but for {self.still:,} of them whose weights did not move: "
+                "the client did not train these, and they are not 0 as they seem"
+            )
+        if self.disputed:
+            return (
+                f"{said}, or a multiple or a projection of it: layers' updates do not agree on one "
+                "image, as where the client sets rates or clips tensor by tensor, projects its "
+                "updates, or trains adapters"
+            )
+        if self.pixels and self.still:
+            said += (
+                f" ({self.still:,} are 0, as their weights did not move: black, "
+                "unless the client did not train these)"
+            )
         if self.alone:
             return said
         if self.signs:
@@ -181,7 +231,7 @@ class Ratio(Evidence):
     scene={"network": "mlp"},
 )
 @check.arguments
-def division(seen: Observation, *, transmitted: Precision | None = None) -> Reconstruction:
+def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Reconstruction:
     """Read the image off the update of a linear layer that it passed through, by a division.
 
     Parameters
@@ -189,7 +239,8 @@ def division(seen: Observation, *, transmitted: Precision | None = None) -> Reco
     seen
         What the observer sees.
     transmitted
-        Precision to which W_{t+1} was rounded, where that is not its own.
+        Precision to which W_{t+1} was rounded, where that is not its own; or some of its tensors,
+        by name.
 
     Returns
     -------
@@ -234,7 +285,7 @@ def shown(layers: Iterable[LayerInput]) -> Reconstruction:
 
 
 @check.arguments
-def layer_inputs(seen: Observation, transmitted: Precision | None = None) -> list[LayerInput]:
+def layer_inputs(seen: Observation, transmitted: Transmitted | None = None) -> list[LayerInput]:
     """What the update of each linear layer says, in the order in which an image passes through
     them; layers that no image passes through, or more than once, are left out.
 
@@ -252,7 +303,7 @@ def read(
     model: nn.Module,
     weights_after: Mapping[str, torch.Tensor],
     image_shape: Sequence[int],
-    transmitted: torch.dtype | None = None,
+    transmitted: Transmitted | None = None,
 ) -> list[LayerInput]:
     """The same of a network that an Observation does not take, such as one whose last layer has no
     bias.
@@ -268,10 +319,10 @@ def read(
     transmitted
         As in ``division``.
     """
-    after = {
-        name: w.to(transmitted) if transmitted and w.is_floating_point() else w
-        for name, w in weights_after.items()
-    }
+    after = {}
+    for name, w in weights_after.items():
+        sent = precision_of(name, transmitted)
+        after[name] = w.to(sent) if sent and w.is_floating_point() else w
     before = dict(model.named_parameters())
     found = []
     traced = Traced(model, image_shape)
@@ -281,33 +332,122 @@ def read(
             continue
         bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
         found.append(_of_layer(traced, name, weight, bias))
-    return found
+    found = [_compared(traced, each, found) for each in found]
+    if _disagree(traced, found):
+        found = [_disputed(each) for each in found]
+    return [*_of_others(traced, model, before, after), *found]
 
 
-Moved = tuple[torch.Tensor, torch.Tensor]  # Δ of a tensor, and the variance of its rounding
+def _of_others(
+    traced: Traced,
+    model: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> list[LayerInput]:
+    """The same of weights that are no linear layer's and are used as one's."""
+    found: dict[str, LayerInput] = {}
+    for pair in ratios.pairs(model, traced.linear):
+        name, bias_s, columns = pair
+        weight, bias = _moved(before, after, name), _moved(before, after, bias_s)
+        if name in found or weight is None or bias is None:
+            continue
+        delta, variance = (ratios.oriented(each, columns) for each in weight[:2])
+        if not delta.any() or _sign_like(delta):
+            continue
+        known = ratios.input_of(delta, bias.delta, variance, bias.variance)
+        if known is None:
+            continue
+        try:
+            taken = ratios.used_as_one(traced, pair, traced.probes)
+        except Exception:  # whatever a user's network raises
+            taken = None
+        if taken is None:
+            continue
+        values, error = known
+        traced.add(name, taken)
+        pixels = traced.is_pixels(name)
+        found[name] = LayerInput(
+            name=name.removesuffix(".weight"),
+            features=len(values),
+            outputs=len(bias.delta),
+            rank=1,
+            standing=1,
+            rows=1,
+            pixels=pixels,
+            fixed=False,
+            values=values,
+            error=error,
+            signs=_even(values, error),
+            image=traced.image_of(name, values) if pixels else None,
+        )
+    return list(found.values())
+
+
+def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
+    """Whether later layers' inputs are not those of an image that a layer shows."""
+    known = [each for each in layers if each.error < KNOWN and each.rank == 1 and not each.signs]
+    later = {
+        each.name: (each.values, each.scaled)
+        for each in known
+        if each.values is not None and not each.pixels
+    }
+    images = [each.image for each in known if each.image is not None and not each.untrained]
+    return any(traced.disagrees(image, later) for image in images)
+
+
+def _disputed(layer: LayerInput) -> LayerInput:
+    return layer if layer.values is None else replace(layer, disputed=True, alone=False)
+
+
+def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -> LayerInput:
+    """An image whose zeros may be weights that were not trained, held against later layers."""
+    if shown.image is None or not shown.still:
+        return shown
+    later = {
+        each.name: each.values
+        for each in layers
+        if each.values is not None and not each.pixels and each.rows == 1
+    }
+    if shown.untrained or traced.contradicts(shown.image, later):
+        return replace(shown, untrained=True, alone=False)
+    return shown
+
+
+class _Moved(NamedTuple):
+    """A tensor's move: Δ, the variance of its rounding, and W_t."""
+
+    delta: torch.Tensor
+    variance: torch.Tensor
+    before: torch.Tensor
+
+    @classmethod
+    def of_both(cls, weight: "_Moved", bias: "_Moved | None") -> "_Moved":
+        """Of a layer's weight and bias together: [outputs, inputs (+ 1)]."""
+        if bias is None:
+            return weight
+        return cls(*(torch.cat([w, b[:, None]], 1) for w, b in zip(weight, bias)))
 
 
 def _moved(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], name: str
-) -> Moved | None:
+) -> _Moved | None:
     if name not in before or name not in after:
         return None
     old, new = before[name].detach(), after[name].detach().to(before[name].device)
-    return old.double() - new.double(), unit_in_last_place(new).square() / 12
+    old, variance = old.double(), unit_in_last_place(new).square() / 12
+    return _Moved(old - new.double(), variance, old)
 
 
-def _of_layer(traced: Traced, name: str, weight: Moved, bias: Moved | None) -> LayerInput:
-    outputs, features = weight[0].shape
-    delta, variance = weight
-    scaled = bias is not None and bool(bias[0].any())
-    if bias is not None and scaled:
-        delta = torch.cat([delta, bias[0][:, None]], 1)
-        variance = torch.cat([variance, bias[1][:, None]], 1)
+def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) -> LayerInput:
+    outputs, features = weight.delta.shape
+    scaled = bias is not None and bool(bias.delta.any())
+    whole = _Moved.of_both(weight, bias if scaled else None)
+    (delta, variance, _), decayed = _without_decay(whole, scaled)
     spectrum = _spectrum(delta, variance)
     rank, largest, full = spectrum.rank, spectrum.largest, min(outputs, features)
-    if not weight[0].any():
+    if not weight.delta.any():
         rank = 0
-    elif _sign_like(delta) or rank >= max(2, _moving(weight[0])):
+    elif _sign_like(delta) or rank >= max(2, _moving(weight.delta)):
         rank = full
     standing = rank
     pixels = traced.is_pixels(name)
@@ -324,6 +464,7 @@ def _of_layer(traced: Traced, name: str, weight: Moved, bias: Moved | None) -> L
         "fixed": name in traced.fixed,
         "rows": traced.rows[name],
         "scaled": scaled,
+        "decay": decayed,
     }
     beside = float(spectrum.values[1:].norm()) / max(largest, TINY) if rank > 1 else 0.0
     read = rank == 1 or (1 < rank < full and image_s)
@@ -343,9 +484,31 @@ def _of_layer(traced: Traced, name: str, weight: Moved, bias: Moved | None) -> L
     values = values / (unit if scaled else float(values.norm()))
     error = math.hypot(error, beside, of_unit if scaled else 0.0)
     image = traced.image_of(name, values) if scaled and about["pixels"] else None
+    about |= _still(weight) | {"odd": _odd(left, hidden)}
     signs = _even(values, error)
     alone = rank == 1 and scaled and not signs and traced.tells_apart(name, values, left, hidden)
     return LayerInput(**about, values=values, error=error, alone=alone, signs=signs, image=image)
+
+
+def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, float]:
+    """(a layer's move without its weight decay, c): of the bias as well, or of the weight alone, as
+    some clients set it; the move as it is and 0 where that leaves no fewer directions.
+    """
+    spectrum = _spectrum(moved.delta, moved.variance)
+    if spectrum.rank < 2:
+        return moved, 0.0
+    weight_s = moved.before.clone()
+    if scaled:
+        weight_s[:, -1] = 0
+    best, least, factor = moved, spectrum.rank, 0.0
+    for decayed in (moved.before, weight_s):
+        found = decay.find(moved.delta, decayed)
+        if found is None or found.directions >= least:
+            continue
+        without = moved._replace(delta=moved.delta - found.factor * decayed)
+        if _spectrum(without.delta, moved.variance).rank <= found.directions:
+            best, least, factor = without, found.directions, found.factor
+    return best, factor
 
 
 def _moving(delta: torch.Tensor) -> int:
@@ -364,6 +527,24 @@ def _even(values: torch.Tensor, error: float) -> bool:
     if not len(sizes):
         return False
     return bool(((sizes / sizes.median() - 1).abs() < near).double().mean() > MOST)
+
+
+def _still(weight: _Moved) -> dict[str, Any]:
+    """``still`` and ``untrained`` of a layer, as far as it tells that itself."""
+    still = ~weight.delta.any(0)
+    return {
+        "still": int(still.sum()),
+        "untrained": bool((still & ~weight.before.any(0)).any()),
+    }
+
+
+def _odd(left: torch.Tensor, hidden: float) -> int | None:
+    """The one entry of another sign than all others; None where some are ``hidden`` by rounding."""
+    for side in (left, -left):
+        negative = side < 0
+        if len(left) > 2 and negative.sum() == 1 and bool((left.abs() > hidden).all()):
+            return int(negative.int().argmax())
+    return None
 
 
 def _sign_like(delta: torch.Tensor) -> bool:

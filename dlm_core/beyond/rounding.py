@@ -3,7 +3,7 @@
 Per layer one matrix [O, I + 1], or [O, I] without a bias, as in ``stacks``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dlm_core import check
+from dlm_core.arrays import Precision
 from dlm_core.beyond.recursion import Tensors, signals
 from dlm_core.beyond.stacks import Layer
 from dlm_core.federated import loss as training_loss
@@ -44,6 +45,13 @@ Variances = Sequence[
     check.NonNegative
     | Annotated[torch.Tensor, check.Must("of finite numbers of at least 0", _can_be_variances)]
 ]
+# What weights were rounded to: all, or some of them by name.
+Transmitted = Precision | Mapping[str, Precision]
+
+
+def precision_of(name: str, transmitted: Transmitted | None) -> torch.dtype | None:
+    """The precision that a parameter was rounded to; None where it is its own."""
+    return transmitted.get(name) if isinstance(transmitted, Mapping) else transmitted
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class NoiseModel:
         label: torch.Tensor,
         trusted: Masks | None = None,
         extra_variance: Variances | None = None,
-        transmitted: torch.dtype | None = None,
+        transmitted: Transmitted | None = None,
     ) -> None:
         self.seen, self.layers, self.label = seen, layers, label
         self.update = pack(seen.model, layers, seen.delta)
@@ -124,7 +132,7 @@ class NoiseModel:
         self,
         trusted: Masks | None,
         extra_variance: Variances | None,
-        transmitted: torch.dtype | None,
+        transmitted: Transmitted | None,
     ) -> tuple[Tensors, Tensors]:
         """(what of each entry's variance is known without the image, which entries to use).
 
@@ -138,18 +146,24 @@ class NoiseModel:
         eps = torch.finfo(next(model.parameters()).dtype).eps
         # what a client computed in float64 we have no finer arithmetic to measure it by
         own = FLOAT64 if eps == torch.finfo(torch.float64).eps else 0.0
-        coarser = max(1.0, torch.finfo(transmitted).eps / eps) if transmitted else 1.0
+        coarser = [
+            torch.full_like(r, max(1.0, torch.finfo(sent).eps / eps) if sent else 1.0)
+            for sent, r in (
+                (precision_of(name, transmitted), r)
+                for name, r in zip(self.seen.parameter_names, of_weights)
+            )
+        ]
         every = [z == 0 for z in zeros]
         used = [t.to(e.device) & e for t, e in zip(trusted or every, every)]
         on = self.update[0].device
         extra = [e.to(on) if isinstance(e, torch.Tensor) else e for e in extra_variance or zeros]
         added = [e + z for e, z in zip(extra, zeros)]
-        packed = [pack(model, layers, each) for each in (of_weights, added, used)]
+        packed = [pack(model, layers, each) for each in (of_weights, coarser, added, used)]
         variances, keep = [], []
-        for d, rounding, extra, mask in zip(self.update, *packed):
+        for d, rounding, coarse, extra, mask in zip(self.update, *packed):
             unit = d.square().mean(1, keepdim=True).sqrt()
             # a weight of 0 has no size to be rounded at: that of its unit's update stands in
-            rounding = coarser**2 * torch.where(rounding > 0, rounding, (eps * unit) ** 2 / 12)
+            rounding = coarse**2 * torch.where(rounding > 0, rounding, (eps * unit) ** 2 / 12)
             ulp = (12 * rounding).sqrt()
             entry_resolved = d.abs() > MOVED * ulp
             unit_resolved = unit > RESOLVED * ulp

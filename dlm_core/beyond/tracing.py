@@ -3,6 +3,7 @@ input, and whether their update tells one input from several.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +17,13 @@ from dlm_core.threads import own_generator
 
 NOISE = 3.0  # singular values up to so many times what rounding of the weights leaves are noise
 NEAR = 1e-4  # how far inputs are moved, over their own size, to see how δ turns
+NEAR32 = 1e-2  # the same in float32
 TURNS = 1e-4  # the angle that δ turns by, over how far its input moved, from which two show as two
 AWAY = 0.1  # how far inputs are moved to see whether rounding would hide that δ turns
 HIDDEN = 40.0  # times the relative size below which rounding hides a direction: what δ turns by
 PROBES = 4
+ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
+SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
 FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
 
 
@@ -40,7 +44,8 @@ class _Map(NamedTuple):
 
 
 class Traced:
-    """A copy of a network in float64 whose linear layers tell what passes through them.
+    """A copy of a network whose linear layers tell what passes through them: in float64, or in the
+    network's own precision where it insists on that.
 
     Attributes
     ----------
@@ -54,6 +59,7 @@ class Traced:
 
     def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         self.model = copy.deepcopy(model).double().requires_grad_(False)
+        self.dtype = torch.float64
         self.shape = tuple(image_shape)
         self.device = next(self.model.parameters()).device
         self.seen: dict[str, list[torch.Tensor]] = {}
@@ -64,13 +70,21 @@ class Traced:
         for name, module in self.linear.items():
             module.register_forward_pre_hook(
                 lambda _, given, named, name=name: self.seen.setdefault(name, []).append(
-                    given[0] if given else named["input"]
+                    (given[0] if given else named["input"]).double()
                 ),
                 with_kwargs=True,
             )
         self.generator = torch.Generator().manual_seed(0)
         grey = torch.full((1, *self.shape), 0.5, dtype=torch.float64)
-        once = {n: each[0] for n, each in self._pass(grey).items() if len(each) == 1}
+        try:
+            passed = self._pass(grey)
+        except Exception:  # of a user's network that makes float32 of its own
+            self.dtype = next(model.parameters()).dtype
+            self.model.to(self.dtype)
+            self.model.load_state_dict(model.state_dict())
+            passed = self._pass(grey)
+        self.near = NEAR if self.dtype == torch.float64 else NEAR32
+        once = {n: each[0] for n, each in passed.items() if len(each) == 1}
         self.fixed: set[str] = set()
         shared = self._used_elsewhere(once)
         once = {n: each for n, each in once.items() if n not in shared}
@@ -85,7 +99,7 @@ class Traced:
         self.seen = {}
         kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.set_grad_enabled(grad), own_generator(seed=seed, device=self.device):
-            self.returned = self.model(images.to(self.device))
+            self.returned = self.model(images.to(self.device, self.dtype))
         for name, buffer in self.model.named_buffers():  # batch norm's statistics
             buffer.copy_(kept[name])
         return self.seen
@@ -126,12 +140,17 @@ class Traced:
         for name, layer in layers.items():
             if of_output[name] is None:
                 continue
-            delta, x = of_output[name].flatten(0, -2), given[name].flatten(0, -2)
+            delta, x = of_output[name].double().flatten(0, -2), given[name].flatten(0, -2)
             for w, expected in ((layer.weight, delta.T @ x), (layer.bias, delta.sum(0))):
                 own = None if w is None else of_weight.get(id(w))
-                if own is not None and not torch.allclose(own, expected, rtol=1e-6, atol=1e-12):
+                if own is not None and not self._close(own.double(), expected):
                     found.add(name)
         return found
+
+    def _close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether two results are the same but for arithmetic."""
+        tolerance = 1e-6 if self.dtype == torch.float64 else 1e-3
+        return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
     def is_pixels(self, name: str) -> bool:
         """Whether the layer's input is the image's pixels, each times a factor and plus a constant,
@@ -151,56 +170,133 @@ class Traced:
         image = values.new_zeros(count).index_add(0, position, pixels) / total
         return image.reshape(1, *self.shape)
 
+    def contradicts(self, image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether an image gives other inputs of later layers than these, which are known up to
+        their length; where dropout or ReLU left nothing, they say nothing.
+        """
+        for train in (False, True):  # as the client trained, or as its network answers
+            try:
+                passed = self._pass(image, train=train)
+            except Exception:  # one image in batch norm
+                continue
+            if all(_alike(passed[name][0].flatten(), each) for name, each in inputs.items()):
+                return False
+        return bool(inputs)
+
+    def disagrees(
+        self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
+    ) -> bool:
+        """Whether later layers saw what another image leaves, by more than half precision explains;
+        layers that chance reaches in training say nothing.
+
+        Parameters
+        ----------
+        image
+            [1, C, H, W].
+        inputs
+            {later layer: (its input, whether its length is known)}.
+        """
+        try:
+            train, again = (self._pass(image, train=True, seed=seed) for seed in (0, 1))
+        except Exception:  # one image in batch norm
+            train = again = self._pass(image)
+        sure = {name: each for name, each in inputs.items() if train[name][0].equal(again[name][0])}
+        return bool(sure) and not any(
+            all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
+            for passed in (train, self._pass(image))
+        )
+
+    def gradients(self, weight: str, bias: str, image: torch.Tensor) -> list[torch.Tensor]:
+        """Of both for an image and some loss of what the network returns; with other numbers in the
+        bias, since of a black image ReLU may let nothing through.
+        """
+        parameters = dict(self.model.named_parameters())
+        given, own = parameters[bias], parameters[bias].clone()
+        other = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+        try:
+            given.copy_(other)
+            self.model.requires_grad_(True)
+            self._pass(image, grad=True)
+            total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
+            grads = torch.autograd.grad(total.sum(), [parameters[weight], given])
+        finally:
+            self.model.requires_grad_(False)
+            given.copy_(own)
+        return [each.double() for each in grads]
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Take in what ``probes`` leave [5, features] of a weight that is no linear layer's."""
+        self.rows[name] = 1
+        self.maps[name] = self._map_of(inputs)
+
+    @property
+    def probes(self) -> torch.Tensor:
+        """[5, pixels], by which it is seen what of an image reaches a layer."""
+        return self._probed[0]
+
     def _map(self, name: str) -> "_Map | None":
         if name not in self.maps:
             self.maps[name] = self._make_map(name)
         return self.maps[name]
 
     def _make_map(self, name: str) -> "_Map | None":
-        count = math.prod(self.shape)
-        places = torch.arange(1, count + 1, dtype=torch.float64) / count
-        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
-        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
-        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
-        taken = self._inputs(name, probes.reshape(-1, *self.shape))
-        if taken is None:
-            return None
+        inputs = self._probed[1]
+        return self._map_of(inputs[name]) if name in inputs else None
+
+    def _map_of(self, taken: torch.Tensor) -> "_Map | None":
+        probes, count = self.probes, math.prod(self.shape)
         constant, factor = taken[0], taken[1] - taken[0]
-        factor = torch.where(factor.abs() > 1e-9, factor, 0.0)
+        factor = torch.where(factor.abs() > torch.finfo(self.dtype).eps * 1e2, factor, 0.0)
         used = factor != 0
         position = ((taken[2] - constant)[used] / factor[used] * count - 1).round().long()
         if not used.any() or position.min() < 0 or position.max() >= count:
             return None
         expected = constant.repeat(2, 1)
         expected[:, used] += factor[used] * probes[3:].to(constant)[:, position]
-        found = torch.allclose(taken[3:], expected, rtol=1e-7, atol=1e-9)
+        found = self._close(taken[3:], expected)
         every = len(position.unique()) == count
         return _Map(position, factor, constant) if found and every else None
 
-    def _inputs(self, name: str, images: torch.Tensor) -> torch.Tensor | None:
-        """[N, features] that reach the layer, or None where training changes them, chance, or the
-        other images of a batch: dropout, noise, or batch norm's own statistics in front of it.
+    @functools.cached_property
+    def _probed(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(probes [5, pixels]: black, white, each pixel's place, noise, noise beyond [0, 1]; what
+        of them reaches each layer [5, features]). Layers are left out whose input training
+        changes, chance, or the other images of a batch: dropout, noise, or batch norm's own
+        statistics in front of them.
         """
+        count = math.prod(self.shape)
+        places = torch.arange(1, count + 1, dtype=torch.float64) / count
+        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
+        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
+        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
+        images = probes.reshape(-1, *self.shape)
+        names = [name for name, rows in self.rows.items() if rows == 1]
 
-        def each(start: int, *, train: bool) -> list[torch.Tensor]:
+        def each(start: int, *, train: bool) -> dict[str, list[torch.Tensor]]:
             passed = [
-                self._pass(image[None], train=train, seed=start + i)[name][0]
+                self._pass(image[None], train=train, seed=start + i)
                 for i, image in enumerate(images)
             ]
-            return [one.flatten() for one in passed]
+            return {name: [one[name][0].flatten() for one in passed] for name in names}
 
         in_eval = each(0, train=False)
         try:
             in_training = each(len(images), train=True)
         except ValueError:  # a single value per channel, of which no statistic can be taken
-            return None
-        alone = torch.stack(in_eval)
+            return probes, {}
+        alone = {name: torch.stack(inputs) for name, inputs in in_eval.items()}
         try:
-            together = self._pass(images)[name][0].flatten(1)
+            passed = self._pass(images)
+            together = {name: passed[name][0].flatten(1) for name in names}
         except Exception:  # a network that takes one image
             together = alone
-        one_by_one = together.shape == alone.shape and torch.allclose(together, alone)
-        return alone if one_by_one and all(map(torch.equal, in_eval, in_training)) else None
+        return probes, {
+            name: inputs
+            for name, inputs in alone.items()
+            if together[name].shape == inputs.shape
+            and self._close(together[name], inputs)
+            and all(map(torch.equal, in_eval[name], in_training[name]))
+        }
 
     def tells_apart(
         self, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
@@ -213,7 +309,7 @@ class Traced:
         """
         noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
         one = torch.ones_like(noise[:1])
-        given = values * torch.cat([one, 1 + NEAR * noise, 1 + AWAY * noise]).to(values)
+        given = values * torch.cat([one, 1 + self.near * noise, 1 + AWAY * noise]).to(values)
         try:
             signals = self._signals(name, given, left)
             fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
@@ -223,7 +319,8 @@ class Traced:
         except Exception:  # a network that takes one image, or gives no gradient: nothing is known
             return False
         near, away = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
-        return bool((near > TURNS * NEAR).all() and (away > HIDDEN * hidden).all())
+        turns = max(TURNS * self.near, 1e2 * torch.finfo(self.dtype).eps)
+        return bool((near > turns).all() and (away > HIDDEN * hidden).all())
 
     def _signals(self, name: str, given: torch.Tensor, left: torch.Tensor) -> list[torch.Tensor]:
         """dL/dz at the layer's output for each input [N, features], L the usual loss; for the
@@ -236,7 +333,7 @@ class Traced:
             _: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
         ) -> tuple[tuple[torch.Tensor], dict[str, torch.Tensor]]:
             shape = (args[0] if args else named["input"]).shape[1:]
-            return (given.reshape(len(given), *shape),), {}
+            return (given.reshape(len(given), *shape).to(self.dtype),), {}
 
         def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
             kept["output"] = output.detach().requires_grad_()
@@ -250,7 +347,7 @@ class Traced:
         try:
             with torch.enable_grad(), own_generator(seed=0, device=self.device):
                 grey = torch.full((len(given), *self.shape), 0.5, dtype=torch.float64)
-                output = scores(self.model(grey.to(self.device))).flatten(1)
+                output = scores(self.model(grey.to(self.device, self.dtype))).flatten(1)
                 losses = [F.softplus(output).sum()]
                 if output.shape[1] > 1:
                     order = output[0].argsort()
@@ -262,12 +359,28 @@ class Traced:
                         for label in sorted(labels)
                     ]
                 return [
-                    torch.autograd.grad(loss, kept["output"], retain_graph=True)[0].flatten(1)
+                    torch.autograd.grad(loss, kept["output"], retain_graph=True)[0]
+                    .double()
+                    .flatten(1)
                     for loss in losses
                 ]
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    used = expected.abs() > ABSENT * expected.abs().max()
+    return bool(F.cosine_similarity(found[used], expected[used], 0).abs() > ALIKE)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor, scaled: bool) -> bool:
+    """Whether two inputs are one but for half precision, and but for a factor where the length is
+    not known.
+    """
+    if not scaled:
+        expected = (found @ expected) / expected.square().sum() * expected
+    return bool((found - expected).norm() <= SAME * expected.norm())
 
 
 def _repeats(signal: torch.Tensor, hidden: float) -> bool:

@@ -9,34 +9,46 @@ weights, others explain the update nearly as well.
 
 import copy
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlm_core import check, models, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import inputs
-from dlm_core.harness import files, registry  # noqa: F401, the registry fills the tables
-from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, twice
+from dlm_core.beyond import inputs, preprocessing
+from dlm_core.harness import (
+    clues,
+    files,
+    leaks,
+    pictures,
+    registry,  # noqa: F401, it fills the tables
+    written,
+)
+from dlm_core.harness.about import About, of
+from dlm_core.harness.attempt import attempt
+from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
+from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
+from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
-from dlm_core.observation import Unchanged, observe
+from dlm_core.harness.tables import counted
+from dlm_core.observation import Observation, Unchanged, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
-from dlm_core.threads import one_thread
 from dlm_core.weights import StateDict, rounded
 
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 # Images that are looked for unasked.
 MOST_IMAGES = 16
-# Of a pixel outside [0, 1] which rounding may explain.
-BEYOND = 0.02
-# Pixels of the picture's width, about.
-SIDE = 256
+# Cosine of W_t and W_{t+1} below which these are no weights before and after training.
+NEAR = 0.2
+# How far from 1 a decay is that leaves something of the weights.
+APART = 0.1
 # Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
 PIXELS = 2**26
 
@@ -59,7 +71,9 @@ def audit(
     num_images: check.Count = 1,
     attack: str = "all",
     client: str | None = None,
+    normalise: preprocessing.Told | None = None,
     out: str | Path = "reconstruction.png",
+    minutes: check.Positive | None = None,
 ) -> Audit:
     """Print what two snapshots of a client show, and write the picture.
 
@@ -80,41 +94,55 @@ def audit(
     client
         That ``unrolled_dlm`` simulates, of ``records.CLIENT_OPTIMIZERS``; None goes by what the
         update looks like.
+    normalise
+        What the client makes of pixels in [0, 1] before its network sees them, as
+        ``preprocessing.normalised`` takes it; images are then found and shown in [0, 1]. None:
+        nothing, or unknown; it is suspected where the update shows it.
     out
         Picture to write, enlarged; its suffix says in which format.
+    minutes
+        That the audit may take, above 0: searches are shortened or left out, and it is said. None
+        for as many as they need.
 
     Returns
     -------
     Audit
-        The verdict, and what each attack found.
+        The verdict, "nothing was sent" where both snapshots are equal, and what each attack found.
+        Where the user interrupts an attack, what was found until then; ``interrupted`` says so.
 
     Raises
     ------
     ValueError
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
+    budget = Budget(minutes)
     _check_asked(model, image_shape, num_images, attack, client)
+    if normalise is not None:
+        preprocessing.check_channels(normalise, image_shape[0])
     _check_out(Path(out))
-    read = _read(before, after, model, image_shape, num_classes)
+    read = _read(before, after, model, image_shape, num_classes, normalise)
+    told = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
+    told |= {"num_images": num_images, "attack": attack, "client": client}
+    about = of(before, after, **told, normalise=normalise, minutes=minutes)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
-    except Unchanged:
-        raise _unchanged(read) from None
+    except Unchanged as why:
+        return _told(_unchanged(read, why), about)
     except ValueError as why:
-        return _without_head(f"{why}{read.where}", read, image_shape, out)
+        return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
-    look, coarse = first_look(seen, num_images, read.coarse), read.coarse
-    print(*read.notes, *look.sentences, sep="\n")
+    invented = _untrained_head(seen)
+    if invented is not None:
+        return _told(_without_head(invented, read, image_shape, out), about)
+    look = first_look(seen, num_images, read.coarse)
+    _check_near(read, look)
+    label = leaks.of_label(seen, look)
+    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
-    options: dict[str, dict[str, Any]] = {
-        "division": {"transmitted": coarse},
-        "exact": {"transmitted": coarse, "weight_decay": look.optimizer == "sgd with decay"},
-        "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client_optimizer": client or look.kin},
-    }
+    options = _options(read, look, image_shape, client)
     runs = [
         (
             name,
@@ -123,53 +151,99 @@ def audit(
         )
         for name, count in plan
     ]
-    found = _tried_in_turn(runs, look, num_images, only=attack != "all")
-    if not found:
-        print("no attack applies, which is no proof that nothing leaks")
-        return found
-    best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
-    _show(found, best, out, attack)
-    return found
+    found = _tried_in_turn(runs, look, num_images, budget, only=attack != "all")
+    ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
+    found.notes[:0] = read.notes
+    found.known.extend(filter(None, [label]))
+    found.untried.extend(_left_out(plan, found, attack))
+    if found:
+        best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
+        _show(found, best, out, attack)
+    else:
+        none = "no attack came to a result" if ran_out else "no attack applies"
+        print(f"{none}, which is no proof that nothing leaks")
+    return _told(found, about)
 
 
-Run = tuple[str, int, Callable[..., Reconstruction]]  # an attack, how many images, what runs it
+def _told(found: Audit, about: About) -> Audit:
+    """Print the verdict; the audit with what was asked."""
+    kinds = f"{len(found.untried)} kinds of attack"
+    print(f"verdict: {found.verdict}; {kinds} were not tried (--json, --report, .untried say why)")
+    return replace(found, about=about)
 
 
-def _tried_in_turn(runs: Sequence[Run], look: Look, told: int, *, only: bool) -> Audit:
-    """What attacks find, one after the other until one explains the update; ValueError where the
-    ``only`` one does not apply.
+Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
+
+
+def _tried_in_turn(
+    runs: Sequence[Run], look: Look, told: int, budget: Budget, *, only: bool
+) -> Audit:
+    """What attacks find, one after the other until one explains the update or the user ends it;
+    ValueError where the ``only`` one does not apply.
     """
-    found = Audit(results={}, beliefs={}, look=look, notes=[])
-    for name, count, run in runs:
+    found, interrupted = Audit(results={}, beliefs={}, look=look, notes=[]), False
+    for place, (name, count, run) in enumerate(runs):
         record = records.ATTACKS[name]
-        key = name if name not in found else f"{name}, {count} image{'s' * (count > 1)}"
-        many = f"; {count} image{'s' * (count > 1)}" if count != told else ""
+        images = counted(count, "image")
+        key = name if name not in found else f"{name}, {images}"
+        asked = name if count == told else f"{name}, {images}"
+        many = f"; {images}" if count != told else ""
+        decided = settled(found, count) if name in SEARCHES else None
+        if interrupted or decided:
+            found.untried.append(Untried(asked, decided or "the audit was interrupted"))
+            print(f"not tried: {found.untried[-1]}")
+            continue
+        until = budget.until(name, (other for other, _, _ in runs[place + 1 :]))
         print(f"{name} ({record.client}{many}) ...", flush=True)
         try:
-            # searches side by side on several threads each slow down tenfold; the fused kernels of
-            # attention have no second derivative
-            with one_thread(), sdpa_kernel(SDPBackend.MATH):
-                result, agreement = twice(run, record)
+            went = attempt(run, record, until, _indented)
+        except NoTime as why:
+            _indented(f"left out: {why}")
+            found.untried.append(Untried(asked, str(why)))
+            continue
         except Exception as why:  # whatever a user's network or attack raises
             if only:
                 raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
             print(f"    does not apply: {sentence(why)}")
             found.notes.append(f"{name} does not apply: {sentence(why)}")
+            found.untried.append(Untried(key, f"does not apply: {sentence(why)}"))
             continue
-        belief = believe(result, agreement, look)
-        found.results[key], found.beliefs[key] = result, belief
-        lines = _lines(result, agreement, belief)
-        print(*(f"    {line}" for line in lines), sep="\n", flush=True)
+        interrupted = went.interrupted
+        if went.stopped:
+            _indented(went.stopped)
+            found.notes.append(f"{asked} was {went.stopped}")
+        if went.result is None:
+            found.untried.append(Untried(asked, went.stopped or ""))
+            continue
+        belief = believe(went.result, went.agreement, look)
+        found.results[key], found.beliefs[key] = went.result, belief
+        for line in _lines(went.result, went.agreement, belief):
+            _indented(line)
         if belief.grade is Explains.FULLY:
             break
-    return found
+    return replace(found, interrupted=interrupted)
+
+
+def _indented(line: str) -> None:
+    print(f"    {line}", flush=True)
 
 
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
     """Write the picture, and conclude."""
-    for line in _save(found[best].images.float(), out):
-        print(line)
-    print(f"{out} shows what {best} found")
+    images = found[best].images
+
+    def save(path: str | Path) -> None:
+        for line in pictures.write(images.float(), path):
+            print(line)
+
+    kept = written.keep("out", out, save)
+    mixed = found.beliefs[best].judged and not found[best].vouched.any()
+    suspicion = pictures.suspicion(images, found.look.normalisation, mixed=bool(mixed))
+    judged = found.look.suspicion is not None or best == "division"  # at the first look
+    if suspicion and not judged and found.beliefs[best].grade is not Explains.LITTLE:
+        print(suspicion)
+    if kept:
+        print(f"{out} shows what {best} found")
     _conclude(found, found.beliefs[best], attack, len(found[best].images))
 
 
@@ -205,19 +279,7 @@ def _check_out(out: Path) -> None:
     """Raise ValueError unless the picture can be written to ``out``, in a known format."""
     from PIL import Image
 
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out is {str(out)!r}; its folder does not exist")
-    if out.is_dir():
-        raise ValueError(f"out is {str(out)!r}, a folder; it takes the picture's file")
-    existed = out.exists()
-    try:
-        open(out, "ab").close()
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"out is {str(out)!r}, which cannot be written ({error.strerror})"
-        ) from None
+    written.check_writable("out", out)
     try:
         known = Image.registered_extensions()[out.suffix.lower()]
         Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
@@ -243,8 +305,33 @@ def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
     return plan
 
 
+def _left_out(plan: Sequence[tuple[str, int]], found: Audit, attack: str) -> Iterator[Untried]:
+    """What was not tried beside what did not apply."""
+    met = {each.what for each in found.untried} | found.results.keys()
+    best = next((name for name, each in found.beliefs.items() if each.grade is Explains.FULLY), "")
+    planned = {name for name, _ in plan}
+    for name in tried():
+        if attack not in ("all", name):
+            yield Untried(name, f"not asked for, but {attack} alone")
+        elif name not in planned:
+            yield Untried(
+                name, f"the update does not look like its client: {records.ATTACKS[name].client}"
+            )
+        elif best and not any(each.split(",")[0] == name for each in met):
+            yield Untried(name, f"not needed: {best} explains the update")
+    yield from leaks.missing()
+
+
+def _not_asked(why: str) -> list[Untried]:
+    return [Untried(name, why) for name in tried()]
+
+
 def _suitable(num_images: int, look: Look) -> list[str]:
+    if look.num_classes == 1:
+        return ["division"] if num_images == 1 else ["exact_batch"]
     left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
+    if look.last_alone:
+        left_out |= {"exact", "exact_batch", "unrolled_dlm"}
     if look.kin != "adam" or look.optimizer == "several steps":
         left_out.add("interval_dlm")
     return [name for name in tried() if name not in left_out]
@@ -260,7 +347,7 @@ class _Read(NamedTuple):
     after
         W_{t+1}.
     coarse
-        Half precision to which these are rounded, or None.
+        {name: half precision that a tensor of these is rounded to}.
     where
         What to add to an error of the network's.
     notes
@@ -269,9 +356,29 @@ class _Read(NamedTuple):
 
     network: nn.Module
     after: StateDict
-    coarse: torch.dtype | None
+    coarse: dict[str, torch.dtype]
     where: str
     notes: list[str]
+
+
+def _options(
+    read: _Read, look: Look, image_shape: Sequence[int], client: str | None
+) -> dict[str, dict[str, Any]]:
+    """What attacks are told of what was read and seen."""
+    options: dict[str, dict[str, Any]] = {
+        "division": {"transmitted": read.coarse},
+        "exact": {
+            "transmitted": read.coarse,
+            "weight_decay": look.optimizer == "sgd with decay",
+        },
+        "dlm_plus": {"restarts": 2},
+        "unrolled_dlm": {"client_optimizer": client or look.kin},
+    }
+    if clues.insists(read.network, image_shape):  # searches compute in float64 elsewhere
+        own = next(read.network.parameters()).dtype
+        for name in SEARCHES:
+            options.setdefault(name, {})["dtype"] = own
+    return options
 
 
 def _read(
@@ -280,6 +387,7 @@ def _read(
     model: str | nn.Module,
     image_shape: Sequence[int],
     num_classes: int | None,
+    normalise: preprocessing.Normalisation | None,
 ) -> _Read:
     where = ""
     expected: Any
@@ -300,7 +408,10 @@ def _read(
         )
     names = {name for name, _ in model.named_parameters()}
     sent = {name: w for name, w in after.items() if name in names}
-    coarse = _half_precision(sent)
+    moved = {
+        name: w for name, w in sent.items() if not torch.equal(w.double(), before[name].double())
+    }
+    coarse = _half_precision(moved)
     # All in one, as networks compute; float32 held in float64 has the rounding of float32.
     single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
     dtype = torch.float32 if single else torch.float64
@@ -310,14 +421,35 @@ def _read(
     )
     network = model.to(dtype)
     network.load_state_dict(before)
+    for name, w in network.named_parameters():  # searches leave out what did not move
+        w.requires_grad_(w.requires_grad and name in moved)
     if coarse:
-        notes.append(f"the weights that came back are rounded to {coarse}")
+        which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
+        many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
+        notes.append(f"{many} weights that came back are rounded to {which}")
+    notes += clues.of_network(network, image_shape)
+    network.register_forward_hook(lambda _, __, returned: clues.alone(returned))
+    if normalise is not None:
+        network = preprocessing.normalised(network, normalise)
+        notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
     return _Read(network, after, coarse, where, notes)
 
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy of a user's network; ValueError, in one sentence, where there is none."""
     kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the model ({kind}) is compiled by torch.jit, and its layers cannot be followed; "
+            "give the network in Python that it was made from"
+        )
+    entries = itertools.chain(model.named_parameters(), model.named_buffers())
+    complex_s = next((name for name, w in entries if w.is_complex()), None)
+    if complex_s is not None:
+        raise ValueError(
+            f"the model ({kind}) has complex numbers in {complex_s!r}; an audit takes real ones: "
+            "hold them as pairs, by torch.view_as_real"
+        )
     if any(nn.parameter.is_lazy(w) for w in (*model.parameters(), *model.buffers())):
         raise ValueError(
             f"the model ({kind}) has lazy layers without weights; call it once on an image"
@@ -331,21 +463,50 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from None
 
 
-def _unchanged(read: _Read) -> Unchanged:
+def _unchanged(read: _Read, why: Unchanged) -> Audit:
     """What to say where no parameter moved."""
-    before = dict(read.network.named_buffers())
-    moved = [
-        name
-        for name, w in before.items()
-        if w.is_floating_point() and not torch.equal(w, read.after[name].to(w))
-    ]
-    if not moved:
-        return Unchanged("no weight changed: the client has not trained, or sent what it received")
-    return Unchanged(
-        f"no parameter changed, but {len(moved)} running statistics did, {moved[0]!r} first: they "
-        "are means of what passed through the network, and leak as much of the client's images; "
-        "no attack here reads them alone"
+    every = dict(read.network.named_parameters())
+    look = Look(unmoved=list(every), num_parameters=len(every), unread="no parameter changed")
+    found = Audit(results={}, beliefs={}, look=look, notes=read.notes)
+    found.untried.extend([*_not_asked("no parameter changed"), *leaks.missing()])
+    if why.statistics:
+        found.known.append(leaks.of_statistics(why))
+        print(*found.known, sep="\n")
+        return found
+    print(
+        "nothing was sent: no weight changed, the client has not trained or sent what it received"
     )
+    return replace(found, unchanged=True)
+
+
+def _untrained_head(seen: Observation) -> str | None:
+    """What to say where the last bias, from which attacks read the labels, stood still alone."""
+    head = seen.head
+    if head.delta_bias.any() or not head.delta_weight.any():
+        return None
+    return (
+        f"the last layer's bias {head.names[1]!r} did not move, though its weight did: the client "
+        "did not train it, or it was invented to fit the network; give the network that the client "
+        "trains, with bias=False there"
+    )
+
+
+def _check_near(read: _Read, look: Look) -> None:
+    """Raise ValueError where W_{t+1} is nowhere near W_t, and no layer tells of a step that led so
+    far: of a gradient in its place Δ has all of W_t in it, like a decay of 1.
+    """
+    told = [each for each in look.layers if each.values is not None or each.directions]
+    if any(abs(each.decay - 1) > APART for each in told):
+        return
+    pairs = [(w.detach().double(), read.after[n]) for n, w in read.network.named_parameters()]
+    old, new = (torch.cat([each.double().flatten() for each in one]) for one in zip(*pairs))
+    cosine = float(nn.functional.cosine_similarity(old, new, 0))
+    if abs(cosine) < NEAR and old.any():
+        raise ValueError(
+            f"after is not near before (their cosine is {cosine:.2f}), as trained weights are: if "
+            "it is a gradient or an update, give before minus it, "
+            "{name: before[name] - after[name]}; else the weights that this client was sent"
+        )
 
 
 def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:
@@ -356,10 +517,18 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         layers = inputs.read(read.network, read.after, image_shape, read.coarse)
     except Exception:  # whatever a user's network raises
         layers = []
-    look = Look(layers=layers, unread=why, num_parameters=len(list(read.network.parameters())))
-    if not look.shown:
+    count = len(list(read.network.parameters()))
+    look = Look(
+        layers=layers,
+        unread=why,
+        num_parameters=count,
+        normalisation=preprocessing.told_to(read.network),
+    )
+    if not any(each.sentence for each in layers):
+        _check_near(read, look)
         raise ValueError(why) from None
-    print(*read.notes, *look.sentences, sep="\n")
+    label = leaks.of_rows(layers)
+    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     print("no other attack was tried: each needs what the network has not")
     results: dict[str, Reconstruction] = {}
     beliefs: dict[str, Belief] = {}
@@ -368,9 +537,15 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         beliefs["division"] = believe(results["division"], None, look)
     except ValueError as none:
         print(none)
-    found = Audit(results=results, beliefs=beliefs, look=look, notes=[why])
+    found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
+    found.known.extend(filter(None, [label]))
+    others = _not_asked(f"it needs what the network has not ({why})")
+    found.untried.extend([each for each in others if each.what not in results])
+    found.untried.extend(leaks.missing())
     if results:
         _show(found, "division", out, "all")
+    else:
+        print("no attack came to a result, which is no proof that nothing leaks")
     return found
 
 
@@ -408,16 +583,13 @@ def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> in
     return 100
 
 
-def _half_precision(weights: StateDict) -> torch.dtype | None:
-    """The dtype of half precision to which all ``weights`` are rounded, whatever they are held in;
-    else None.
-    """
-
-    def fits(dtype: torch.dtype) -> bool:
-        return all(torch.equal(w, weights[name]) for name, w in rounded(weights, dtype).items())
-
-    # The coarser first.
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), None)
+def _half_precision(weights: StateDict) -> dict[str, torch.dtype]:
+    """{name: the dtype of half precision that a tensor is rounded to, whatever it is held in}."""
+    found: dict[str, torch.dtype] = {}
+    for dtype in (torch.float16, torch.bfloat16):  # the coarser counts where both fit
+        each = rounded(weights, dtype)
+        found |= {name: dtype for name, w in weights.items() if torch.equal(w, each[name])}
+    return found
 
 
 def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> Iterator[str]:
@@ -426,6 +598,8 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         yield found.evidence.verdict
         if belief.grade is Explains.LITTLE:
             return
+        if belief.judged and not found.vouched.any():
+            yield "it vouches for none of its pictures: none need be an image of the client"
     searched = isinstance(found.evidence, SearchEvidence)
     if searched:
         loss = found.evidence.loss
@@ -440,6 +614,8 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
     simulated = searched and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}"
+    if found.weight_decay and found.evidence.verdict is not None:
+        yield f"weight decay {found.weight_decay:.3g}"
     if simulated:
         yield (
             f"local steps {found.local_steps} (where later ones hardly move the weights, "
@@ -457,32 +633,13 @@ def _agreed(agreement: float | None) -> str:
     return f"a search from another start ends at {which} picture {between}"
 
 
-def _save(images: torch.Tensor, out: str | Path) -> Iterator[str]:
-    """Write the picture; what to say of its range."""
-    from torchvision.utils import save_image
-
-    low, high = float(images.min()), float(images.max())
-    if low < -BEYOND or high > 1 + BEYOND:
-        yield (
-            f"its values run from {low:.2g} to {high:.2g}: the client normalised its images, "
-            "perhaps, and the picture is stretched to that range"
-        )
-        images = (images - low) / (high - low)
-    if images.shape[1] not in (1, 3):  # a picture each of its channels
-        images = images.reshape(-1, 1, *images.shape[2:])
-    factor = max(1, SIDE // images.shape[-1])
-    save_image(
-        images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor
-    )
-
-
 def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:
     if belief.grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
         return
     mixed = [each for each in found.look.shown if each not in found.look.leaked]
     if found.leaks:
-        print(f"what stands in the update has leaked: {'; '.join(found.leaks)}")
+        print(f"what stands in the update has leaked: {'; '.join(map(str, found.leaks))}")
     if mixed:
         print(f"what stands in it, of one image or mixed of several: {'; '.join(mixed)}")
     print(
@@ -490,9 +647,8 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
         "Each attack is for one kind of client,"
     )
     print(
-        f"here with {num_images} image{'s' * (num_images > 1)} in the step "
-        "(--num-images, num_images), and some need an nn.Sequential; searches look for pixels in "
-        "[0, 1], so that a client that normalises its images is not reached by them"
+        f"here with {counted(num_images, 'image')} in the step "
+        f"(--num-images, num_images), and some need an nn.Sequential; {_range(found.look)}"
     )
     if found.look.swapped:
         print("and the files look as if they had changed places")
@@ -506,3 +662,13 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
             ),
             sep="\n",
         )
+
+
+def _range(look: Look) -> str:
+    """What the searches assume of the client's pixels."""
+    if look.normalisation is not None:
+        return f"searches look for pixels in [0, 1] before {look.normalisation}, as told"
+    return (
+        "searches look for pixels in [0, 1] that go into the network as they are: a client that "
+        "normalises them is not reached unless --normalise (normalise) tells how"
+    )

@@ -7,6 +7,7 @@ or where the update has too few numbers for the image.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,9 +17,14 @@ import torch
 
 from dlm_core import metrics, records
 from dlm_core.beyond.batches import Reason, Traces
+from dlm_core.beyond.exact import Fit
 from dlm_core.beyond.inputs import Ratio
 from dlm_core.coordinates import Start, cosines
+from dlm_core.harness.about import About
+from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
+from dlm_core.harness.tables import counted
+from dlm_core.harness.watch import Watch
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
@@ -36,6 +42,35 @@ class Verdict(StrEnum):
     LEAKED = "leaked"
     PARTLY = "partly"
     NOT_SHOWN = "not shown"
+    NOTHING_SENT = "nothing was sent"
+
+    @property
+    def sentence(self) -> str:
+        """What it means, for whoever reads nothing else."""
+        return _SENTENCES[self]
+
+    @property
+    def exit_status(self) -> int:
+        """Of an audit that came to its end. 1 and 2 are also what a shell or a Python that fails
+        leaves: no failure is taken for "not shown".
+        """
+        return {Verdict.NOTHING_SENT: 0, Verdict.LEAKED: 1, Verdict.PARTLY: 2}.get(self, 3)
+
+
+_SENTENCES = {
+    Verdict.LEAKED: "An image of the client was read from what it sent.",
+    Verdict.PARTLY: (
+        "Something about the client's data was read from what it sent, or may have been; "
+        "of no image it is certain."
+    ),
+    Verdict.NOT_SHOWN: (
+        "No leak was shown. That does not make the client safe: each attack is for one kind of "
+        "client, and what was not tried is listed."
+    ),
+    Verdict.NOTHING_SENT: (
+        "The client sent back what it had received: these two files say nothing about its images."
+    ),
+}
 
 
 @functools.total_ordering
@@ -53,12 +88,16 @@ class Belief:
         Whether an exact attack judged itself.
     loss
         Of a search.
+    agreement
+        PSNR in dB between a search's images and those of a second one from another start; None
+        where there was none.
     """
 
     grade: Explains
     doubt: str | None
     judged: bool
     loss: float
+    agreement: float | None = None
 
     def __lt__(self, other: "Belief") -> bool:
         return self._place < other._place
@@ -81,13 +120,29 @@ class Audit(Mapping[str, Reconstruction]):
     look
         The first look.
     notes
-        Why attacks did not apply, in sentences.
+        What was done to the files, why attacks did not apply, and which were cut off.
+    known
+        What the files show before any attack beside layers' inputs: labels, running statistics.
+    untried
+        What was not tried, or could not be, each with its reason; kinds of attack that the audit
+        does not have, too.
+    unchanged
+        Whether the client sent what it had received.
+    interrupted
+        Whether the user ended it.
+    about
+        What was asked, of which files, with which software; None where that is not known.
     """
 
     results: dict[str, Reconstruction] = field(repr=False)
     beliefs: dict[str, Belief]
     look: Look = field(repr=False)
     notes: list[str]
+    known: list[Leak] = field(default_factory=list)
+    untried: list[Untried] = field(repr=False, default_factory=list)
+    unchanged: bool = False
+    interrupted: bool = False
+    about: About | None = field(repr=False, default=None)
 
     def __getitem__(self, attack: str) -> Reconstruction:
         return self.results[attack]
@@ -99,46 +154,95 @@ class Audit(Mapping[str, Reconstruction]):
         return len(self.results)
 
     @property
-    def leaks(self) -> list[str]:
-        """What has leaked: layers' inputs that stand in the update and are no mean of several, and
-        images that explain it.
+    def exit_status(self) -> int:
+        """Of ``python -m dlm_core attack``: 0 to 3 by the verdict, 130 where it was interrupted."""
+        return 130 if self.interrupted else self.verdict.exit_status
+
+    @property
+    def tried(self) -> list[str]:
+        """The attacks that came to a result, in their order: the keys of ``results``."""
+        return list(self.results)
+
+    @property
+    def leaks(self) -> list[Leak]:
+        """What has leaked: labels and running statistics, layers' inputs that stand in the update
+        and are no mean of several, and images that explain it.
         """
-        named = [name for name, each in self.beliefs.items() if each.grade is Explains.FULLY]
-        return [*self.look.leaked, *(f"the images that {name} found" for name in named)]
+        images = [
+            _leaked(name, self.results[name], each)
+            for name, each in self.beliefs.items()
+            if each.grade is Explains.FULLY
+        ]
+        divided = any(each.attack == "division" for each in images)
+        layers = [
+            each for each in of_layers(self.look.layers) if each.what != "image" or not divided
+        ]
+        return [*images, *layers, *self.known]
 
     @property
     def verdict(self) -> Verdict:
-        """Leaked where an image did; partly where something stands in the update, or where images
-        explain it in part or not alone.
+        """Leaked where an image did; partly where something else did, where something stands in the
+        update that may be a mean of several, or where images explain it in part or not alone.
         """
-        best = max((each.grade for each in self.beliefs.values()), default=Explains.LITTLE)
-        if best is Explains.FULLY:
+        if self.unchanged:
+            return Verdict.NOTHING_SENT
+        if any(each.what in ("image", "images") for each in self.leaks):
             return Verdict.LEAKED
-        partly = best is Explains.PARTLY or self.look.shown
+        best = max((each.grade for each in self.beliefs.values()), default=Explains.LITTLE)
+        partly = best is Explains.PARTLY or self.look.shown or self.known
         return Verdict.PARTLY if partly else Verdict.NOT_SHOWN
 
 
+def _leaked(attack: str, found: Reconstruction, belief: Belief) -> Leak:
+    """The images that an attack found, as one leak."""
+    many = len(found.images) > 1
+    what, their = ("images", "their pixels") if many else ("image", "its pixels")
+    error, how = _error(found, belief)
+    said = f"the {what} that {attack} found"
+    if math.isfinite(error):
+        said += f", {their} to {error:.0e} ({how})"
+    return Leak(what, attack, error, said)
+
+
+def _error(found: Reconstruction, belief: Belief) -> tuple[float, str]:
+    """(root mean square error of the pixels, where it comes from); NaN where none is known."""
+    if isinstance(found.evidence, Ratio):
+        return found.evidence.error, "rounding, relative to the image"
+    if isinstance(found.evidence, Traces):
+        return float(found.evidence.image_error.max()), "its own standard error"
+    if isinstance(found.evidence, Fit):
+        return 10 ** (-found.evidence.bound_psnr / 20), "the Cramér-Rao bound"
+    if belief.agreement is not None:
+        return 10 ** (-belief.agreement / 20), "the distance between two searches"
+    return math.nan, ""
+
+
 def twice(
-    run: Callable[..., Reconstruction], record: records.Attack
+    run: Callable[..., Reconstruction], record: records.Attack, watch: Watch
 ) -> tuple[Reconstruction, float | None]:
     """(the result, PSNR in dB between its images and those of a search from another start, far
     away, so that what the update leaves open differs; None for exact attacks, and for those that
     have one start).
     """
-    found = run()
+    found = watch.keep(run())
     if not isinstance(found.evidence, SearchEvidence):
         return found, None
     if found.local_steps is not None:
         run = partial(run, local_steps=found.local_steps, **CLOSER)
-        found = run()
+        found = watch.keep(run())
     if not record.seeded:
         return found, None
-    start = {"coordinates": far} if "coordinates" in record.options else {}
+    start = {"coordinates": watch.noting(far)} if "coordinates" in record.options else {}
     again = run(seed=1, **start)
-    images, others = (each.images.double().cpu() for each in (found, again))
+    return found, likeness(found.images, again.images)
+
+
+def likeness(images: torch.Tensor, others: torch.Tensor) -> float:
+    """PSNR in dB between two searches' images, [N, C, H, W] each: the median of the best pairs."""
+    images, others = images.double().cpu(), others.double().cpu()
     matched = images[metrics.match(images, others)]
     errors = (matched - others).square().flatten(1).mean(1)
-    return found, float((-10 * errors.clamp(min=1e-30).log10()).median())
+    return float((-10 * errors.clamp(min=1e-30).log10()).median())
 
 
 def far(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
@@ -161,7 +265,31 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
     if grade is Explains.FULLY and not isinstance(found.evidence, Ratio):
         doubt = _doubt(found, look)
     judged = found.evidence.explains is not None
-    return Belief(Explains.PARTLY if doubt else grade, doubt, judged, found.evidence.loss)
+    grade = Explains.PARTLY if doubt else grade
+    return Belief(grade, doubt, judged, found.evidence.loss, agreement)
+
+
+def settled(found: Audit, count: int) -> str | None:
+    """Why no search for ``count`` images can be believed further than a result that was found;
+    None where one may be.
+
+    Parameters
+    ----------
+    found
+        So far.
+    count
+        Of images.
+
+    Notes
+    -----
+    That result explains the update to its rounding, and what speaks against it speaks against
+    any other images as well.
+    """
+    for name, each in found.items():
+        explains = each.evidence.explains is Explains.FULLY and len(each.images) == count
+        if explains and _limit(count, each.images.numel(), found.look):
+            return f"{name} explains the update already, and no search can be believed further"
+    return None
 
 
 def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
@@ -181,13 +309,19 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
     if look.directions > count * steps:
         return (
             f"the update has {look.directions} directions, "
-            f"and {_images(count)} in {steps} step{'s' * (steps > 1)} leave {count * steps} at most"
+            f"and {counted(count, 'image')} in {counted(steps, 'step')} "
+            f"leave {count * steps} at most"
         )
     if isinstance(found.evidence, Traces) and found.evidence.reason is Reason.NOT_ONE_STEP:
         return (
             "one step on these images does not explain the update; several steps "
             "may, or images of which one is a darker copy of another"
         )
+    return _limit(count, pixels, look)
+
+
+def _limit(count: int, pixels: int, look: Look) -> str | None:
+    """The same as far as it holds for any images, whatever they explain."""
     if look.numbers < pixels:
         return f"{look.numbers:,} weights moved, too few to fix {pixels:,} pixels"
     if look.num_classes <= 2 and not look.one_input:
@@ -198,7 +332,3 @@ def _doubt(found: Reconstruction, look: Look) -> str | None:
             f"{look.blends[0].name!r} does not tell them apart"
         )
     return None
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count > 1)}"

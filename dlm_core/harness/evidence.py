@@ -160,7 +160,7 @@ def share(
     """
     hits = tables.psnrs(frame) >= at if of is None else of
     numbers, units = _each_image(frame, hits.astype(float), numpy.mean)
-    low, high = _wilson(sum(numbers), len(numbers))
+    low, high = tables.wilson(sum(numbers), len(numbers))
     return Measured(
         label=label,
         quantity=quantity or f"share at {at:g} dB",
@@ -404,16 +404,7 @@ def _kind(frame: Any) -> str:
 def _networks(frame: Any) -> str:
     names = [name for name in ("model", "seed") if name in frame]
     count = len(frame[names].drop_duplicates()) if names else 1
-    return f"{count} network{'s' * (count != 1)}"
-
-
-def _wilson(hits: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share; ``hits`` may be a sum of shares."""
-    z = 1.959963984540054
-    p, spread = hits / n, z * z / n
-    centre = (p + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is in it
+    return tables.counted(count, "network")
 
 
 def summary(claims: Sequence[dict[str, Any]], whose: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dlm_core import check
+from dlm_core.harness.tables import counted
 from dlm_core.weights import StateDict, check_fit, load_weights
 
 Given = str | Path | Mapping[Any, Any] | Sequence[Any]
@@ -93,6 +94,15 @@ def snapshots(
     both = [note for note in notes if note in more]
     alone = [f"before: {note}" for note in notes if note not in both]
     return first, second, both + alone + [f"after: {note}" for note in more if note not in both]
+
+
+def parts(given: str | Path) -> list[Path]:
+    """The files that a snapshot's path stands for: itself, or an index and its shards."""
+    path = _file_in(Path(given)) if os.path.isdir(given) else Path(given)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    place = json.loads(path.read_text())["weight_map"]
+    return [path, *(path.with_name(name) for name in sorted(set(place.values())))]
 
 
 # --- files
@@ -319,9 +329,9 @@ def _by_name(given: Mapping[str, Any], expected: Network) -> tuple[dict[str, Any
     entries = {_renamed(name, drop, put): w for name, w in given.items()}
     notes = []
     if drop:
-        notes.append(f"the prefix {drop!r} was dropped from {_count(len(given), 'name')}")
+        notes.append(f"the prefix {drop!r} was dropped from {counted(len(given), 'name')}")
     if put:
-        notes.append(f"the network's prefix {put!r} was put before {_count(len(given), 'name')}")
+        notes.append(f"the network's prefix {put!r} was put before {counted(len(given), 'name')}")
     unknown = [name for name in entries if _last(name) == COUNT and name not in expected]
     if unknown:
         notes.append(f"{_some(unknown)} left out, which the network has not")
@@ -358,7 +368,7 @@ def _by_order(
             f" ({' or '.join(map(str, sizes[1:]))} where some are left out)" if sizes[1:] else ""
         )
         raise Unfit(
-            f"{argument} is a list of {_count(len(given), 'array')}; "
+            f"{argument} is a list of {counted(len(given), 'array')}; "
             f"the network's state dict has {len(expected)}{fewer}"
         )
     note = f"arrays without names go to {names[0]!r} and so on, in the state dict's order"
@@ -429,7 +439,7 @@ def _with_buffers(entries: dict[str, Any], expected: Network, earlier: StateDict
     what = "running statistic" if all(_last(name) in STATISTICS for name in own) else "buffer"
     many = len(own) > 1
     return [
-        f"{_count(len(own), what)} {'were' if many else 'was'} not sent ({_some(own)}); "
+        f"{counted(len(own), what)} {'were' if many else 'was'} not sent ({_some(own)}); "
         f"{'those that' if many else 'the one that'} the network had before "
         f"{'stand' if many else 'stands'} in"
     ]
@@ -474,10 +484,6 @@ def _tensor(argument: str, name: str, w: Any, like: torch.Tensor) -> torch.Tenso
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _some(names: Iterable[Any]) -> str:

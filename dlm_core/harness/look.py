@@ -4,13 +4,15 @@ and what kind of client it may come from.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from dlm_core.beyond import inputs, recognise
+from dlm_core.beyond import inputs, preprocessing, recognise
 from dlm_core.beyond.inputs import LayerInput
+from dlm_core.harness import pictures
 from dlm_core.observation import Observation
 
 
@@ -30,8 +32,12 @@ class Look:
         Whether the two files look as if they had changed places.
     unmoved
         Names of the parameters that did not change.
+    last_alone
+        Whether nothing but the last layer moved.
     layers
         What the linear layers say.
+    invented
+        What may have been made up to fit the network, in sentences.
     numbers
         How many weights moved.
     num_parameters
@@ -42,6 +48,8 @@ class Look:
         Whether the weights were rounded to half precision.
     unread
         Why the update cannot be read, in a sentence; None where it can.
+    normalisation
+        What the client is told to have made of its pixels; None where nothing is.
     """
 
     optimizer: str = "several steps"
@@ -49,12 +57,15 @@ class Look:
     learning_rate: float = math.nan
     swapped: bool = False
     unmoved: list[str] = field(default_factory=list)
+    last_alone: bool = False
     layers: list[LayerInput] = field(repr=False, default_factory=list)
+    invented: list[str] = field(default_factory=list)
     numbers: int = 0
     num_parameters: int = 0
     num_classes: int = 0
     coarse: bool = False
     unread: str | None = None
+    normalisation: preprocessing.Normalisation | None = None
 
     @property
     def images(self) -> int:
@@ -94,6 +105,21 @@ class Look:
         return [each.sentence or "" for each in self.layers if each.alone]
 
     @property
+    def suspicion(self) -> str | None:
+        """What the images that stand in the update say against ``normalisation``, in a sentence."""
+        said = (
+            pictures.suspicion(
+                each.image,
+                self.normalisation,
+                error=each.error * float(each.image.double().square().mean().sqrt()),
+                mixed=not each.alone,
+            )
+            for each in self.layers
+            if each.image is not None
+        )
+        return next(filter(None, said), None)
+
+    @property
     def sentences(self) -> Iterator[str]:
         """What to say of it."""
         if self.swapped:
@@ -103,7 +129,14 @@ class Look:
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
                 f"nothing: {_some(self.unmoved)}"
             )
+        if self.last_alone:
+            yield (
+                "the last layer alone moved: its update tells its input and the labels, and of an "
+                "image what its input tells"
+            )
+        yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
+        yield from filter(None, [self.suspicion])
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
         elif self.optimizer != "several steps":
@@ -118,11 +151,11 @@ class Look:
                 else "one step whose gradients are too large to read"
             )
             more = f" or {unread}" if self.coarse or self.kin == "adam" else ""
-            several = f"several steps or several images{more}"
+            several = f"several steps, several images, or another loss{more}"
             yield f"the update looks like {self.kin} or its kin: {several}"
 
 
-def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -> Look:
+def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype]) -> Look:
     """Look at an update.
 
     Parameters
@@ -132,7 +165,7 @@ def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -
     num_images
         In the client's step, as far as known.
     coarse
-        Half precision to which the weights were rounded, or None.
+        {name: half precision that a tensor of the weights was rounded to}.
 
     Raises
     ------
@@ -141,33 +174,54 @@ def first_look(seen: Observation, num_images: int, coarse: torch.dtype | None) -
     """
     bias = seen.head.delta_bias
     moved = [bool(layer.any()) for layer in seen.delta]
+    told = [name for name, did in zip(seen.parameter_names, moved) if did]
     about: dict[str, Any] = {
         # the labels' classes fall in Δ, all others rise
         "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
+        "last_alone": set(seen.parameter_names) > set(seen.head.names) >= set(told),
+        "invented": _invented(seen),
         "numbers": sum(int((layer != 0).sum()) for layer in seen.delta),
         "num_parameters": len(moved),
         "num_classes": seen.num_classes,
-        "coarse": coarse is not None,
+        "coarse": bool(coarse),
+        "normalisation": preprocessing.told_to(seen.model),
     }
     try:
         layers = inputs.layer_inputs(seen, coarse)
         found = recognise.recognise(seen)
     except Exception as why:
-        nothing: dict[str, Any] = {
-            "optimizer": "several steps",
-            "kin": "sgd",
-            "learning_rate": float("nan"),
-        }
-        return Look(**about, **nothing, layers=[], unread=sentence(why))
-    kin = "adam" if found.share >= recognise.SIGN_LIKE else "sgd"
-    named = found.optimizer
-    if max([1, *(each.directions for each in layers)]) > 1:
-        named = "several steps"
-    return Look(**about, layers=layers, optimizer=named, kin=kin, learning_rate=found.learning_rate)
+        return Look(**about, unread=sentence(why))
+    linear = any(each.linear for each in layers)  # entries changed one by one leave full rank
+    kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
+    about |= {"kin": kin, "learning_rate": found.learning_rate}
+    look = Look(**about, layers=layers, optimizer=found.optimizer)
+    return replace(look, optimizer="several steps") if look.directions > 1 else look
 
 
-def sentence(error: Exception) -> str:
+def _invented(seen: Observation) -> list[str]:
+    """What may have been made up to fit the network: entries that stood still beside others."""
+    moved = {name for name, delta in seen.delta_by_name.items() if delta.any()}
+    still = [name for name in seen.parameter_names if name not in moved]
+    biases = [n for n in still if n.endswith("bias") and f"{n[:-4]}weight" in moved]
+    norms = {
+        f"{name}.{each}"
+        for name, module in seen.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for each in ("weight", "bias")
+    }
+    said = []
+    for what, names in (("biases", biases), ("batch norm's", [n for n in still if n in norms])):
+        if names:
+            said.append(
+                f"{what} {_some(names)} did not move, though other weights did: the client did "
+                "not train them, or they were invented to fit the network; then no search finds "
+                "the image, until the network is the client's own"
+            )
+    return said
+
+
+def sentence(error: BaseException) -> str:
     """An error in one line; its kind too, where it is none of ours."""
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, (ValueError, torch.linalg.LinAlgError)) and line:

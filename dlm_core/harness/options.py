@@ -403,7 +403,7 @@ def highest(attacks: Mapping[Any, Sequence[Any]], psnr: Mapping[Any, float]) -> 
     rows = [
         {
             **{name: getattr(same[0], name) for name in names},
-            "psnr": max(map(psnr.__getitem__, same)),
+            "psnr": max(psnr[each] for each in same),
         }
         for same in zip(*attacks.values(), strict=True)
     ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dlm_core import check, data, records
-from dlm_core.harness import released
+from dlm_core.harness import released, tables
 from dlm_core.harness.trials import Trial
 
 INITS = {"paper": "the paper's weights", "default": "PyTorch's initial weights"}
@@ -127,4 +127,4 @@ def _count(trials: list[Trial]) -> str:
     images = len({(t.dataset, t.index + i) for t in trials for i in range(t.num_images)})
     networks = len({(t.model, t.model_options, t.seed) for t in trials})
     counts = {"image": images, "network": networks, "attack": len(trials)}
-    return ", ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())
+    return ", ".join(tables.counted(count, what) for what, count in counts.items())

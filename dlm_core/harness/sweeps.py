@@ -335,7 +335,6 @@ def summarise(frame: tables.Frame, by: str | Sequence[str]) -> Any:
     PSNR of at least 20 would call a success. LPIPS is a gap where images are too small for it.
     """
     import pandas
-    from scipy.stats import binomtest
 
     by = [by] if isinstance(by, str) else list(by)
     if not by:
@@ -348,11 +347,11 @@ def summarise(frame: tables.Frame, by: str | Sequence[str]) -> Any:
         row = dict(zip(by, names)) | {"n": len(group)}
         for threshold in (20, 30):
             successes = int((psnr >= threshold).sum())
-            interval = binomtest(successes, len(group)).proportion_ci(method="wilson")
+            low, high = tables.wilson(successes, len(group))
             row |= {
                 f"success_{threshold}": successes / len(group),
-                f"low_{threshold}": interval.low,
-                f"high_{threshold}": interval.high,
+                f"low_{threshold}": low,
+                f"high_{threshold}": high,
             }
         row |= {f"psnr_{q}": tables.quantile(psnr, q / 100) for q in (25, 50, 75)}
         for name, worst in (("ssim", -math.inf), ("lpips", math.inf), ("released_psnr", -math.inf)):

@@ -124,6 +124,15 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """(low, high): Wilson's 95 % interval of a share; ``hits`` may be a sum of shares."""
+    z = 1.959963984540054
+    p, spread = hits / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is in it
+
+
 @check.arguments
 def rms(tensors: Sequence[torch.Tensor]) -> float:
     """Root mean square over all entries of several tensors; NaN where there are none."""
@@ -157,6 +166,11 @@ def brief(values: Iterable[float], digits: check.Count = 6) -> list[str]:
 def listed(texts: Iterable[str], separator: str = "; ") -> str:
     """Texts in a row; "none" where there are none."""
     return separator.join(texts) or "none"
+
+
+def counted(n: int, what: str) -> str:
+    """A count in words: "1 image", "4 images"."""
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 @check.arguments

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dlm_core.harness.paths import checkout, writable
 from dlm_core.project import environment
@@ -187,42 +189,63 @@ def attack(
     num_images: int,
     attack: str,
     client: str | None,
+    normalise: Any,
     out: str,
-) -> None:
-    """Audit two snapshots, or list what can be named."""
+    minutes: float | None,
+    json: str | None,
+    report: str | None,
+) -> int:
+    """Audit two snapshots, or list what can be named; the exit status says the verdict, or
+    that the audit was interrupted.
+    """
     if show:
         print("\n".join(_names()))
-        return
+        return 0
     if before is None or after is None:
         raise ValueError("attack takes two files, the weights before and after a round; see --help")
     # How many numbers, and how large, the audit checks.
     if not re.fullmatch(r"\d+(,\d+)*", image_shape):
         raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
+    from dlm_core.harness import account, page, written
     from dlm_core.harness.audit import audit
+    from dlm_core.project.factories import network
 
+    writers = {"json": (json, account.write), "report": (report, page.write)}
+    given = {name: path for name, (path, _) in writers.items() if path is not None}
+    written.check_apart({"before": before, "after": after, "out": out, **given})
+    for name, path in given.items():
+        written.check_writable(name, path)
     shape = tuple(int(size) for size in image_shape.split(","))
-    audit(
+    found = audit(
         before,
         after,
-        model=model,
+        model=network(model, shape, num_classes) if ":" in model else model,
         image_shape=shape,
         num_classes=num_classes,
         num_images=num_images,
         attack=attack,
         client=client,
+        normalise=normalise,
         out=out,
+        minutes=minutes,
     )
+    for name, path in given.items():
+        if written.keep(name, path, partial(writers[name][1], found)):
+            print(f"{path} has all of it")
+    return found.exit_status
 
 
 def _names() -> list[str]:
     """What --attack, --model and --client take, a line each, with what an attack's record says."""
     from dlm_core import records
+    from dlm_core.beyond import preprocessing
     from dlm_core.harness import audit
 
     lines = ["--attack, in the order in which all are tried:"]
     lines += [f"  {key:14} {record.client}" for key, record in audit.tried().items()]
     lines.append(f"--model: {', '.join(records.NETWORKS)}")
     lines.append(f"--client: {', '.join(records.CLIENT_OPTIMIZERS)}")
+    lines.append(f"--normalise: {', '.join(preprocessing.KNOWN)}")
     return lines
 
 

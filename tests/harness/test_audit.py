@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dlm_core import data, federated, metrics, models, records
 from dlm_core.__main__ import main
@@ -40,7 +41,7 @@ def ask(clients_files, tmp_path, capsys):
     def attack(after, *options, before="before"):
         files = [str(clients_files / f"{name}.pt") for name in (before, after)]
         where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png")]
-        assert main(["attack", *files, *where, *options]) == 0
+        assert main(["attack", *files, *where, *options]) in (1, 2, 3)  # a verdict
         return capsys.readouterr().out
 
     return attack
@@ -95,18 +96,19 @@ def test_adam_s_step_is_recognised_and_met_with_its_own_attack(tmp_path, capsys)
 
 
 def test_where_no_attack_applies_it_is_said(capsys, tmp_path):
-    images, labels, *_ = data.load("digits", n=2)
-    seen = federated.train_locally(
-        models.build("lenet", (1, 8, 8), 10, seed=0), images, labels, learning_rate=0.05
-    )
-    still = {"7.bias": seen.model.state_dict()["7.bias"]}  # from which a batch's labels are read
-    before, after = seen.model.state_dict(), {**seen.weights_after, **still}
-    assert (
-        audit(before, after, image_shape=(1, 8, 8), num_images=2, out=tmp_path / "found.png") == {}
-    )
+    images, *_ = data.load("digits", n=2)
+    layers = nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 1)
+    model = nn.Sequential(*layers)  # of one output, which searches by softmax do not suit
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    run = torch.optim.SGD(model.parameters(), lr=0.05)
+    nn.functional.binary_cross_entropy_with_logits(model(images), torch.ones(2, 1)).backward()
+    run.step()
+    sent = before, model.state_dict()
+    about = {"model": model, "image_shape": (1, 8, 8), "num_images": 2}
+    assert audit(*sent, **about, out=tmp_path / "found.png") == {}
     said = capsys.readouterr().out
     tried = [line for line in said.splitlines() if line.endswith(") ...")]
-    assert said.count("does not apply: ") == len(tried) >= 3
+    assert said.count("does not apply: ") == len(tried) >= 1
     assert "no attack applies, which is no proof" in said
 
 
@@ -183,7 +185,7 @@ def test_an_audit_of_a_network_of_one_s_own(tmp_path, capsys):
     ],
 )
 def test_attack_refuses_before_it_works(capsys, options, message):
-    assert main(["attack", "before.pt", "after.pt", *options]) == 2
+    assert main(["attack", "before.pt", "after.pt", *options]) == 64
     assert message in capsys.readouterr().err
 
 
@@ -200,7 +202,8 @@ def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype,
     torch.save(rounded, tmp_path / "before.pt")
     torch.save({name: tensor.to(held) for name, tensor in after.items()}, tmp_path / "after.pt")
     where = ["--image-shape", "1,8,8", "--out", str(tmp_path / "found.png"), "--attack", "exact"]
-    assert main(["attack", str(tmp_path / "before.pt"), str(tmp_path / "after.pt"), *where]) == 0
+    files = [str(tmp_path / f"{name}.pt") for name in ("before", "after")]
+    assert main(["attack", *files, *where]) in (1, 2)  # rounded so, several images may look alike
     said = capsys.readouterr().out
     assert f"rounded to {dtype}" in said and "not to be trusted" not in said
 
@@ -327,7 +330,7 @@ def test_where_no_picture_can_be_written_is_said_before_any_attack(
 ):
     monkeypatch.chdir(tmp_path)
     files = [str(clients_files / f"{name}.pt") for name in ("before", "sgd")]
-    assert main(["attack", *files, "--image-shape", "1,8,8", "--out", out]) == 2
+    assert main(["attack", *files, "--image-shape", "1,8,8", "--out", out]) == 64
     said = capsys.readouterr()
     assert said.err.startswith(f"error: out is {str(Path(out))!r}") and said.err.count("\n") == 1
     assert said.out == "" and list(tmp_path.iterdir()) == []

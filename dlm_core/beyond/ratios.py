@@ -1,0 +1,83 @@
+"""Weights that are no linear layer's and are used as one's: a convolution as large as its input, a
+matrix of the network's own, a recurrent layer's for its first input.
+
+Where the update of such a weight is that of its bias times one vector, and the network's gradients
+are so for any image, the vector is what the weight was multiplied with.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from dlm_core.beyond.tracing import NOISE, Traced
+
+ARITHMETIC = 4e-6  # of an update's size: what the client's float32 arithmetic leaves
+ANY = 1e-6  # how nearly a gradient in float64 is its bias's times one vector
+
+Pair = tuple[str, str, bool]  # a weight, its bias, and whether its columns are the outputs
+
+
+def pairs(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[Pair]:
+    """Weights that no ``known`` layer has, each with the biases beside it that fit its outputs."""
+    parameters = dict(model.named_parameters())
+    taken = {f"{name}.weight" for name in known}
+    for name, weight in parameters.items():
+        if weight.ndim < 2 or name in taken:
+            continue
+        place = name.rpartition(".")[0]
+        rows, columns = weight.flatten(1).shape
+        for other, bias in parameters.items():
+            if bias.ndim != 1 or len(bias) < 2 or other.rpartition(".")[0] != place:
+                continue
+            if len(bias) == rows:
+                yield name, other, False
+            elif len(bias) == columns and weight.ndim == 2:
+                yield name, other, True
+
+
+def ratio(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(r [features], how far a weight [outputs, features] is from ``bias`` times r, relatively)."""
+    r = bias @ weight / bias.square().sum()
+    return r, float((weight - bias[:, None] * r).norm() / weight.norm())
+
+
+def oriented(weight: torch.Tensor, columns: bool) -> torch.Tensor:
+    """[outputs, features]."""
+    return weight.T if columns else weight.flatten(1)
+
+
+def input_of(
+    delta: torch.Tensor, of_bias: torch.Tensor, variance: torch.Tensor, of_bias_s: torch.Tensor
+) -> tuple[torch.Tensor, float] | None:
+    """(input, its error relative to its size) by the updates of a weight and its bias and the
+    variances of their rounding; None where the updates are not one input's.
+    """
+    if not delta.any() or not of_bias.any():
+        return None
+    r, left = ratio(delta, of_bias)
+    rounding = float((variance.sum() + of_bias_s.sum() * r.square().sum()).sqrt() / delta.norm())
+    if left > NOISE * rounding + ARITHMETIC:
+        return None
+    unit = of_bias.square().sum()
+    noise = (of_bias.square() @ variance).mean() / unit.square()
+    error = (noise + r.square().mean() * of_bias_s.mean() / unit).sqrt() / r.square().mean().sqrt()
+    return r, float(error) + ARITHMETIC
+
+
+def used_as_one(traced: Traced, pair: Pair, probes: torch.Tensor) -> torch.Tensor | None:
+    """[N, features], what the weight is multiplied with for each of the ``probes`` [N, pixels];
+    None where its gradient is another than its bias's times one vector.
+    """
+    name, bias, columns = pair
+    found = []
+    for probe in probes:
+        of_weight, of_bias = traced.gradients(name, bias, probe.reshape(1, *traced.shape))
+        delta = oriented(of_weight, columns)
+        if not of_bias.any():
+            return None
+        r, left = ratio(delta, of_bias)
+        if delta.any() and left > ANY:
+            return None
+        found.append(r)
+    return torch.stack(found)

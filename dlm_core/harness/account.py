@@ -1,0 +1,117 @@
+"""All that an audit says, as plain numbers and words: for a file of JSON, a check of a federation's
+own, a table.
+"""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlm_core import check, records
+from dlm_core.harness.about import Snapshot
+from dlm_core.harness.belief import Audit
+from dlm_core.results import Reconstruction
+
+SCHEMA = "dlm-audit/1"
+
+
+@check.arguments
+def account(found: Audit) -> dict[str, Any]:
+    """All that an audit says, of dicts, lists, strings, numbers and None alone.
+
+    Parameters
+    ----------
+    found
+        As ``audit.audit`` returns it.
+
+    Returns
+    -------
+    dict
+        What docs/audit.md says, with None for numbers that are not known.
+    """
+    about = found.about
+    whole = {
+        "schema": SCHEMA,
+        "verdict": str(found.verdict),
+        "exit_status": found.exit_status,
+        "interrupted": found.interrupted,
+        "sentence": found.verdict.sentence,
+        "leaks": [_fields(each) for each in found.leaks],
+        "tried": [_result(found, name) for name in found.tried],
+        "untried": [_fields(each) for each in found.untried],
+        "notes": found.notes,
+        "first_look": _look(found),
+        "asked": dict(about.asked) if about else {},
+        "files": {"before": _file(about.before), "after": _file(about.after)} if about else {},
+        "date": about.date if about else None,
+        "versions": dict(about.versions) if about else {},
+    }
+    return _plain(whole)
+
+
+def write(found: Audit, path: str | Path) -> None:
+    """Write ``account`` of an audit as a file of JSON; OSError where the disk does not take it."""
+    text = json.dumps(account(found), indent=1, ensure_ascii=False, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _file(snapshot: Snapshot) -> dict[str, Any]:
+    return {"name": snapshot.name, "sha256": dict(snapshot.digests)}
+
+
+def _look(found: Audit) -> dict[str, Any]:
+    look = found.look
+    counted = {"images": look.images, "directions": look.directions}
+    layers = [{**_fields(each), "sentence": each.sentence} for each in look.layers]
+    return {**_fields(look), **counted, "layers": layers, "sentences": list(look.sentences)}
+
+
+def _result(found: Audit, attack: str) -> dict[str, Any]:
+    result, belief = found.results[attack], found.beliefs[attack]
+    return {
+        "attack": attack,
+        "client": records.ATTACKS[attack.split(",")[0]].client,
+        "num_images": len(result.images),
+        "explains": belief.grade.name.lower(),
+        "doubt": belief.doubt,
+        "agreement_db": belief.agreement,
+        "labels": [None if label < 0 else label for label in result.labels.tolist()],
+        "vouched": result.vouched.tolist(),
+        "pixels": [float(result.images.min()), float(result.images.max())],
+        "numbers": numbers(result),
+    }
+
+
+def numbers(result: Reconstruction) -> dict[str, Any]:
+    """Every number and word of a result, the small tensors of its evidence as lists."""
+    tensors = {each.name: getattr(result.evidence, each.name) for each in fields(result.evidence)}
+    lists = {
+        name: value.tolist()
+        for name, value in tensors.items()
+        if isinstance(value, torch.Tensor) and value.dim() == 1
+    }
+    return {**result.numbers(), **lists, "evaluations": result.evaluations}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass but for a layer's tensors."""
+    names = [each.name for each in fields(value)]
+    return {name: getattr(value, name) for name in names if name not in ("values", "image")}
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON: its numbers are finite or None, its strings are no enumeration's."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)

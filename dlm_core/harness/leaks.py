@@ -1,0 +1,189 @@
+"""What leaked, what was not tried, and what the files show before any attack, in sentences."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dlm_core import records
+from dlm_core.beyond.inputs import LayerInput
+from dlm_core.beyond.tracing import NOISE
+from dlm_core.harness.look import Look
+from dlm_core.observation import Observation, Unchanged
+
+# Of the last bias's update: how far it may be from that of softmax, cross-entropy and one label;
+# and how much of its size rounding may be, if its sum shall say anything.
+FITS, ROUNDED = 0.01, 0.01
+ARITHMETIC = 4e-6  # of the sum of its sizes: what float32 leaves of a sum that is 0
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One thing that leaked; ``str`` is its sentence.
+
+    Attributes
+    ----------
+    what
+        "image", "images", "label", "input of layer 'fc1'" or "running statistics".
+    attack
+        By which: a key of ``Audit.results``, "division" or "label inference".
+    error
+        How exactly: root mean square error, of pixels in [0, 1] or relative to a layer's input; of
+        a search the distance between its two ends. NaN where none is known.
+    sentence
+        All of it in words.
+    classes
+        Of a label: those that are told.
+    """
+
+    what: str
+    attack: str
+    error: float
+    sentence: str
+    classes: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(frozen=True)
+class Untried:
+    """What could not or was not tried; ``str`` is its sentence.
+
+    Attributes
+    ----------
+    what
+        A key of ``records.ATTACKS``, or a kind of attack in words.
+    why
+        The reason.
+    """
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}"
+
+
+# Kinds of attack that the audit does not have. Which adversaries they need, ``harness.page`` says.
+MISSING = (
+    Untried(
+        "batch-norm statistics alone",
+        "where they are sent, their moves are means of what passed through the network; no attack "
+        "of the audit reads them",
+    ),
+    Untried(
+        "learned priors",
+        "no generative model and no public images like the client's are used; they show more where "
+        "the update leaves something open",
+    ),
+    Untried(
+        "other rounds",
+        "two snapshots were looked at; several rounds on the same images show more than each",
+    ),
+    Untried(
+        "optimiser state",
+        "momentum and Adam's moments, where a client sends them too, are gradients themselves, and "
+        "are not read",
+    ),
+    Untried(
+        "an active server",
+        "weights or layers that a server makes in order to see more are not tried: the weights "
+        "before the round are taken as they are",
+    ),
+    Untried(
+        "a defence that is known",
+        "attacks that are told how the update was clipped, noised or thinned out are not tried",
+    ),
+    Untried(
+        "questions about the data set",
+        "whether a given image was in it, or what its images have in common, is not asked",
+    ),
+)
+
+
+def missing() -> list[Untried]:
+    """The kinds of attack that the audit does not have, and the registered attacks that no audit
+    tries because they are told more than two snapshots.
+    """
+    more = [each for each in records.ATTACKS.values() if each.audited is None and each.told]
+    told = "; ".join(f"{each.key} ({', '.join(each.told)})" for each in more)
+    return [*MISSING, Untried("attacks that are told more than two snapshots", told)]
+
+
+def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
+    """The layers' inputs that stand in the update and are no mean of several."""
+    return [
+        Leak(
+            "image" if each.pixels else f"input of layer {each.name!r}",
+            "division",
+            each.error,
+            each.sentence or "",
+        )
+        for each in layers
+        if each.alone
+    ]
+
+
+def of_statistics(unchanged: Unchanged) -> Leak:
+    """What running statistics show that moved while no parameter did."""
+    return Leak("running statistics", "comparing the files", math.nan, str(unchanged))
+
+
+def of_label(seen: Observation, look: Look) -> Leak | None:
+    """The label that the last bias's update shows, or the classes; None where it shows none, or
+    where another loss or other targets than one class an image may have left it.
+    """
+    delta, variance = seen.head.delta_bias, seen.head.variance_bias
+    towards = [int(each) for each in (delta < 0).nonzero()]
+    size = float(delta.abs().sum())
+    left = NOISE * math.sqrt(float(variance.sum())) + ARITHMETIC * size
+    if len(delta) < 3 or not towards or left > ROUNDED * size:
+        return None
+    by, unknown = "label inference", math.nan
+    last = next((each for each in look.layers if f"{each.name}.weight" == seen.head.names[0]), None)
+    if len(towards) == 1 and last is not None and last.alone and _one_label(seen, last):
+        said = (
+            f"the label, class {towards[0]}: the last bias moved as one image of this class moves "
+            "it by softmax and cross-entropy"
+        )
+        return Leak("label", by, unknown, said, (towards[0],))
+    directions = 1 if last is None else max(1, last.directions)
+    if abs(float(delta.sum())) > left or len(towards) > directions:
+        return None
+    classes = f"class {towards[0]} is" if len(towards) == 1 else f"classes {_listed(towards)} are"
+    said = (
+        f"{classes} among the labels, if the loss is cross-entropy of a softmax and labels are not "
+        "smoothed or mixed: the last bias moved towards no other class"
+    )
+    return Leak("label", by, unknown, said, tuple(towards))
+
+
+def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
+    """The same by the rows of the last layer's weight, where no bias of it moved."""
+    last = layers[-1] if layers else None
+    if last is None or last.odd is None:
+        return None
+    said = (
+        f"class {last.odd} is the label, or among the labels, if the loss is cross-entropy of a "
+        f"softmax: its row in {f'{last.name}.weight'!r} moved against all others"
+    )
+    return Leak("label", "label inference", math.nan, said, (last.odd,))
+
+
+def _one_label(seen: Observation, last: LayerInput) -> bool:
+    """Whether the last bias moved along p - e_y, by the features that its layer's update shows."""
+    assert last.values is not None
+    layer, delta = seen.head.layer, seen.head.delta_bias
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    expected = F.linear(last.values.to(weight), weight, bias).softmax(0)
+    expected[delta.argmin()] -= 1
+    rate = expected @ delta / expected.square().sum()
+    rest = torch.linalg.vector_norm(delta - rate * expected)
+    return bool(rate > 0 and rest <= FITS * torch.linalg.vector_norm(delta))
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

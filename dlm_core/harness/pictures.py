@@ -1,0 +1,152 @@
+"""The picture that an audit writes, what is said of values outside [0, 1], and what they tell of
+the client's preprocessing.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dlm_core.beyond.preprocessing import KNOWN, Normalisation
+
+SIDE = 256  # pixels of the picture's width, about
+HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away in any picture
+BEYOND = 0.02  # of a pixel outside [0, 1], which an error of the attack may explain
+SPREAD = 4.0  # standard errors by which a pixel may be off
+WHOLE = 0.1  # root mean square distance from whole grey levels, in levels; at random 0.29
+FILLED = 0.25  # of [0, 1], by the pixels of nearly any photograph
+FEW = 8  # grey levels, below which any values may be whole by chance
+
+
+def write(images: torch.Tensor, out: str | Path) -> Iterator[str]:
+    """Write images [B, C, H, W], enlarged; yield what is to be said of their range."""
+    from torchvision.utils import save_image
+
+    said = shown_as(images)
+    images = in_range(images)
+    if said is not None:
+        yield said
+    if images.shape[1] not in (1, 3):  # a picture each of its channels
+        images = images.reshape(-1, 1, *images.shape[2:])
+    factor = max(1, SIDE // images.shape[-1])
+    save_image(
+        images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), out, padding=factor
+    )
+
+
+def in_range(images: torch.Tensor) -> torch.Tensor:
+    """The images as a picture shows them: in [0, 1], rescaled all alike where they leave it by more
+    than an attack's error.
+    """
+    low, high = _ends(images)
+    if _outside(low, high):
+        images = (images - low) / _width(low, high)
+    return images.clamp(0, 1)
+
+
+def shown_as(images: torch.Tensor) -> str | None:
+    """How much of the images lies outside [0, 1], and how a picture shows it; None for nothing that
+    8 bits could show.
+    """
+    low, high = _ends(images)
+    out = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
+    if not out.any():
+        return None
+    share = f"{100 * float(out.double().mean()):.2g} % of its values lie outside [0, 1]"
+    if not _outside(low, high):
+        by = max(-low, high - 1)
+        return f"{share}, by {by:.2g} at most: they are shown as black and white"
+    moved = f"value {'-' if low > 0 else '+'} {abs(low):.3g}"
+    return (
+        f"{share}, from {low:.3g} to {high:.3g}: the picture shows "
+        f"({moved}) / {_width(low, high):.3g}, the results hold the values themselves"
+    )
+
+
+def suspicion(
+    images: torch.Tensor,
+    told: Normalisation | None,
+    *,
+    error: float = 0.0,
+    mixed: bool = False,
+) -> str | None:
+    """What the values of recovered images say against the preprocessing that was told, or against
+    none; None for nothing.
+
+    Pixels of 8 bits are whole grey levels under the client's own preprocessing, and under no other.
+
+    Parameters
+    ----------
+    images, told
+        [B, C, H, W] as recovered, and the preprocessing that was told.
+    error
+        Root mean square error of a value, which may bring it outside [0, 1].
+    mixed
+        Whether they may be means of several images, whose weights can have both signs.
+    """
+    images = images.detach().double().cpu()
+    if _whole(images):
+        return None
+    values = images if told is None else told.values(images)
+    if told is not None and _whole(values):
+        return (
+            f"normalise is {told}, but the pixels are whole grey levels of 8 bits without it: the "
+            "client did not normalise its images, it seems"
+        )
+    count = images.shape[1]
+    known = [each for each in KNOWN.values() if len(each.mean) in (1, count)]
+    sure = [each for each in known if _whole(each.pixels(values))]
+    if sure:
+        return (
+            f"the client normalised its images as {sure[0]}, it seems: so undone, all pixels are "
+            f"whole grey levels of 8 bits; {_advice(sure[0])}"
+        )
+    low, high = _ends(images)
+    if not _outside(low + SPREAD * error, high - SPREAD * error):
+        return None
+    if mixed:
+        return (
+            f"the pixels run from {low:.3g} to {high:.3g}, outside [0, 1], as those of a mean of "
+            f"several images may, or of a client that normalises: {_advice(None)}"
+        )
+    perhaps = "otherwise" if told is not None else "its images"
+    return (
+        f"the pixels run from {low:.3g} to {high:.3g}, outside [0, 1]: the client normalised "
+        f"{perhaps}, perhaps; {_advice(_likely(known, values))}"
+    )
+
+
+def _advice(known: Normalisation | None) -> str:
+    if known is None:
+        return "--normalise (normalise) takes mean and std, or a range"
+    return f"--normalise {known} (normalise={known.name!r}) shows them in [0, 1]"
+
+
+def _likely(known: list[Normalisation], values: torch.Tensor) -> Normalisation | None:
+    """The one that brings all values into [0, 1] and fills it best."""
+    ends = {each: _ends(each.pixels(values)) for each in known}
+    widths = {each: high - low for each, (low, high) in ends.items() if not _outside(low, high)}
+    best = max(widths, key=lambda each: widths[each], default=None)
+    return best if best is not None and widths[best] > FILLED else None
+
+
+def _whole(pixels: torch.Tensor) -> bool:
+    """Whether pixels in [0, 1] are whole grey levels of 8 bits, more than a few of them."""
+    if _outside(*_ends(pixels)):
+        return False
+    levels = 255 * pixels
+    away = levels - levels.round()
+    return len(levels.round().unique()) >= FEW and float(away.square().mean().sqrt()) < WHOLE
+
+
+def _ends(images: torch.Tensor) -> tuple[float, float]:
+    return float(images.min()), float(images.max())
+
+
+def _outside(low: float, high: float) -> bool:
+    return low < -BEYOND or high > 1 + BEYOND
+
+
+def _width(low: float, high: float) -> float:
+    """Of the values, 1 where all are the same."""
+    return high - low or 1.0
