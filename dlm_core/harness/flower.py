@@ -56,8 +56,8 @@ def keeping(
         Any of ``flwr.serverapp.strategy``, or of your own. Of one around another, such as those of
         differential privacy, give the outer one: it sees what the clients sent.
     folder
-        To keep the snapshots in, as ``kept`` describes; made where it does not exist. It shows what
-        the clients' images show: only its owner can read it.
+        To keep the snapshots in, as ``kept`` describes; made where it does not exist. They show
+        what the clients' images show: only their owner can read them.
     clients
         How many, of those that are sent something first; or their node ids; or "all".
     rounds
@@ -91,9 +91,11 @@ def keeping(
     _check_strategy(strategy)
     _check_chosen(clients, rounds)
     options = _checked_audits(audits)
+    ours = not Path(folder).exists()
     try:
         probe(Path(folder))
-        Path(folder).chmod(0o700)
+        if ours:
+            Path(folder).chmod(0o700)
     except OSError as why:
         raise ValueError(f"folder {str(folder)!r} cannot be written ({why.strerror})") from None
     watch = _Watch(Path(folder), clients, rounds, record, options)

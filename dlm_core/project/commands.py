@@ -84,7 +84,7 @@ def test(pytest: Sequence[str]) -> int:
     repository = checkout("test")
     if pytest:
         return _run("-m", "pytest", *pytest)
-    from dlm_core.project import kernel
+    from dlm_core.project import flower_environment, kernel
 
     build = repository / "build" / "smoke"
     shutil.rmtree(build, ignore_errors=True)
@@ -101,6 +101,10 @@ def test(pytest: Sequence[str]) -> int:
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
+    if flower_environment.made():
+        steps.append(("-m", "dlm_core", "flower", "--profile", "smoke"))
+    else:
+        print("no federation runs: Flower's environment is not made; `make flower` makes it")
     with kernel.own():
         codes = [_run(*step) for step in steps]
     return max(codes)
@@ -179,8 +183,9 @@ def flower(profile: str) -> int:
     from dlm_core.project import flower_environment, flower_run
 
     check.one_of("PROFILE", profile, ("smoke", "quick"))
-    code = flower_run.strategies(flower_environment.environment())
-    return 0 if flower_run.run(smoke=profile == "smoke") and not code else 1
+    python, smoke = flower_environment.environment(), profile == "smoke"
+    code = 0 if smoke else flower_run.strategies(python)  # pytest runs them as well
+    return 0 if flower_run.run(python, smoke=smoke) and not code else 1
 
 
 def clean(environment_too: bool) -> None:

@@ -2,6 +2,7 @@
 where Flower's environment was made.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import data, federated, flower, flower_environment, kept
+from dlm_core import data, federated, flower, flower_environment, flower_run, kept
 from dlm_core.__main__ import main
 
 HERE = Path(__file__).parent
@@ -81,6 +82,23 @@ def test_a_folder_is_audited_and_the_worst_verdict_is_its_status(folder, capsys)
     assert json.loads((beside / "audit-7.json").read_text())["verdict"] == "leaked"
     assert (beside / "audit-7.html").stat().st_size and (beside / "audit-7.png").stat().st_size
     assert attack(folder / "round-2", "--minutes", "0.05") in (2, 3), "one round alone"
+
+
+def test_a_federation_s_audits_are_held_against_what_was_planted(folder):
+    told = {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))}
+    told |= {"image_shape": (1, 8, 8), "attack": "division"}
+    done = kept.audits(kept.read(folder), minutes=0.05, asked=told)
+    leaks, many = done[0], done[2]
+
+    def of(each, partition):
+        pair = dataclasses.replace(each.pair, said={"partition-id": partition})
+        return dataclasses.replace(each, pair=pair)
+
+    assert flower_run.unexpected([of(leaks, 0), of(many, 2)]) == []
+    said = flower_run.unexpected([of(leaks, 2), of(many, 0)])
+    assert "round 1, client 7 has many images" in said[0] and "round 2, client 8 leaks" in said[1]
+    unknown = kept.Audited(pair=of(leaks, 1).pair, found=None, why="it broke")
+    assert "not audited: it broke" in flower_run.unexpected([unknown])[0]
 
 
 def test_what_cannot_be_audited_is_said_and_is_not_safe(folder, capsys):

@@ -274,6 +274,11 @@ def test_only_the_owner_reads_the_folder(tmp_path):
     trained(few(FedAvg), [], folder=tmp_path / "kept", clients=1, rounds=[1])
     assert all(f.stat().st_mode & 0o077 == 0 for f in (tmp_path / "kept").iterdir())
     assert (tmp_path / "kept").stat().st_mode & 0o077 == 0
+    (tmp_path / "theirs").mkdir(mode=0o755)
+    (tmp_path / "theirs").chmod(0o755)
+    trained(few(FedAvg), [], folder=tmp_path / "theirs", clients=1, rounds=[1])
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o755, "a folder that was there stays"
+    assert all(f.stat().st_mode & 0o077 == 0 for f in (tmp_path / "theirs").iterdir())
     assert {f.name.split("-")[0] for f in (tmp_path / "kept" / "round-1").iterdir()} == {
         "sent",
         "client",
