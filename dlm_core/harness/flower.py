@@ -1,7 +1,6 @@
 """A federation of Flower, audited: what a strategy sends to chosen clients, and what comes back,
 is kept in a folder; nothing of the training changes.
 
-    from flwr.serverapp.strategy import FedAvg
     strategy = flower.keeping(FedAvg(), "kept", clients=2, rounds=[1, 2])
 
 Then ``python -m dlm_core attack kept``, or audits between the rounds. Tested with the versions of

@@ -1,10 +1,12 @@
 """Snapshots kept of a federation, in one folder: for each client and round what the server sent it
 and what came back, with their digests; and the audits of all of them.
 
-    FOLDER/round-1/sent-0123456789ab.safetensors     once, where several clients were sent the same
-                   client-7.safetensors              what came back from client 7
-                   client-7.json                     round, client, files, digests, what it said
-                   audit-7.json, .html, .png         of an audit
+In ``FOLDER/round-1/`` lie
+
+- ``sent-0123456789ab.safetensors``: what was sent, once where several clients were sent the same;
+- ``client-7.safetensors``: what came back from client 7;
+- ``client-7.json``: round, client, both files with their digests, and what the client said;
+- ``audit-7.json``, ``.html`` and ``.png``, of an audit.
 
 What is kept shows what the clients' images show: the folder is readable by its owner alone.
 """
