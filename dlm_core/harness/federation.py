@@ -80,8 +80,9 @@ def run(
     for each in (folder, kept, folder / LOGS, folder / "tmp", folder / "flower"):
         try:
             probe(each)
-        except OSError as why:
-            raise ValueError(f"folder {str(folder)!r} cannot be written ({why.strerror})") from None
+        except OSError as error:
+            refused = f"folder {str(folder)!r} cannot be written ({error.strerror})"
+            raise ValueError(refused) from None
     plan = _plan(Path(python), Path(app).resolve(), folder, num_clients, dict(settings or {}))
     path = folder / "plan.json"
     path.write_text(json.dumps(plan, indent=1))
