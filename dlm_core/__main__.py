@@ -222,6 +222,12 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         default=3,
         help="of them for breaching's attacks (default 3; 0: without it)",
     )
+    flower = command(
+        "flower",
+        commands.flower,
+        "run a federation of Flower in processes of its own, and audit what its server kept",
+    )
+    flower.add_argument("--profile", default="quick", help="smoke (one round) or quick (default)")
     clean = command(
         "clean",
         commands.clean,
@@ -243,8 +249,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         f"mean that the client is safe; {REFUSED} wrong usage or a file that cannot be read; "
         f"{FAILED} an error of this program; 130 interrupted.",
     )
-    attack.add_argument("before", nargs="?", help="state dict that the client received, W_t")
-    attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
+    _snapshots(attack)
     attack.add_argument(
         "--list",
         action="store_true",
@@ -284,10 +289,18 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     _written(attack)
 
 
-def _written(attack: argparse.ArgumentParser) -> None:
+def _snapshots(attack: argparse.ArgumentParser) -> None:
     attack.add_argument(
-        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
+        "before",
+        nargs="?",
+        help="state dict that the client received, W_t; or, alone, a folder that keeps both of "
+        "several clients (docs/flower.md), each of which is audited, the answers beside them",
     )
+    attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
+
+
+def _written(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument("--out", help=f"picture to write (default {commands.PICTURE})")
     attack.add_argument("--json", metavar="FILE", help="write all that is said as JSON too")
     attack.add_argument(
         "--report",

@@ -613,9 +613,9 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         yield f"labels {found.labels.tolist()}"
     simulated = searched and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
-        yield f"learning rate {found.learning_rate:.6g}"
+        yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:
-        yield f"weight decay {found.weight_decay:.3g}"
+        yield _decay(found.weight_decay, found.learning_rate)
     if simulated:
         yield (
             f"local steps {found.local_steps} (where later ones hardly move the weights, "
@@ -623,6 +623,23 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         )
     if belief.doubt is not None:
         yield f"not believed: {belief.doubt}"
+
+
+def _if_so_many(found: Reconstruction, belief: Belief) -> str:
+    """What a learning rate rests on, where more images may have been in the step than were found:
+    the client takes the mean of their losses.
+    """
+    count = len(found.images)
+    sure = count == 1 and belief.grade is Explains.FULLY
+    return "" if sure else f", if a step had {counted(count, 'image')} and no more"
+
+
+def _decay(weight_decay: float, learning_rate: float | None) -> str:
+    """λ; or the factor of all weights, where that is none that decay leaves."""
+    shrunk = weight_decay * (learning_rate or 0.0)
+    if 0 <= shrunk < inputs.SHRUNK:
+        return f"weight decay {weight_decay:.3g}"
+    return f"beside the step all weights were scaled by {1 - shrunk:.3g}, which is no weight decay"
 
 
 def _agreed(agreement: float | None) -> str:

@@ -93,6 +93,12 @@ def suspicion(
             f"normalise is {told}, but the pixels are whole grey levels of 8 bits without it: the "
             "client did not normalise its images, it seems"
         )
+    if told is not None and not mixed and _as_it_is(values, told, SPREAD * error):
+        return (
+            f"normalise is {told}, but what the network saw lies in [0, 1] without it, from "
+            f"{float(values.min()):.3g} to {float(values.max()):.3g}: the client did not normalise "
+            "its images, perhaps"
+        )
     count = images.shape[1]
     known = [each for each in KNOWN.values() if len(each.mean) in (1, count)]
     sure = [each for each in known if _whole(each.pixels(values))]
@@ -128,6 +134,16 @@ def _likely(known: list[Normalisation], values: torch.Tensor) -> Normalisation |
     widths = {each: high - low for each, (low, high) in ends.items() if not _outside(low, high)}
     best = max(widths, key=lambda each: widths[each], default=None)
     return best if best is not None and widths[best] > FILLED else None
+
+
+def _as_it_is(values: torch.Tensor, told: Normalisation, error: float) -> bool:
+    """Whether values that would leave [0, 1] if so normalised fill a good part of it instead."""
+    low, high = _ends(values)
+    black, white = _ends(
+        told.values(torch.stack([torch.zeros_like(values), torch.ones_like(values)]))
+    )
+    leaves = _outside(black, white)
+    return leaves and not _outside(low + error, high - error) and high - low > FILLED
 
 
 def _whole(pixels: torch.Tensor) -> bool:

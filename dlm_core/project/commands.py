@@ -17,6 +17,9 @@ from typing import Any
 from dlm_core.harness.paths import checkout, writable
 from dlm_core.project import environment
 
+# That an audit of two files writes by default.
+PICTURE = "reconstruction.png"
+
 
 def env() -> None:
     """Make the environment where it is absent, and print its Python."""
@@ -81,7 +84,7 @@ def test(pytest: Sequence[str]) -> int:
     repository = checkout("test")
     if pytest:
         return _run("-m", "pytest", *pytest)
-    from dlm_core.project import kernel
+    from dlm_core.project import flower_environment, kernel
 
     build = repository / "build" / "smoke"
     shutil.rmtree(build, ignore_errors=True)
@@ -98,6 +101,10 @@ def test(pytest: Sequence[str]) -> int:
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
+    if flower_environment.made():
+        steps.append(("-m", "dlm_core", "flower", "--profile", "smoke"))
+    else:
+        print("no federation runs: Flower's environment is not made; `make flower` makes it")
     with kernel.own():
         codes = [_run(*step) for step in steps]
     return max(codes)
@@ -167,6 +174,20 @@ def bench(num_images: int, peer_images: int) -> None:
     bench.run(num_images, peer_images)
 
 
+def flower(profile: str) -> int:
+    """Run Flower's strategies behind the wrapper, and a federation with its audit; 1 where one
+    fails.
+    """
+    checkout("flower")
+    from dlm_core import check
+    from dlm_core.project import flower_environment, flower_run
+
+    check.one_of("PROFILE", profile, ("smoke", "quick"))
+    python, smoke = flower_environment.environment(), profile == "smoke"
+    code = 0 if smoke else flower_run.strategies(python)  # pytest runs them as well
+    return 0 if flower_run.run(python, smoke=smoke) and not code else 1
+
+
 def clean(environment_too: bool) -> None:
     """Remove what make made."""
     repository = checkout("clean")
@@ -190,45 +211,55 @@ def attack(
     attack: str,
     client: str | None,
     normalise: Any,
-    out: str,
+    out: str | None,
     minutes: float | None,
     json: str | None,
     report: str | None,
 ) -> int:
-    """Audit two snapshots, or list what can be named; the exit status says the verdict, or
-    that the audit was interrupted.
+    """Audit two snapshots, or all that a folder keeps, or list what can be named; the exit status
+    says the verdict, or that the audit was interrupted.
     """
     if show:
         print("\n".join(_names()))
         return 0
-    if before is None or after is None:
-        raise ValueError("attack takes two files, the weights before and after a round; see --help")
+    whole = before is not None and after is None and Path(before).is_dir()
+    if before is None or (after is None and not whole):
+        raise ValueError(
+            "attack takes two files, the weights before and after a round, "
+            "or a folder that keeps them; see --help"
+        )
     # How many numbers, and how large, the audit checks.
     if not re.fullmatch(r"\d+(,\d+)*", image_shape):
         raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
-    from dlm_core.harness import account, page, written
+    from dlm_core.harness import account, kept, page, written
     from dlm_core.harness.audit import audit
     from dlm_core.project.factories import network
 
+    shape = tuple(int(size) for size in image_shape.split(","))
+    asked: dict[str, Any] = {
+        "image_shape": shape,
+        "num_classes": num_classes,
+        "num_images": num_images,
+        "attack": attack,
+        "client": client,
+        "normalise": normalise,
+    }
+    if whole:
+        for said, value in {"--json and --report are": json or report, "--out is": out}.items():
+            if value:
+                raise ValueError(f"{said} for two files; in a folder all is written beside them")
+        pairs = kept.read(before)
+        asked["model"] = network(model, shape, num_classes) if ":" in model else model
+        return kept.status(kept.audits(pairs, minutes=minutes, asked=asked))
+    assert after is not None
+    out = PICTURE if out is None else out
     writers = {"json": (json, account.write), "report": (report, page.write)}
     given = {name: path for name, (path, _) in writers.items() if path is not None}
     written.check_apart({"before": before, "after": after, "out": out, **given})
     for name, path in given.items():
         written.check_writable(name, path)
-    shape = tuple(int(size) for size in image_shape.split(","))
-    found = audit(
-        before,
-        after,
-        model=network(model, shape, num_classes) if ":" in model else model,
-        image_shape=shape,
-        num_classes=num_classes,
-        num_images=num_images,
-        attack=attack,
-        client=client,
-        normalise=normalise,
-        out=out,
-        minutes=minutes,
-    )
+    asked["model"] = network(model, shape, num_classes) if ":" in model else model
+    found = audit(before, after, **asked, out=out, minutes=minutes)
     for name, path in given.items():
         if written.keep(name, path, partial(writers[name][1], found)):
             print(f"{path} has all of it")
