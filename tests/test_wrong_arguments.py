@@ -490,6 +490,8 @@ FINE = {
     *(("defenses.", "weights", each) for each in ("{}", "{'0.weight': tensor([0., 0.])}")),
     # a notebook may ask for none
     ("trials.repeated", "n", "0"),
+    # a row of a figure may have no trial
+    ("figures.strip", "values", "[]"),
     # no defence is told as None or as nothing
     ("adaptive.combined", "defence", "{}"),
     # a folder that is made

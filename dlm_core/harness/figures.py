@@ -27,6 +27,9 @@ FEWEST = 5
 # Error of pixels rounded to whole grey levels, at most half of one: 20 log10(255 sqrt(12)).
 EIGHT_BITS = 58.9
 INK = "0.35"
+# What ``medians`` and ``strip`` take of a look.
+OF_A_LINE = {"color", "ls", "lw", "marker", "ms", "mfc", "mec", "mew", "fillstyle", "alpha"}
+OF_A_LINE |= {"label", "zorder"}
 # Lines of a released search, where colour tells clients apart.
 RELEASED = {"color": "0.15", "ls": "--", "marker": "D"}
 STYLE: dict[str, Any] = {
@@ -195,6 +198,8 @@ def medians(
     **look
         As for ``axis.plot``.
     """
+    for each in look:
+        check.one_of("argument", each, sorted(OF_A_LINE))
     if rows.n.min() < FEWEST:
         look |= {"ls": ""}
     axis.plot(x, rows.psnr_50, **look)
@@ -231,6 +236,8 @@ def strip(
     """
     import pandas
 
+    for name in look:
+        check.one_of("argument", name, sorted(OF_A_LINE))
     every = pandas.Series(list(values), dtype=float).fillna(-math.inf)
     finite = every[every > -math.inf]
     look = {"marker": "o", "color": INK, **look}
