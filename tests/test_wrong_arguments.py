@@ -224,6 +224,11 @@ VALID: dict[str, Callable] = {
         **{"optimizer_options": {}, "transmitted": None, "defence": s.noise, "prior": "white"},
         "seed": 0,
     },
+    "information.noise_for": lambda s: {
+        **{"model": s.model, "images": s.images[:1], "labels": s.labels[:1], "psnr": 20.0},
+        **{"learning_rate": 0.05, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "prior": "smooth", "clip": 1.0},
+    },
     "exact.bound": lambda s: {
         **{"seen": s.seen, "images": s.images[:1], "labels": s.labels[:1], "learning_rate": 0.05}
     },
@@ -395,6 +400,7 @@ BY_NAME: dict[str, list] = {
     "parameters": [["no_such"]],
     "percent": [-1, 101, NAN],
     "bits": [1, -3, 2.5, 1000],
+    "psnr": [12.0, NAN, INF],
     "clip": [0, -1.0, NAN, INF],
     "noise_multiplier": [-1.0, NAN, INF],
     "sample_rate": [-0.1, 1.5, NAN],
