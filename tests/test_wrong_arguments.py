@@ -29,6 +29,7 @@ INNER = {
         "battery",
         "check",
         "contents",
+        "front",
         "interrupts",
         "jacobian",
         "keys",
@@ -328,6 +329,9 @@ VALID: dict[str, Callable] = {
     "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
+    "weighted.weighted": lambda s: {
+        **{"seen": s.seen, "seed": 0, "max_steps": 1, "coordinates": 8}
+    },
     "released.trials": lambda s: {
         **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},
         **{"iterations": 1, "keep_every": 1},

@@ -24,6 +24,7 @@ from dlm_core.beyond import (  # noqa: F401
     protocols,
     signlike,
     unrolled,
+    weighted,
 )
 from dlm_core.harness.sources import Origin, origin
 from dlm_core.records import Record
