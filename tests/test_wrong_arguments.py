@@ -264,6 +264,16 @@ VALID: dict[str, Callable] = {
     },
     "protocols.ring": lambda s: {"peer": 0, "size": 3},
     "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
+    "epochs.orders": lambda s: {"num_images": 4, "num_epochs": 2, "seed": 0},
+    "epochs.shuffled": lambda s: protocol(s, batch_size=1, num_epochs=1, order=0),
+    "surrogate.sme": lambda s: search(s, curved=False, total_variation=0.0),
+    "surrogate.surrogate_dlm": lambda s: search(s, curved=False),
+    "invariant.order_invariant": lambda s: search(
+        s, learning_rate=0.05, num_epochs=1, batch_size=1, over="max", weight=1.0
+    ),
+    "spread.shuffled_dlm": lambda s: {
+        **{"seen": s.seen, "labels": "inferred", "local_steps": 1, "momentum": 0.0, **s.search}
+    },
     "utility.Training": lambda s: {
         **{"learning_rate": 0.1, "local_steps": 1, "batch_size": None, "clip": 1.0},
         "noise_multiplier": 1.0,
