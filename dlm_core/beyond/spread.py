@@ -111,7 +111,8 @@ def shuffled_dlm(
     seen
         What the observer sees.
     local_steps
-        S, the steps that are simulated; more than the client's do as well, and take longer.
+        S, the steps that are simulated, at their cost each: with as many as the client took, or
+        more, there is an order that gives its update exactly.
     momentum
         μ of the client's SGD, told; 0 where it has none.
     num_images, labels
@@ -134,12 +135,9 @@ def shuffled_dlm(
     if known is None:
         raise ValueError("labels is 'optimised'; the order is found for labels known or inferred")
     about: dict[str, Any] = {"num_images": num_images, "labels": known, "seed": seed}
-    options = {"tolerance": TOLERANCE, "patience": 50, **options}
-    first = surrogate_dlm(
-        seen,
-        max_evaluations=max_evaluations,
-        **{**options, **about, "patience": min(FIRST_PATIENCE, options["patience"])},
-    )
+    options = {"tolerance": TOLERANCE, **options}
+    hurried = {**options, **about, "patience": FIRST_PATIENCE}
+    first = surrogate_dlm(seen, max_evaluations=max_evaluations, **hurried)
     generator = torch.Generator().manual_seed(seed)
     order = FAINT * torch.randn(local_steps, num_images, generator=generator, dtype=torch.float64)
 
