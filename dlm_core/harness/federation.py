@@ -70,8 +70,8 @@ def run(
     ------
     ValueError
         Where the folder cannot be written or has such a run in it.
-    RuntimeError
-        Where the run failed or took too long, with the end of its logs.
+    ChildProcessError
+        Where the run failed or took too long, with the folder of its logs.
     """
     folder = Path(folder).resolve()
     kept = folder / "kept"
@@ -102,7 +102,7 @@ def run(
         keeper.wait()
     if status != 0:
         why = f"took more than {minutes:g} minutes" if status is None else "failed"
-        raise RuntimeError(f"the federation {why}; the end of its logs:\n{_ends(folder / LOGS)}")
+        raise ChildProcessError(f"the federation {why}; its logs are in {folder / LOGS}")
     return kept
 
 
@@ -152,15 +152,6 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-
-def _ends(logs: Path, lines: int = 15) -> str:
-    """The last lines of each log."""
-    parts = []
-    for path in sorted(logs.glob("*.log")):
-        last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-        parts += [f"--- {path.name}", *last]
-    return "\n".join(parts)
 
 
 # --- the keeper

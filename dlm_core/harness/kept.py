@@ -91,8 +91,11 @@ class Audited:
 
     @property
     def verdict(self) -> str:
-        """In words."""
-        return f"not audited: {self.why}" if self.found is None else str(self.found.verdict)
+        """In words, with what leaked: "partly: input of layer 'fc1', label"."""
+        if self.found is None:
+            return f"not audited: {self.why}"
+        leaked = ", ".join(dict.fromkeys(each.what for each in self.found.leaks))
+        return f"{self.found.verdict}: {leaked}" if leaked else str(self.found.verdict)
 
 
 def write(
@@ -264,7 +267,7 @@ def _said(pair: Pair) -> str:
 
 
 def _table(done: Iterable[Audited]) -> Iterator[str]:
-    rows = [(str(each.pair), f"{each.verdict}") for each in done]
+    rows = [(f"{each.pair}{_said(each.pair)}", each.verdict) for each in done]
     width = max((len(name) for name, _ in rows), default=0)
     for name, verdict in rows:
         yield f"{name:{width}}  {verdict}"

@@ -2,12 +2,14 @@
 the client's preprocessing.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dlm_core.beyond.preprocessing import KNOWN, Normalisation
+from dlm_core.harness import written
 
 SIDE = 256  # pixels of the picture's width, about
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away in any picture
@@ -16,6 +18,20 @@ SPREAD = 4.0  # standard errors by which a pixel may be off
 WHOLE = 0.1  # root mean square distance from whole grey levels, in levels; at random 0.29
 FILLED = 0.25  # of [0, 1], by the pixels of nearly any photograph
 FEW = 8  # grey levels, below which any values may be whole by chance
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError unless the picture can be written to ``out``, in a known format."""
+    from PIL import Image
+
+    written.check_writable("out", out)
+    try:
+        known = Image.registered_extensions()[out.suffix.lower()]
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
+    except (KeyError, ValueError, OSError):
+        raise ValueError(
+            f"out is {str(out)!r}; it takes the suffix of a format of pictures, such as .png"
+        ) from None
 
 
 def write(images: torch.Tensor, out: str | Path) -> Iterator[str]:

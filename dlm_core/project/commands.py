@@ -228,14 +228,11 @@ def attack(
             "attack takes two files, the weights before and after a round, "
             "or a folder that keeps them; see --help"
         )
-    # How many numbers, and how large, the audit checks.
-    if not re.fullmatch(r"\d+(,\d+)*", image_shape):
-        raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
+    shape = _shape(image_shape)
     from dlm_core.harness import account, kept, page, written
     from dlm_core.harness.audit import audit
     from dlm_core.project.factories import network
 
-    shape = tuple(int(size) for size in image_shape.split(","))
     asked: dict[str, Any] = {
         "image_shape": shape,
         "num_classes": num_classes,
@@ -264,6 +261,89 @@ def attack(
         if written.keep(name, path, partial(writers[name][1], found)):
             print(f"{path} has all of it")
     return found.exit_status
+
+
+def bound(
+    weights: str,
+    images: Sequence[str],
+    labels: str | None,
+    learning_rate: float,
+    steps: int,
+    batch_size: int | None,
+    model: str,
+    image_shape: str,
+    num_classes: int | None,
+    client: str,
+    precision: str | None,
+    defence: str | None,
+    normalise: Any,
+    out: str,
+    json: str | None,
+) -> None:
+    """Say how much a client's update would tell of its images."""
+    shape = _shape(image_shape)
+    if labels is not None and not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
+        raise ValueError(f"--labels is {labels!r}; it takes class indices such as 3 or 3,5")
+    import torch
+
+    from dlm_core import check
+    from dlm_core.harness import exposure, photos, written
+    from dlm_core.project.factories import network
+
+    files = {"weights": weights, "out": out, **({} if json is None else {"json": json})}
+    written.check_apart({**{f"image {name!r}": name for name in images}, **files})
+    if json is not None:
+        written.check_writable("json", json)
+    if precision is not None:
+        check.one_of("--precision", precision, ["float16", "bfloat16", "float32"])
+    optimizer, options = _with_options("--client", client)
+    told = None if defence is None else _with_options("--defence", defence)
+    read, own = photos.read(images, shape)
+    given = own if labels is None else torch.tensor([int(each) for each in labels.split(",")])
+    if given is None:
+        raise ValueError("--labels is not given, and the images' files have none")
+    found = exposure.bound(
+        weights,
+        read,
+        given,
+        learning_rate=learning_rate,
+        local_steps=steps,
+        batch_size=batch_size,
+        model=network(model, shape, num_classes) if ":" in model else model,
+        num_classes=None if ":" in model else num_classes,
+        client_optimizer=optimizer,
+        optimizer_options=options,
+        transmitted=None if precision is None else getattr(torch, precision),
+        defence=None if told is None else {"name": told[0], **told[1]},
+        normalise=normalise,
+        out=out,
+    )
+    if json is not None and written.keep("json", json, partial(exposure.write, found)):
+        print(f"{json} has all of it")
+
+
+def _shape(image_shape: str) -> tuple[int, ...]:
+    """How many numbers, and how large, those who take it check."""
+    if not re.fullmatch(r"\d+(,\d+)*", image_shape):
+        raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
+    return tuple(int(size) for size in image_shape.split(","))
+
+
+def _with_options(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """("sgd", {"momentum": 0.9}) from "sgd:momentum=0.9"; what is no number is a word."""
+    import ast
+
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not (key.isidentifier() and equals):
+            raise ValueError(f"{option} is {text!r}; it takes a name, or NAME:OPTION=VALUE,…")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return name, options
 
 
 def _names() -> list[str]:

@@ -30,7 +30,7 @@ def environment() -> Path:
 
     Raises
     ------
-    RuntimeError
+    ChildProcessError
         Where Flower cannot be installed, with what to do.
     """
     python = made()
@@ -50,7 +50,9 @@ def environment() -> Path:
         stdout=sys.stderr,
     )
     if done.returncode:
-        raise RuntimeError(f"{PIN} could not be installed (above); it needs a package registry")
+        raise ChildProcessError(
+            f"{PIN} could not be installed (above); it needs a package registry"
+        )
     (folder / "pins").write_text(_pins(), encoding="utf-8")
     return python
 

@@ -53,7 +53,10 @@ def run(python: Path, *, smoke: bool, minutes: float = 10.0) -> bool:
     seconds = time.monotonic() - began
     result = where / "federation.json"
     if not result.exists():
-        raise RuntimeError(f"the federation failed; its logs are in {folder / federation.LOGS}")
+        raise ChildProcessError(
+            f"the federation failed; its logs are in {folder / federation.LOGS} (Flower gives up "
+            "on a process that needs more than 30 s to start, as on a machine that is busy)"
+        )
     accuracy = json.loads(result.read_text())["accuracy"]
     rounds = ", ".join(f"{each:.0%}" for each in accuracy)
     print(f"the federation ran for {seconds:.0f} s; accuracy before and after each round: {rounds}")

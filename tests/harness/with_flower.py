@@ -4,11 +4,12 @@ of Flower's environment (tests/harness/test_flower.py).
 
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.server.strategy import FedAvg as OfLists
@@ -169,7 +170,7 @@ def test_the_planted_leak_is_found_and_no_other(tmp_path, capsys, monkeypatch):
     done = kept.audits(
         kept.read(tmp_path), minutes=0.5, asked={"model": network(), "image_shape": (1, 8, 8)}
     )
-    verdicts = {each.pair.client: each.verdict for each in done}
+    verdicts = {each.pair.client: each.found.verdict for each in done}
     assert verdicts["1"] == "leaked" and verdicts["3"] != "leaked"
     image = done[0].found.results["division"].images
     assert torch.allclose(image[0].float(), IMAGES[0], atol=1e-4)
@@ -283,6 +284,27 @@ def test_only_the_owner_reads_the_folder(tmp_path):
         "sent",
         "client",
     }
+
+
+def test_the_example_s_client_cuts_and_hides_its_update_where_told(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "flower")
+    from quickstart import client_app, task
+
+    torch.manual_seed(0)
+    start = task.Net().state_dict()
+
+    def moved(clip, noise):
+        told = {"many": 32, "clip": clip, "noise": noise}
+        content = {"arrays": ArrayRecord(start), "config": ConfigRecord({"server-round": 1})}
+        message = Message(RecordDict(content), dst_node_id=1, message_type="train")
+        context = Context(0, 1, {"partition-id": 1}, RecordDict(), told)
+        back = client_app.app(message, context).content["arrays"].to_torch_state_dict()
+        return torch.cat([(back[name] - w).flatten() for name, w in start.items()])
+
+    plain, cut, hidden = moved(0.0, 0.0), moved(1e-3, 0.0), moved(1e-3, 1.0)
+    assert plain.norm() > 2e-3 and abs(cut.norm() / 1e-3 - 1) < 1e-2
+    assert torch.nn.functional.cosine_similarity(plain, cut, 0) > 0.999
+    assert hidden.norm() > 0.1, "the noise is of the clip's size in each of 62,006 weights"
 
 
 def test_the_version_is_one_that_is_named():
