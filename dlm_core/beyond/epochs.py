@@ -64,7 +64,7 @@ def shuffled(
     model: nn.Module,
     clients: Sequence[Client],
     *,
-    batch_size: check.Count,
+    batch_size: check.Count | None = None,
     num_epochs: check.Count = 1,
     order: check.Whole | None = None,
     **training: Any,
@@ -78,7 +78,7 @@ def shuffled(
     clients
         (images, labels), at least one; together they are the images of the one client.
     batch_size
-        B, a number that divides that of the images.
+        B, a number that divides that of the images; None takes all of them in each step.
     num_epochs
         E, at least 1.
     order
@@ -93,6 +93,8 @@ def shuffled(
     """
     check.at_least("number of clients", len(clients), 1)
     images, labels = (torch.cat(parts) for parts in zip(*clients))
+    federated.head_for(model, images, labels)
+    batch_size = len(images) if batch_size is None else batch_size
     local_steps = steps(len(images), num_epochs, batch_size)
     drawn = orders(len(images), num_epochs, order).flatten()
     # Epochs one after the other are one list of images in their order, taken once.

@@ -1,6 +1,6 @@
 """Epochs simulated on images of their own, which a prior holds together.
 
-    D(Δ(X_1, …, X_E), Δ) + λ/E² Σ_{e, e'} mean |a(X_e) - a(X_e')|²
+    D(Δ(X_1, …, X_E), Δ) + λ/E² Σ_{e, e'} mean (a(X_e) - a(X_e'))²
 
 Which images a client took together is not known, but that it took the same ones in each epoch is:
 an aggregate ``a`` over an epoch's images, their mean or maximum, does not hang on their order.
