@@ -197,10 +197,6 @@ def test_the_readme_s_table_is_the_figures_claims():
     assert table == reproduce.results_table(REPOSITORY / "figures")
 
 
-# Notebooks whose outputs are older than harness.evidence: their claims have a verdict alone.
-WITHOUT_CRITERION = {"12", "14", "18", "19", "20"}
-
-
 def test_every_claim_carries_its_evidence():
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     for name, entry in claims.items():
@@ -208,9 +204,6 @@ def test_every_claim_carries_its_evidence():
             assert claim["whose"] in ("released", "abstract", "ours"), name
             assert claim["verdict"] in ("holds", "does not hold", "undecided"), name
             assert claim["statement"] and claim["evidence"], name
-            if name[:2] in WITHOUT_CRITERION:
-                assert not claim["criterion"], f"{name} can be struck from the list"
-                continue
             assert claim["criterion"] and len(claim["interval"]) == 2, (name, claim["statement"])
             few = claim["n"] is not None and claim["n"] < 10
             assert not few or claim["verdict"] == "undecided", (name, claim["statement"])
