@@ -17,6 +17,12 @@ def rounded(weights, dtype):
     return {name: w.to(dtype).to(w.dtype) for name, w in weights.items()}
 
 
+def in_eight_bits(weights):
+    """Whole multiples of a step for each tensor."""
+    steps = {name: w.abs().max() / 127 for name, w in weights.items()}
+    return {name: (w / steps[name]).round() * steps[name] for name, w in weights.items()}
+
+
 def psnr(found):
     return float(metrics.psnr(found["exact"].images.float(), IMAGES[:1], data_range=1.0))
 
@@ -27,6 +33,12 @@ def test_a_client_that_trained_from_finer_weights_is_recovered(dtype, tmp_path, 
     found = asked(NETWORK, (rounded(before, dtype), after), tmp_path, attack="exact")
     assert found.verdict == "leaked" and psnr(found) > 35
     assert "4 of 4 tensors of W_t (before) are rounded" in capsys.readouterr().out
+
+
+def test_eight_bits_hide_no_leak_either(tmp_path):
+    before, after = snapshots(NETWORK)
+    found = asked(NETWORK, (in_eight_bits(before), after), tmp_path, attack="exact")
+    assert found.verdict == "leaked" and psnr(found) > 35
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
