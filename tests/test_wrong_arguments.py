@@ -53,7 +53,7 @@ INNER = {
 def scene():
     """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
     from dlm_core import data, defenses, federated, models
-    from dlm_core.harness import kept, options
+    from dlm_core.harness import kept, options, thresholds
     from dlm_core.harness.trials import Trial
 
     images, labels, *_ = data.load("digits", n=2)
@@ -93,6 +93,7 @@ def scene():
         frame=pandas.DataFrame({"name": ["a", "b"], "psnr": [10.0, 30.0]}),
         medians=pandas.DataFrame({"n": [5], "psnr_25": [1.0], "psnr_50": [2.0], "psnr_75": [3.0]}),
         judged=pandas.DataFrame({"dataset": "digits", "index": [0, 1], "psnr": [10.0, 30.0]}),
+        guessed=thresholds.guesses("digits", [0], reserved=1790, source="bundled"),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
     )
 
@@ -306,6 +307,7 @@ VALID: dict[str, Callable] = {
         **{"attack_options": {"max_steps": 0}, "averaged": True, "index": 0, "num_images": 1},
         **{"local_steps": 1, "every": 1},
     },
+    "thresholds.baselines": lambda s: {"guessed": s.guessed},
     "all_rounds.averaged": lambda s: {"rounds": [s.seen, s.seen]},
     "tables.where": lambda s: {"frame": s.frame, "name": "a"},
     "tables.only": lambda s: {"frame": s.frame, "name": "a"},
@@ -614,6 +616,7 @@ def test_wrong_calls_are_many():
 UNTRIED = {
     *("data.read_once", "federated.descend", "memory.cost", "models.resnet18_bn"),
     *("normalisation.gradient_and_statistics", "normalisation.matched", "options.accuracies"),
+    "options.over_rounds",  # tests/harness/test_options.py
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
     *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
     "flower.keeping",  # tests/harness/with_flower.py

@@ -13,7 +13,7 @@ the largest. These patterns are found on the way. Each step
   what a straight line leaves open, entry by entry;
 - solves for the image with noise Ω beside that of the weights' rounding, the prior beside it:
 
-      min  |z|² + Σ (y* - E y - J (x' - x))² / (Ω + σ²),    x' = grey + L z.
+      min  ‖z‖² + Σ (y* - E y - J (x' - x))² / (Ω + σ²),    x' = grey + L z.
 
 What is known well counts from the first step, what hangs on unknown patterns once these are known.
 (The step is an iterated posterior linearisation: García-Fernández et al., IEEE Trans. Signal

@@ -70,8 +70,11 @@ class Watched:
     every: check.Count = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shown", replace(Setting.of(self.shown), observer="server"))
-        object.__setattr__(self, "attack_options", Options(self.attack_options))
+        try:
+            shown = replace(Setting.of(self.shown), observer="server")
+        except ValueError as why:
+            raise ValueError(f"shown: {why}") from why
+        object.__setattr__(self, "shown", shown)
         check.fields(self)
         if self.index + self.num_images > RESERVED:
             raise ValueError(
