@@ -94,9 +94,9 @@ def weighted(
 
     Notes
     -----
-    Measured on the first 15 bundled images of CIFAR-100, with one network of beginners' tutorials
-    (PyTorch's initial weights, one step of 0.01): a median of 20.8 dB (16.1 to 27.4), above a grey
-    square by 3.4 dB or more on each, where DLM+ has 13.7 dB (11.3 to 17.0); some 30 s of processor
+    Measured on the 20 bundled images of CIFAR-100, with one network of beginners' tutorials
+    (PyTorch's initial weights, one step of 0.01): a median of 20.5 dB (16.0 to 27.4), above a grey
+    square by 3.4 dB or more on each, where DLM+ has 13.4 dB (10.5 to 17.0); some 30 s of processor
     time an image. On the first of them it has 23.0 dB, and the smooth prior's bound is 18.7 dB.
     That bound holds in the mean over images like that prior's; one that is smoother passes it.
     """
