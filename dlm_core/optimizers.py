@@ -62,7 +62,48 @@ def slow_adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimiz
     return torch.optim.Adam(variables, lr=0.01)
 
 
-class SignedAdam(torch.optim.Adam):
+class BoxedAdam(torch.optim.Adam):
+    """Adam as attacks on pixels publish it: rates fall, and pixels stay in their box.
+
+    Parameters
+    ----------
+    groups
+        Variables, whose lr is 0.1, or groups of them with rates of their own.
+    boxed
+        Of these variables, clamped to [0, 1] after each step.
+    max_evaluations
+        Budget; the rates fall tenfold after 3/8, 5/8 and 7/8 of it.
+    """
+
+    def __init__(self, groups: Sequence[Any], boxed: Variables, max_evaluations: int) -> None:
+        super().__init__(groups, lr=0.1)
+        self.boxed = boxed
+        self.drops = {max_evaluations * eighths // 8 for eighths in (3, 5, 7)}
+        self.steps = 0
+
+    # torch takes a step without a closure as well
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        """One step; the loss before it."""
+        value = closure()
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] *= 0.1 if self.steps in self.drops else 1.0
+        self.direct()
+        super().step()
+        self.clamp()
+        return value
+
+    def direct(self) -> None:
+        """What becomes of the gradients before a step: nothing."""
+
+    def clamp(self) -> None:
+        """Put what is boxed back into its box."""
+        with torch.no_grad():
+            for variable in self.boxed:
+                variable.clamp_(0, 1)
+
+
+class SignedAdam(BoxedAdam):
     """The optimizer of Inverting Gradients (Geiping et al. 2020): Adam on the gradient's sign.
 
     Parameters
@@ -74,21 +115,10 @@ class SignedAdam(torch.optim.Adam):
     """
 
     def __init__(self, variables: Variables, max_evaluations: int) -> None:
-        super().__init__(variables, lr=0.1)
-        self.images = variables[0]
-        self.drops = {max_evaluations * eighths // 8 for eighths in (3, 5, 7)}
-        self.steps = 0
+        super().__init__(variables, variables[:1], max_evaluations)
 
-    # torch takes a step without a closure as well
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """One step; the loss before it."""
-        value = closure()
-        self.steps += 1
+    def direct(self) -> None:
+        """Take of each gradient its sign."""
         for group in self.param_groups:
-            group["lr"] *= 0.1 if self.steps in self.drops else 1.0
             for variable in group["params"]:
                 variable.grad.sign_()
-        super().step()
-        with torch.no_grad():
-            self.images.clamp_(0, 1)
-        return value

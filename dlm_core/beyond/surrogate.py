@@ -21,7 +21,7 @@ from dlm_core import check, objectives, records
 from dlm_core.arrays import Labels
 from dlm_core.coordinates import pixels
 from dlm_core.observation import Observation
-from dlm_core.optimizers import Variables
+from dlm_core.optimizers import BoxedAdam, Variables
 from dlm_core.results import Reconstruction
 from dlm_core.search import known_labels, reconstruct
 
@@ -113,7 +113,7 @@ def with_penalties(distance: Distance) -> Distance:
     return penalised
 
 
-class PublishedAdam(torch.optim.Adam):
+class PublishedAdam(BoxedAdam):
     """The optimizer of SME's authors: Adam, 1 for images of variance 1, and 0.001 for the point.
 
     Parameters
@@ -130,28 +130,9 @@ class PublishedAdam(torch.optim.Adam):
         groups = [{"params": [images], "lr": CONTRAST}]
         if others:
             groups.append({"params": others, "lr": 1e-3})
-        super().__init__(groups)
-        self.boxed = [images, *(each for each in others if each.dim() == 0)]
-        self.drops = {max_evaluations * eighths // 8 for eighths in (3, 5, 7)}
-        self.steps = 0
-        self._clamp()
-
-    # torch takes a step without a closure as well
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """One step; the loss before it."""
-        value = closure()
-        self.steps += 1
-        if self.steps in self.drops:
-            for group in self.param_groups:
-                group["lr"] *= 0.1
-        super().step()
-        self._clamp()
-        return value
-
-    def _clamp(self) -> None:
-        with torch.no_grad():
-            for each in self.boxed:
-                each.clamp_(0, 1)
+        boxed = [images, *(each for each in others if each.dim() == 0)]
+        super().__init__(groups, boxed, max_evaluations)
+        self.clamp()
 
 
 @records.attack(
