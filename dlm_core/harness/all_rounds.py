@@ -161,20 +161,13 @@ def averaged(rounds: Sequence[Observation]) -> Observation:
 @functools.lru_cache(maxsize=4)
 def _sent(training: Federation) -> list[nn.Module]:
     """W_t of each round, of a training like that of ``Federation.run``."""
-    (images, labels), _, everything = training._split()
+    (images, labels), _, everything = training.split()
     reserved = everything.images[:RESERVED].flatten(1)
     others = torch.cdist(images.flatten(1), reserved).min(1).values > 0
-    images, labels = images[others], labels[others]
-    model = training._build(everything.images.shape[1:], everything.num_classes)
-    count = training.num_clients
-    parts = [(images[c::count], labels[c::count]) for c in range(count)]
-    how: dict[str, Any] = {"num_rounds": training.num_rounds, "defend": training._defend}
-    sent = [model]
+    sent = []
     try:
-        for after, _ in federated.rounds(
-            model, parts, train=training._train(), **how, **training.client.options()
-        ):
-            sent.append(after)
+        for model in training.rounds(images[others], labels[others]):
+            sent.append(model)
     except (FloatingPointError, Unchanged):
         return sent
     return sent[:-1]

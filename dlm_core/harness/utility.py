@@ -4,7 +4,7 @@ it sends.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -146,20 +146,11 @@ class Federation:
         the accuracy of these.
         """
         with one_thread():
-            (images, labels), held_out, everything = self._split()
-            model = self._build(everything.images.shape[1:], everything.num_classes)
-            parts = [
-                (images[c :: self.num_clients], labels[c :: self.num_clients])
-                for c in range(self.num_clients)
-            ]
-            training = {
-                "num_rounds": self.num_rounds,
-                "defend": self._defend,
-                **self.client.options(),
-            }
-            accuracies, stop_reason, trained = [], "finished", model
+            members, held_out, _ = self.split()
+            networks = self.rounds(*members)
+            accuracies, stop_reason, trained = [], "finished", next(networks)
             try:
-                for trained, _ in federated.rounds(model, parts, train=self._train(), **training):
+                for trained in networks:
                     accuracies.append(_accuracy(trained, *held_out))
             except FloatingPointError:
                 stop_reason = "diverged"
@@ -175,6 +166,34 @@ class Federation:
                 "stop_reason": stop_reason,
                 "arrays": {},
             }
+
+    def rounds(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[nn.Module]:
+        """Yield the network at the start, and after each round of a training on these images, of
+        which each client has an equal share.
+
+        Parameters
+        ----------
+        images, labels
+            [N, C, H, W] and [N], of the data set.
+
+        Raises
+        ------
+        FloatingPointError, Unchanged
+            In a round that diverges, or in which a client sends back what it received.
+        """
+        about, count = records.DATA_SETS[self.dataset], self.num_clients
+        model = self._build(about.image_shape, about.num_classes)
+        parts = [(images[c::count], labels[c::count]) for c in range(count)]
+        yield model
+        for after, _ in federated.rounds(
+            model,
+            parts,
+            num_rounds=self.num_rounds,
+            train=self._train(),
+            defend=self._defend,
+            **self.client.options(),
+        ):
+            yield after
 
     def _build(self, image_shape: Sequence[int], num_classes: int) -> nn.Module:
         """The network at the start."""
@@ -192,7 +211,7 @@ class Federation:
 
         return privately
 
-    def _split(self) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+    def split(self) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
         """((images, labels) to train on, those held out, the whole set)."""
         everything = data.load(self.dataset, source=self._source)
         order = torch.randperm(
