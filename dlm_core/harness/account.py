@@ -2,8 +2,6 @@
 own, a table.
 """
 
-import json
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from dlm_core import check, records
+from dlm_core.harness import written
 from dlm_core.harness.about import Snapshot
 from dlm_core.harness.belief import Audit
 from dlm_core.results import Reconstruction
@@ -49,13 +48,12 @@ def account(found: Audit) -> dict[str, Any]:
         "date": about.date if about else None,
         "versions": dict(about.versions) if about else {},
     }
-    return _plain(whole)
+    return written.plain(whole)
 
 
 def write(found: Audit, path: str | Path) -> None:
     """Write ``account`` of an audit as a file of JSON; OSError where the disk does not take it."""
-    text = json.dumps(account(found), indent=1, ensure_ascii=False, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    written.write_json(account(found), path)
 
 
 def _file(snapshot: Snapshot) -> dict[str, Any]:
@@ -100,18 +98,3 @@ def _fields(value: Any) -> dict[str, Any]:
     """The fields of a dataclass but for a layer's tensors."""
     names = [each.name for each in fields(value)]
     return {name: getattr(value, name) for name in names if name not in ("values", "image")}
-
-
-def _plain(value: Any) -> Any:
-    """The same for JSON: its numbers are finite or None, its strings are no enumeration's."""
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)

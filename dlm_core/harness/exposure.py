@@ -4,7 +4,6 @@ The client's images are known here, as no attacker knows them. What it sends is 
 update follows from images, weights and training.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dlm_core.harness import (
     networks,
     pictures,
     registry,  # noqa: F401, it fills the tables
+    written,
 )
 from dlm_core.harness.tables import counted
 from dlm_core.weights import StateDict
@@ -211,5 +211,4 @@ def bound(
 
 def write(found: Exposure, path: str | Path) -> None:
     """Write the ``account`` as a file of JSON; OSError where the disk does not take it."""
-    text = json.dumps(found.account, indent=1, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    written.write_json(found.account, path)

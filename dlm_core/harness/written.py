@@ -2,10 +2,13 @@
 cannot in the end costs no result.
 """
 
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def check_writable(argument: str, path: str | Path) -> None:
@@ -50,3 +53,30 @@ def keep(argument: str, path: str | Path, write: Callable[[str | Path], object])
         print(f"error: {argument} {str(path)!r} could not be written: {why}", file=sys.stderr)
         return False
     return True
+
+
+def write_json(content: Any, path: str | Path) -> None:
+    """Write numbers and words as a file of JSON; OSError where the disk does not take it.
+
+    Parameters
+    ----------
+    content, path
+        Dicts, lists and what stands in them, made ``plain`` first; the file.
+    """
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON: its numbers are finite or None, its strings are no enumeration's."""
+    if isinstance(value, dict):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
