@@ -6,7 +6,7 @@ SET ?= paper
 export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST
 RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 
-.PHONY: help figures verify test site assignment assignment-check lab bench env clean
+.PHONY: help figures verify test site assignment assignment-check lab bench flower env clean
 
 help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
@@ -19,6 +19,7 @@ help:
 	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
 	@echo 'make lab       JupyterLab on the notebooks'
 	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings'
+	@echo 'make flower    a federation of Flower, in processes of its own, and its audit   PROFILE=smoke|quick'
 	@echo 'make env       the environment alone, in .venv/ (made on first use by all of these)'
 	@echo 'make clean     remove build/, the store of finished trials and caches'
 	@echo 'The same without make: python -m dlm_core --help'
@@ -34,6 +35,9 @@ verify: env
 
 test site assignment assignment-check lab bench: env
 	@$(RUN) $@
+
+flower: env
+	@$(RUN) flower --profile "$$PROFILE"
 
 env:
 	@"$$PYTHON" -m dlm_core env > /dev/null

@@ -222,6 +222,12 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         default=3,
         help="of them for breaching's attacks (default 3; 0: without it)",
     )
+    flower = command(
+        "flower",
+        commands.flower,
+        "run a federation of Flower in processes of its own, and audit what its server kept",
+    )
+    flower.add_argument("--profile", default="quick", help="smoke (one round) or quick (default)")
     clean = command(
         "clean",
         commands.clean,
@@ -231,6 +237,7 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         "--all", action="store_true", dest="environment_too", help="the environment too"
     )
     _attack_command(command)
+    _bound_command(command)
 
 
 def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -243,26 +250,14 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         f"mean that the client is safe; {REFUSED} wrong usage or a file that cannot be read; "
         f"{FAILED} an error of this program; 130 interrupted.",
     )
-    attack.add_argument("before", nargs="?", help="state dict that the client received, W_t")
-    attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
+    _snapshots(attack)
     attack.add_argument(
         "--list",
         action="store_true",
         dest="show",
         help="the attacks, networks and clients that can be named, and stop",
     )
-    attack.add_argument(
-        "--model",
-        default="lenet",
-        help="network with the weights' names of dlm_core.models (default lenet; see --list), or "
-        "package.module:factory, a network of your own: the module is imported, from the current "
-        "folder too, and the factory called, so it runs your code (nothing in a weight file is "
-        "ever run); it may take image_shape and num_classes",
-    )
-    attack.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
-    attack.add_argument(
-        "--num-classes", type=int, help="outputs of the last layer (default: as in the file)"
-    )
+    _network_options(attack)
     attack.add_argument(
         "--num-images",
         "--images",
@@ -284,10 +279,72 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     _written(attack)
 
 
-def _written(attack: argparse.ArgumentParser) -> None:
-    attack.add_argument(
-        "--out", default="reconstruction.png", help="picture to write (default reconstruction.png)"
+def _bound_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    bound = command(
+        "bound",
+        commands.bound,
+        "how much would my update tell? for a client's owner, from the weights and its own images: "
+        "directions fixed, the best PSNR that any attacker can expect, and where, before any "
+        "attack",
     )
+    bound.add_argument("weights", help="state dict that the client receives, W_t")
+    bound.add_argument(
+        "images",
+        nargs="+",
+        help="the client's: pictures, or .npz, .safetensors or torch files of arrays (nothing in "
+        "them is run)",
+    )
+    bound.add_argument(
+        "--labels", help="class indices with commas (default: 'labels' in the images' files)"
+    )
+    bound.add_argument("--learning-rate", type=float, required=True, help="above 0")
+    bound.add_argument("--steps", type=int, default=1, help="local steps (default 1)")
+    bound.add_argument("--batch-size", type=int, help="images a step (default: all)")
+    _network_options(bound)
+    bound.add_argument(
+        "--client",
+        default="sgd",
+        help="optimizer, with its options: sgd (default), sgd:momentum=0.9,weight_decay=1e-4, adam",
+    )
+    bound.add_argument("--precision", help="of the weights sent: float16, bfloat16 (default: own)")
+    bound.add_argument(
+        "--defence",
+        "--defense",
+        help="with its options: clip_and_noise:clip=1,noise_multiplier=0.1 or "
+        "noise:scale=0.01,observer=server (default: none)",
+    )
+    _normalise_option(bound)
+    bound.add_argument("--out", default="exposure.png", help="map to write (default exposure.png)")
+    bound.add_argument("--json", metavar="FILE", help="write the numbers as JSON too")
+
+
+def _network_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="lenet",
+        help="network with the weights' names of dlm_core.models (default lenet; attack --list), "
+        "or package.module:factory, a network of your own: the module is imported, from the "
+        "current folder too, and the factory called, so it runs your code (nothing in a file of "
+        "weights is ever run); it may take image_shape and num_classes",
+    )
+    parser.add_argument("--image-shape", default="3,32,32", help="C,H,W (default 3,32,32)")
+    parser.add_argument(
+        "--num-classes", type=int, help="outputs of the last layer (default: as in the file)"
+    )
+
+
+def _snapshots(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument(
+        "before",
+        nargs="?",
+        help="state dict that the client received, W_t; or, alone, a folder that keeps both of "
+        "several clients (docs/flower.md), each of which is audited, the answers beside them",
+    )
+    attack.add_argument("after", nargs="?", help="state dict that it sent back, W_t+1")
+
+
+def _written(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument("--out", help=f"picture to write (default {commands.PICTURE})")
     attack.add_argument("--json", metavar="FILE", help="write all that is said as JSON too")
     attack.add_argument(
         "--report",
@@ -301,7 +358,11 @@ def _client_options(attack: argparse.ArgumentParser) -> None:
         "--client",
         help="optimizer that unrolled_dlm simulates (see --list; default: as the update looks)",
     )
-    attack.add_argument(
+    _normalise_option(attack)
+
+
+def _normalise_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--normalise",
         "--normalize",
         help="what the client makes of pixels in [0, 1]: a name (see --list), MEAN/STD with a "

@@ -10,8 +10,10 @@ import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -34,7 +36,9 @@ INNER = {
         "sources",
         "likelihood",
         "memory",
+        "networks",
         "paths",
+        "photos",
         "precision",
         "priors",
     ),
@@ -47,7 +51,7 @@ INNER = {
 def scene():
     """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
     from dlm_core import data, defenses, federated, models
-    from dlm_core.harness import options
+    from dlm_core.harness import kept, options
     from dlm_core.harness.trials import Trial
 
     images, labels, *_ = data.load("digits", n=2)
@@ -57,9 +61,12 @@ def scene():
     large, classes, *_ = data.load("fashion_mnist", n=1)
     step = {"learning_rate": 0.05}
     noise = defenses.Setting("noise", {"scale": 1e-4}, observer="server")
+    folder = Path(tempfile.mkdtemp())  # kept for the session
+    kept.write(folder, 1, "7", *([{"w": np.zeros(2)}] * 2), {})
     seen = federated.train_locally(model, images[:1], labels[:1], **step)
     return SimpleNamespace(
         file=str(data.bundled_file("lpips_alex.safetensors")),
+        folder=str(folder),
         images=images,
         labels=labels,
         wide=images.repeat(1, 1, 4, 4),
@@ -280,8 +287,15 @@ VALID: dict[str, Callable] = {
         **{"normalise": "half"},
         "out": f"{tempfile.gettempdir()}/reconstruction.png",
     },
+    "exposure.bound": lambda s: {
+        **{"weights": s.sent, "images": s.images[:1], "labels": s.labels[:1], "model": s.model},
+        **{"learning_rate": 0.05, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "transmitted": None, "defence": s.noise, "num_classes": None},
+        **{"normalise": "half", "out": f"{tempfile.gettempdir()}/exposure.png"},
+    },
     "account.account": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
     "page.page": lambda s: {"found": Audit(results={}, beliefs={}, look=Look(), notes=[])},
+    "kept.read": lambda s: {"folder": s.folder},
     "files.snapshots": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "expected": s.sent}
     },
@@ -552,7 +566,8 @@ UNTRIED = {
     *("data.read_once", "federated.descend", "memory.cost", "models.resnet18_bn"),
     *("normalisation.gradient_and_statistics", "normalisation.matched", "options.accuracies"),
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
-    *("tables.per_image", "unrolled.find_steps"),
+    *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
+    "flower.keeping",  # tests/harness/with_flower.py
 }
 
 

@@ -112,8 +112,8 @@ class Traces(Evidence):
     @property
     def verdict(self) -> str:
         """How many images were recovered, or shown without a test that confirms them, and why."""
-        refuted = self.reason in (Reason.NOT_ONE_STEP, Reason.UNTESTED)
-        done = "shown" if refuted else "recovered"
+        unsure = (Reason.NOT_ONE_STEP, Reason.UNTESTED, Reason.UNSETTLED)
+        done = "shown" if self.reason in unsure else "recovered"
         return f"{self.num_recovered} of {len(self.recovered)} images {done}: {self._why()}"
 
     def _why(self) -> str:

@@ -10,7 +10,8 @@ off. Adam's kin change the update entry by entry; then its rank is full and noth
 The length of the input follows from the bias, and its direction from the weight as it was sent: a
 client whose rates differ between the two, that clips or scales tensor by tensor, projects its
 updates, or sends an adapter's product, leaves a multiple or a projection. Later layers' inputs tell
-that, where they are those of another image: ``disputed``.
+that, where they are others than it leads to: ``disputed``. The scores to which an input leads tell
+that it is none (``lengths``): ``confirmed``.
 
 What a rank cannot tell, and what is done about it: several inputs may leave one direction where δ
 is the same for all of them (a network with one output, softmax over two classes), or where rounding
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 
 from dlm_core import check, records
-from dlm_core.beyond import decay, ratios
+from dlm_core.beyond import decay, lengths, ratios
 from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import NOISE, Traced
 from dlm_core.observation import TINY, Observation, unit_in_last_place
@@ -44,6 +45,7 @@ LENGTH = 0.1  # error of the bias's update, relative, up to which the input's le
 KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 GAP = 2.5  # between the singular values of inputs and those of what else changed an update
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
+SHRUNK = 0.5  # of the weights, from which what was taken off them is no decay
 LEFT = 0.01  # what else changed it, of the first singular value, up to which an input is shown
 
 
@@ -99,9 +101,13 @@ class LayerInput:
         Whether it did not: the network itself has no weight there, or a later layer's input is not
         that of this image.
     disputed
-        Whether the image that it or an earlier layer shows leaves other inputs of later layers than
-        their updates show: then weight and bias did not move by one gradient at one rate, and
-        ``values`` may be a multiple or a projection of the input.
+        Whether the image or the input that it or an earlier layer shows leaves other inputs of
+        later layers than their updates show: then weight and bias did not move by one gradient at
+        one rate, and ``values`` may be a multiple or a projection of the input.
+    confirmed
+        Whether later layers' updates speak of this length of ``values``; or, where chance keeps
+        them from it, of another layer's. Else they are a multiple of the input if weight and bias
+        had two rates.
     image
         [1, C, H, W] where ``values`` are ``pixels``: in the client's own range, whatever that is.
         None elsewhere.
@@ -125,6 +131,7 @@ class LayerInput:
     still: int = 0
     untrained: bool = False
     disputed: bool = False
+    confirmed: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
 
     @property
@@ -158,15 +165,20 @@ class LayerInput:
     def _shown(self) -> str:
         which = "the image, " if self.pixels else ""
         known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
-        beside = f" beside weight decay of {self.decay:.2g}·W" if self.decay else ""
+        beside = f" beside {self._beside}" if self.decay else ""
         said = (
             f"the input of layer {self.name!r} ({which}{self.features:,} numbers) "
             f"stands in the update{beside}, {known}"
         )
         if self.untrained:
             return (
-                f"{said}, but for {self.still:,} of them whose weights did not move: "
+                f"{said}, but for {self.still:,} of them. Their weights did not move: "
                 "the client did not train these, and they are not 0 as they seem"
+                + (
+                    ""
+                    if self.confirmed
+                    else "; or all of it is a multiple of the input, as of two rates"
+                )
             )
         if self.disputed:
             return (
@@ -174,19 +186,39 @@ class LayerInput:
                 "image, as where the client sets rates or clips tensor by tensor, projects its "
                 "updates, or trains adapters"
             )
+        if self.scaled and not self.confirmed:
+            said += (
+                " (or a multiple of it, if the client's rates for weight and bias differ: nothing "
+                "else in the update fixes its length)"
+            )
+        if not self.alone:
+            said += self._mixed
         if self.pixels and self.still:
             said += (
-                f" ({self.still:,} are 0, as their weights did not move: black, "
-                "unless the client did not train these)"
+                f". Of these numbers {self.still:,} are 0, as their weights did not move. "
+                "They are black, unless the client did not train them"
             )
-        if self.alone:
-            return said
+        return said
+
+    @property
+    def _mixed(self) -> str:
+        """What else than one input may stand in the update."""
         if self.signs:
             return (
-                f"{said}, or only the signs of its numbers, as Adam and its kin leave them; "
+                ", or only the signs of its numbers, as Adam and its kin leave them; "
                 "and several inputs may have left them"
             )
-        return f"{said}, or a mean of several inputs, which this update cannot tell apart"
+        return (
+            ", or a mean of several inputs or a difference between them, "
+            "which this update cannot tell apart"
+        )
+
+    @property
+    def _beside(self) -> str:
+        """What multiple of the weights was taken off, in words."""
+        if 0 < self.decay < SHRUNK:
+            return f"weight decay of {self.decay:.2g}·W"
+        return f"weights that were scaled by {1 - self.decay:.3g}, which is no weight decay,"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +231,14 @@ class Ratio(Evidence):
         That shows the image.
     error
         As in ``LayerInput``.
-    alone
+    alone, confirmed
         As there.
     """
 
     layer: str
     error: float
     alone: bool
+    confirmed: bool
     said: str = ""
 
     @property
@@ -215,8 +248,8 @@ class Ratio(Evidence):
 
     @property
     def explains(self) -> Explains:
-        """The image is read and not fitted: fully where it can only be one."""
-        return Explains.FULLY if self.alone else Explains.PARTLY
+        """The image is read and not fitted: fully where it can only be one, of this brightness."""
+        return Explains.FULLY if self.alone and self.confirmed else Explains.PARTLY
 
 
 @records.attack(
@@ -265,20 +298,21 @@ def shown(layers: Iterable[LayerInput]) -> Reconstruction:
             "no linear layer that the image passes through has an update of rank one, "
             "from which a division would show it"
         )
-    best = min(found, key=lambda each: (not each.alone, each.error))
+    best = min(found, key=lambda each: (not each.alone, not each.confirmed, each.error))
     assert best.image is not None and best.sentence is not None
     device = best.image.device
     return Reconstruction(
         images=best.image,
         labels=torch.full((1,), -1, device=device),
         status=Status.CONVERGED,
-        vouched=torch.full((1,), best.alone, device=device),
+        vouched=torch.full((1,), best.alone and best.confirmed, device=device),
         evidence=Ratio(
             losses=[],
             loss=best.error**2,
             layer=best.name,
             error=best.error,
             alone=best.alone,
+            confirmed=best.confirmed,
             said=best.sentence,
         ),
     )
@@ -335,6 +369,13 @@ def read(
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
+    else:
+        fixed = _fixed(traced, before, after, found)
+        one_rate = True in fixed.values()  # where one layer can say so, and others cannot
+        found = [
+            replace(each, confirmed=one_rate and fixed.get(each.name) is not False)
+            for each in found
+        ]
     return [*_of_others(traced, model, before, after), *found]
 
 
@@ -392,7 +433,36 @@ def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
         if each.values is not None and not each.pixels
     }
     images = [each.image for each in known if each.image is not None and not each.untrained]
-    return any(traced.disagrees(image, later) for image in images)
+    if any(traced.disagrees(image, later) for image in images):
+        return True
+    inputs_s = [(name, values) for name, (values, scaled) in later.items() if scaled]
+    return any(traced.leads_elsewhere(name, values, later) for name, values in inputs_s)
+
+
+def _fixed(
+    traced: Traced,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    layers: Sequence[LayerInput],
+) -> dict[str, bool | None]:
+    """{layer: whether the length of its input is right, None where that cannot be told}."""
+    updates: dict[str, torch.Tensor] = {}
+    signals: list[torch.Tensor] = []
+    for each in layers:
+        weight = _moved(before, after, f"{each.name}.weight")
+        assert weight is not None  # it was read
+        updates[each.name] = weight.delta - each.decay * weight.before
+        if each is layers[-1]:
+            bias = _moved(before, after, f"{each.name}.bias")
+            if bias is not None and bias.delta.any():
+                signals = [bias.delta]
+            elif each.values is not None:
+                signals = [sign * (updates[each.name] @ each.values) for sign in (1, -1)]
+    return {
+        each.name: lengths.fixed(traced, after, each.name, each.values, updates, signals)
+        for each in layers
+        if each.values is not None and each.scaled and not each.signs
+    }
 
 
 def _disputed(layer: LayerInput) -> LayerInput:

@@ -2,6 +2,7 @@
 input, and whether their update tells one input from several.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -43,6 +44,13 @@ class _Map(NamedTuple):
     constant: torch.Tensor
 
 
+class Passed(NamedTuple):
+    """What a pass leaves: inputs of layers [N, features] and scores [N, K]."""
+
+    inputs: dict[str, torch.Tensor]
+    scores: torch.Tensor
+
+
 class Traced:
     """A copy of a network whose linear layers tell what passes through them: in float64, or in the
     network's own precision where it insists on that.
@@ -75,7 +83,7 @@ class Traced:
                 with_kwargs=True,
             )
         self.generator = torch.Generator().manual_seed(0)
-        grey = torch.full((1, *self.shape), 0.5, dtype=torch.float64)
+        grey = self.grey()
         try:
             passed = self._pass(grey)
         except Exception:  # of a user's network that makes float32 of its own
@@ -90,6 +98,56 @@ class Traced:
         once = {n: each for n, each in once.items() if n not in shared}
         self.layers = {name: self.linear[name] for name in once}
         self.rows = {name: each[..., 0].numel() for name, each in once.items()}
+
+    def grey(self, count: int = 1) -> torch.Tensor:
+        """[count, C, H, W], for where the images do not matter."""
+        return torch.full((count, *self.shape), 0.5, dtype=torch.float64)
+
+    @contextlib.contextmanager
+    def instead(self, name: str, given: torch.Tensor) -> Iterator[None]:
+        """A layer takes the inputs ``given`` [N, features] instead of what reaches it."""
+
+        def taken(
+            _: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+        ) -> tuple[tuple[torch.Tensor], dict[str, torch.Tensor]]:
+            shape = (args[0] if args else named["input"]).shape[1:]
+            return (given.reshape(len(given), *shape).to(self.dtype),), {}
+
+        hook = self.layers[name].register_forward_pre_hook(taken, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def holding(self, after: Mapping[str, torch.Tensor], share: float) -> Iterator[None]:
+        """The network's weights are so far on their way to ``after``, as far as these go."""
+        named = {n: w for n, w in self.model.named_parameters() if n in after}
+        kept = {name: w.clone() for name, w in named.items()}
+        try:
+            for name, w in named.items():
+                w.lerp_(after[name].to(w), share)
+            yield
+        finally:
+            for name, w in named.items():
+                w.copy_(kept[name])
+
+    def passed_behind(
+        self, name: str, given: torch.Tensor, *, train: bool = False, seed: int = 0
+    ) -> Passed:
+        """To what inputs [N, features] of a layer lead."""
+        with self.instead(name, given):
+            passed = self._pass(self.grey(len(given)), train=train, seed=seed)
+        inputs = {each: x[0].flatten(1) for each, x in passed.items() if len(x) == 1}
+        return Passed(inputs, scores(self.returned).double().flatten(1))
+
+    def behind(self, name: str, values: torch.Tensor) -> set[str]:
+        """Layers whose input follows from this layer's alone."""
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.rand(1, *self.shape, generator=draw, dtype=torch.float64)
+        with self.instead(name, values[None]):
+            one, two = (self._pass(images) for images in (self.grey(), noise))
+        return {each for each in self.layers if torch.equal(one[each][0], two[each][0])}
 
     def _pass(
         self, images: torch.Tensor, *, train: bool = False, grad: bool = False, seed: int = 0
@@ -205,6 +263,21 @@ class Traced:
             all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
             for passed in (train, self._pass(image))
         )
+
+    def leads_elsewhere(
+        self,
+        name: str,
+        values: torch.Tensor,
+        inputs: Mapping[str, tuple[torch.Tensor, bool]],
+    ) -> bool:
+        """The same of what a layer's input leaves behind it."""
+        try:
+            behind = self.behind(name, values) - {name}
+            with self.instead(name, values[None]):
+                later = {each: inputs[each] for each in behind if each in inputs}
+                return bool(later) and self.disagrees(self.grey(), later)
+        except Exception:  # whatever a user's network raises
+            return False
 
     def gradients(self, weight: str, bias: str, image: torch.Tensor) -> list[torch.Tensor]:
         """Of both for an image and some loss of what the network returns; with other numbers in the
@@ -327,27 +400,22 @@ class Traced:
         labels whose classes have the highest scores and the lowest, since others turn no less, and
         for the class that moved most where ``left`` is of the scores.
         """
-        layer, kept = self.layers[name], {}
-
-        def given_instead(
-            _: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
-        ) -> tuple[tuple[torch.Tensor], dict[str, torch.Tensor]]:
-            shape = (args[0] if args else named["input"]).shape[1:]
-            return (given.reshape(len(given), *shape).to(self.dtype),), {}
+        kept: dict[str, torch.Tensor] = {}
 
         def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
             kept["output"] = output.detach().requires_grad_()
             return kept["output"].clone()  # which the next layer may overwrite
 
-        hooks = [
-            layer.register_forward_pre_hook(given_instead, with_kwargs=True),
-            layer.register_forward_hook(keep),
-        ]
+        hook = self.layers[name].register_forward_hook(keep)
         self.model.eval()
         try:
-            with torch.enable_grad(), own_generator(seed=0, device=self.device):
-                grey = torch.full((len(given), *self.shape), 0.5, dtype=torch.float64)
-                output = scores(self.model(grey.to(self.device, self.dtype))).flatten(1)
+            with (
+                self.instead(name, given),
+                torch.enable_grad(),
+                own_generator(seed=0, device=self.device),
+            ):
+                grey = self.grey(len(given)).to(self.device, self.dtype)
+                output = scores(self.model(grey)).flatten(1)
                 losses = [F.softplus(output).sum()]
                 if output.shape[1] > 1:
                     order = output[0].argsort()
@@ -365,8 +433,7 @@ class Traced:
                     for loss in losses
                 ]
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
 
 def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

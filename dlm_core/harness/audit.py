@@ -7,11 +7,8 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
-import copy
-import io
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +17,14 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import nn
 
-from dlm_core import check, models, records
+from dlm_core import check, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs, preprocessing
 from dlm_core.harness import (
     clues,
     files,
     leaks,
+    networks,
     pictures,
     registry,  # noqa: F401, it fills the tables
     written,
@@ -119,7 +117,7 @@ def audit(
     _check_asked(model, image_shape, num_images, attack, client)
     if normalise is not None:
         preprocessing.check_channels(normalise, image_shape[0])
-    _check_out(Path(out))
+    pictures.check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise)
     told = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     told |= {"num_images": num_images, "attack": attack, "client": client}
@@ -275,20 +273,6 @@ def _check_asked(
         )
 
 
-def _check_out(out: Path) -> None:
-    """Raise ValueError unless the picture can be written to ``out``, in a known format."""
-    from PIL import Image
-
-    written.check_writable("out", out)
-    try:
-        known = Image.registered_extensions()[out.suffix.lower()]
-        Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
-    except (KeyError, ValueError, OSError):
-        raise ValueError(
-            f"out is {str(out)!r}; it takes the suffix of a format of pictures, such as .png"
-        ) from None
-
-
 def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
     """The attacks that suit what was seen at the first look, each with the images it looks for:
     those told, or the more that passed through the first layer; then as many as a later layer's
@@ -389,23 +373,9 @@ def _read(
     num_classes: int | None,
     normalise: preprocessing.Normalisation | None,
 ) -> _Read:
-    where = ""
-    expected: Any
-    if isinstance(model, nn.Module):
-        model = _copied(model)
-    if isinstance(model, str):
-        where = f" (image_shape is {image_shape}, num_classes {num_classes or 'as in before'})"
-        expected = partial(_shapes_for, model, image_shape, num_classes)
-    else:
-        expected = model.state_dict(keep_vars=True)  # in which parameters are marked as such
-    try:
-        before, after, notes = files.snapshots(before, after, expected)
-    except files.Unfit as why:
-        raise ValueError(f"{why}{where}") from None
-    if isinstance(model, str):
-        model = models.build(
-            model, image_shape, num_classes or _classes_of(model, image_shape, before)
-        )
+    model, before, after, notes, where = networks.fitted(
+        before, after, model, image_shape, num_classes
+    )
     names = {name for name, _ in model.named_parameters()}
     sent = {name: w for name, w in after.items() if name in names}
     moved = {
@@ -433,34 +403,6 @@ def _read(
         network = preprocessing.normalised(network, normalise)
         notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
     return _Read(network, after, coarse, where, notes)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy of a user's network; ValueError, in one sentence, where there is none."""
-    kind = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            f"the model ({kind}) is compiled by torch.jit, and its layers cannot be followed; "
-            "give the network in Python that it was made from"
-        )
-    entries = itertools.chain(model.named_parameters(), model.named_buffers())
-    complex_s = next((name for name, w in entries if w.is_complex()), None)
-    if complex_s is not None:
-        raise ValueError(
-            f"the model ({kind}) has complex numbers in {complex_s!r}; an audit takes real ones: "
-            "hold them as pairs, by torch.view_as_real"
-        )
-    if any(nn.parameter.is_lazy(w) for w in (*model.parameters(), *model.buffers())):
-        raise ValueError(
-            f"the model ({kind}) has lazy layers without weights; call it once on an image"
-        )
-    try:
-        return copy.deepcopy(model)
-    except Exception as why:  # a lock, an open file, a tensor kept from a forward pass
-        raise ValueError(
-            f"the model ({kind}) cannot be copied ({sentence(why)}); "
-            "give one that has not been called yet, and no more than its layers"
-        ) from None
 
 
 def _unchanged(read: _Read, why: Unchanged) -> Audit:
@@ -549,40 +491,6 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
     return found
 
 
-def _shapes_for(
-    model: str, image_shape: Sequence[int], num_classes: int | None, known: Mapping[str, Any]
-) -> StateDict:
-    """The same as ``_shapes``, with the number of classes that ``known`` entries show."""
-    return _shapes(model, image_shape, num_classes or _classes_of(model, image_shape, dict(known)))
-
-
-def _shapes(model: str, image_shape: Sequence[int], num_classes: int) -> StateDict:
-    """The state dict of a network by name, without its numbers where the network allows."""
-    try:
-        try:
-            with torch.device("meta"):
-                return models.build(model, image_shape, num_classes).state_dict()
-        except (NotImplementedError, RuntimeError):  # a user's network may need the numbers
-            return models.build(model, image_shape, num_classes).state_dict()
-    except ValueError:
-        raise
-    except Exception as why:
-        raise ValueError(
-            f"model {model!r} cannot be made for image_shape {image_shape} and {num_classes} "
-            f"classes ({sentence(why)})"
-        ) from None
-
-
-def _classes_of(model: str, image_shape: Sequence[int], before: StateDict) -> int:
-    """The number of classes in a snapshot: where networks of more of them are larger."""
-    one, more = (_shapes(model, image_shape, count) for count in (100, 101))
-    for name, shape in ((name, w.shape) for name, w in one.items() if name in before):
-        for axis, (size, larger) in enumerate(zip(shape, more[name].shape)):
-            if size != larger and before[name].ndim > axis:
-                return before[name].shape[axis]
-    return 100
-
-
 def _half_precision(weights: StateDict) -> dict[str, torch.dtype]:
     """{name: the dtype of half precision that a tensor is rounded to, whatever it is held in}."""
     found: dict[str, torch.dtype] = {}
@@ -613,9 +521,9 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         yield f"labels {found.labels.tolist()}"
     simulated = searched and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
-        yield f"learning rate {found.learning_rate:.6g}"
+        yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:
-        yield f"weight decay {found.weight_decay:.3g}"
+        yield _decay(found.weight_decay, found.learning_rate)
     if simulated:
         yield (
             f"local steps {found.local_steps} (where later ones hardly move the weights, "
@@ -623,6 +531,23 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         )
     if belief.doubt is not None:
         yield f"not believed: {belief.doubt}"
+
+
+def _if_so_many(found: Reconstruction, belief: Belief) -> str:
+    """What a learning rate rests on, where more images may have been in the step than were found:
+    the client takes the mean of their losses.
+    """
+    count = len(found.images)
+    sure = count == 1 and belief.grade is Explains.FULLY
+    return "" if sure else f", if a step had {counted(count, 'image')} and no more"
+
+
+def _decay(weight_decay: float, learning_rate: float | None) -> str:
+    """λ; or the factor of all weights, where that is none that decay leaves."""
+    shrunk = weight_decay * (learning_rate or 0.0)
+    if 0 <= shrunk < inputs.SHRUNK:
+        return f"weight decay {weight_decay:.3g}"
+    return f"beside the step all weights were scaled by {1 - shrunk:.3g}, which is no weight decay"
 
 
 def _agreed(agreement: float | None) -> str:

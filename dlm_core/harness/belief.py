@@ -325,10 +325,13 @@ def _limit(count: int, pixels: int, look: Look) -> str | None:
     if look.numbers < pixels:
         return f"{look.numbers:,} weights moved, too few to fix {pixels:,} pixels"
     if look.num_classes <= 2 and not look.one_input:
-        return "with two classes several images leave an update like that of one, their mean"
+        return (
+            "with two classes several images leave an update like that of one, "
+            "their mean or a difference between them"
+        )
     if look.blends and count == 1:
         return (
-            f"several images may leave such an update, which shows their mean: layer "
-            f"{look.blends[0].name!r} does not tell them apart"
+            f"several images may leave such an update, which shows their mean or a difference "
+            f"between them: layer {look.blends[0].name!r} does not tell them apart"
         )
     return None

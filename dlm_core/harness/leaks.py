@@ -109,7 +109,7 @@ def missing() -> list[Untried]:
     tries because they are told more than two snapshots.
     """
     more = [each for each in records.ATTACKS.values() if each.audited is None and each.told]
-    told = "; ".join(f"{each.key} ({', '.join(each.told)})" for each in more)
+    told = ". ".join(f"{each.key} is told {' and '.join(each.told)}" for each in more)
     return [*MISSING, Untried("attacks that are told more than two snapshots", told)]
 
 
@@ -117,7 +117,7 @@ def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
     """The layers' inputs that stand in the update and are no mean of several."""
     return [
         Leak(
-            "image" if each.pixels else f"input of layer {each.name!r}",
+            "image" if each.pixels and each.confirmed else f"input of layer {each.name!r}",
             "division",
             each.error,
             each.sentence or "",

@@ -2,12 +2,14 @@
 the client's preprocessing.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dlm_core.beyond.preprocessing import KNOWN, Normalisation
+from dlm_core.harness import written
 
 SIDE = 256  # pixels of the picture's width, about
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away in any picture
@@ -16,6 +18,20 @@ SPREAD = 4.0  # standard errors by which a pixel may be off
 WHOLE = 0.1  # root mean square distance from whole grey levels, in levels; at random 0.29
 FILLED = 0.25  # of [0, 1], by the pixels of nearly any photograph
 FEW = 8  # grey levels, below which any values may be whole by chance
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError unless the picture can be written to ``out``, in a known format."""
+    from PIL import Image
+
+    written.check_writable("out", out)
+    try:
+        known = Image.registered_extensions()[out.suffix.lower()]
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), known)
+    except (KeyError, ValueError, OSError):
+        raise ValueError(
+            f"out is {str(out)!r}; it takes the suffix of a format of pictures, such as .png"
+        ) from None
 
 
 def write(images: torch.Tensor, out: str | Path) -> Iterator[str]:
@@ -93,6 +109,12 @@ def suspicion(
             f"normalise is {told}, but the pixels are whole grey levels of 8 bits without it: the "
             "client did not normalise its images, it seems"
         )
+    if told is not None and not mixed and _as_it_is(values, told, SPREAD * error):
+        return (
+            f"normalise is {told}, but what the network saw lies in [0, 1] without it, from "
+            f"{float(values.min()):.3g} to {float(values.max()):.3g}: the client did not normalise "
+            "its images, perhaps"
+        )
     count = images.shape[1]
     known = [each for each in KNOWN.values() if len(each.mean) in (1, count)]
     sure = [each for each in known if _whole(each.pixels(values))]
@@ -128,6 +150,16 @@ def _likely(known: list[Normalisation], values: torch.Tensor) -> Normalisation |
     widths = {each: high - low for each, (low, high) in ends.items() if not _outside(low, high)}
     best = max(widths, key=lambda each: widths[each], default=None)
     return best if best is not None and widths[best] > FILLED else None
+
+
+def _as_it_is(values: torch.Tensor, told: Normalisation, error: float) -> bool:
+    """Whether values that would leave [0, 1] if so normalised fill a good part of it instead."""
+    low, high = _ends(values)
+    black, white = _ends(
+        told.values(torch.stack([torch.zeros_like(values), torch.ones_like(values)]))
+    )
+    leaves = _outside(black, white)
+    return leaves and not _outside(low + error, high - error) and high - low > FILLED
 
 
 def _whole(pixels: torch.Tensor) -> bool:

@@ -17,6 +17,9 @@ from typing import Any
 from dlm_core.harness.paths import checkout, writable
 from dlm_core.project import environment
 
+# That an audit of two files writes by default.
+PICTURE = "reconstruction.png"
+
 
 def env() -> None:
     """Make the environment where it is absent, and print its Python."""
@@ -81,7 +84,7 @@ def test(pytest: Sequence[str]) -> int:
     repository = checkout("test")
     if pytest:
         return _run("-m", "pytest", *pytest)
-    from dlm_core.project import kernel
+    from dlm_core.project import flower_environment, kernel
 
     build = repository / "build" / "smoke"
     shutil.rmtree(build, ignore_errors=True)
@@ -98,6 +101,10 @@ def test(pytest: Sequence[str]) -> int:
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
+    if flower_environment.made():
+        steps.append(("-m", "dlm_core", "flower", "--profile", "smoke"))
+    else:
+        print("no federation runs: Flower's environment is not made; `make flower` makes it")
     with kernel.own():
         codes = [_run(*step) for step in steps]
     return max(codes)
@@ -167,6 +174,20 @@ def bench(num_images: int, peer_images: int) -> None:
     bench.run(num_images, peer_images)
 
 
+def flower(profile: str) -> int:
+    """Run Flower's strategies behind the wrapper, and a federation with its audit; 1 where one
+    fails.
+    """
+    checkout("flower")
+    from dlm_core import check
+    from dlm_core.project import flower_environment, flower_run
+
+    check.one_of("PROFILE", profile, ("smoke", "quick"))
+    python, smoke = flower_environment.environment(), profile == "smoke"
+    code = 0 if smoke else flower_run.strategies(python)  # pytest runs them as well
+    return 0 if flower_run.run(python, smoke=smoke) and not code else 1
+
+
 def clean(environment_too: bool) -> None:
     """Remove what make made."""
     repository = checkout("clean")
@@ -190,49 +211,139 @@ def attack(
     attack: str,
     client: str | None,
     normalise: Any,
-    out: str,
+    out: str | None,
     minutes: float | None,
     json: str | None,
     report: str | None,
 ) -> int:
-    """Audit two snapshots, or list what can be named; the exit status says the verdict, or
-    that the audit was interrupted.
+    """Audit two snapshots, or all that a folder keeps, or list what can be named; the exit status
+    says the verdict, or that the audit was interrupted.
     """
     if show:
         print("\n".join(_names()))
         return 0
-    if before is None or after is None:
-        raise ValueError("attack takes two files, the weights before and after a round; see --help")
-    # How many numbers, and how large, the audit checks.
-    if not re.fullmatch(r"\d+(,\d+)*", image_shape):
-        raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
-    from dlm_core.harness import account, page, written
+    whole = before is not None and after is None and Path(before).is_dir()
+    if before is None or (after is None and not whole):
+        raise ValueError(
+            "attack takes two files, the weights before and after a round, "
+            "or a folder that keeps them; see --help"
+        )
+    shape = _shape(image_shape)
+    from dlm_core.harness import account, kept, page, written
     from dlm_core.harness.audit import audit
     from dlm_core.project.factories import network
 
+    asked: dict[str, Any] = {
+        "image_shape": shape,
+        "num_classes": num_classes,
+        "num_images": num_images,
+        "attack": attack,
+        "client": client,
+        "normalise": normalise,
+    }
+    if whole:
+        for said, value in {"--json and --report are": json or report, "--out is": out}.items():
+            if value:
+                raise ValueError(f"{said} for two files; in a folder all is written beside them")
+        pairs = kept.read(before)
+        asked["model"] = network(model, shape, num_classes) if ":" in model else model
+        return kept.status(kept.audits(pairs, minutes=minutes, asked=asked))
+    assert after is not None
+    out = PICTURE if out is None else out
     writers = {"json": (json, account.write), "report": (report, page.write)}
     given = {name: path for name, (path, _) in writers.items() if path is not None}
     written.check_apart({"before": before, "after": after, "out": out, **given})
     for name, path in given.items():
         written.check_writable(name, path)
-    shape = tuple(int(size) for size in image_shape.split(","))
-    found = audit(
-        before,
-        after,
-        model=network(model, shape, num_classes) if ":" in model else model,
-        image_shape=shape,
-        num_classes=num_classes,
-        num_images=num_images,
-        attack=attack,
-        client=client,
-        normalise=normalise,
-        out=out,
-        minutes=minutes,
-    )
+    asked["model"] = network(model, shape, num_classes) if ":" in model else model
+    found = audit(before, after, **asked, out=out, minutes=minutes)
     for name, path in given.items():
         if written.keep(name, path, partial(writers[name][1], found)):
             print(f"{path} has all of it")
     return found.exit_status
+
+
+def bound(
+    weights: str,
+    images: Sequence[str],
+    labels: str | None,
+    learning_rate: float,
+    steps: int,
+    batch_size: int | None,
+    model: str,
+    image_shape: str,
+    num_classes: int | None,
+    client: str,
+    precision: str | None,
+    defence: str | None,
+    normalise: Any,
+    out: str,
+    json: str | None,
+) -> None:
+    """Say how much a client's update would tell of its images."""
+    shape = _shape(image_shape)
+    if labels is not None and not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
+        raise ValueError(f"--labels is {labels!r}; it takes class indices such as 3 or 3,5")
+    import torch
+
+    from dlm_core import check
+    from dlm_core.harness import exposure, photos, written
+    from dlm_core.project.factories import network
+
+    files = {"weights": weights, "out": out, **({} if json is None else {"json": json})}
+    written.check_apart({**{f"image {name!r}": name for name in images}, **files})
+    if json is not None:
+        written.check_writable("json", json)
+    if precision is not None:
+        check.one_of("--precision", precision, ["float16", "bfloat16", "float32"])
+    optimizer, options = _with_options("--client", client)
+    told = None if defence is None else _with_options("--defence", defence)
+    read, own = photos.read(images, shape)
+    given = own if labels is None else torch.tensor([int(each) for each in labels.split(",")])
+    if given is None:
+        raise ValueError("--labels is not given, and the images' files have none")
+    found = exposure.bound(
+        weights,
+        read,
+        given,
+        learning_rate=learning_rate,
+        local_steps=steps,
+        batch_size=batch_size,
+        model=network(model, shape, num_classes) if ":" in model else model,
+        num_classes=None if ":" in model else num_classes,
+        client_optimizer=optimizer,
+        optimizer_options=options,
+        transmitted=None if precision is None else getattr(torch, precision),
+        defence=None if told is None else {"name": told[0], **told[1]},
+        normalise=normalise,
+        out=out,
+    )
+    if json is not None and written.keep("json", json, partial(exposure.write, found)):
+        print(f"{json} has all of it")
+
+
+def _shape(image_shape: str) -> tuple[int, ...]:
+    """How many numbers, and how large, those who take it check."""
+    if not re.fullmatch(r"\d+(,\d+)*", image_shape):
+        raise ValueError(f"--image-shape is {image_shape!r}; it takes C,H,W such as 3,32,32")
+    return tuple(int(size) for size in image_shape.split(","))
+
+
+def _with_options(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """("sgd", {"momentum": 0.9}) from "sgd:momentum=0.9"; what is no number is a word."""
+    import ast
+
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not (key.isidentifier() and equals):
+            raise ValueError(f"{option} is {text!r}; it takes a name, or NAME:OPTION=VALUE,…")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return name, options
 
 
 def _names() -> list[str]:

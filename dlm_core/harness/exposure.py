@@ -1,0 +1,215 @@
+"""How much a client's update would tell of its own images: their owner's audit, before any attack.
+
+The client's images are known here, as no attacker knows them. What it sends is not asked for: the
+update follows from images, weights and training.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from dlm_core import check, records
+from dlm_core.arrays import Images, Labels, Precision
+from dlm_core.beyond import fisher, preprocessing, priors
+from dlm_core.beyond.fisher import Information, Prior
+from dlm_core.defenses import Setting
+from dlm_core.harness import (
+    files,
+    networks,
+    pictures,
+    registry,  # noqa: F401, it fills the tables
+)
+from dlm_core.harness.tables import counted
+from dlm_core.weights import StateDict
+
+SCHEMA = "dlm-bound/1"
+PRIORS: tuple[Prior, ...] = ("white", "smooth")
+FIXED = {"half a grey level": fisher.HALF_GREY, "0.05": 0.05}
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What an update would tell, in numbers and words.
+
+    Attributes
+    ----------
+    information
+        All of it, as ``information.of_update`` returns it.
+    notes
+        What was done to the weights' file.
+    """
+
+    information: Information
+    notes: Sequence[str] = ()
+
+    def map(self, prior: Prior = "smooth") -> torch.Tensor:
+        """[N, 1, H, W] from 0, where a pixel is as unknown as before, to 1, where it is exposed.
+
+        Parameters
+        ----------
+        prior
+            "white" or "smooth".
+        """
+        root, _ = priors.root(prior, self.information.image_shape[1:])
+        variance = self.information.posterior(prior).variance
+        return 1 - (variance.mean(1, keepdim=True) / _of_prior(root, variance)).sqrt().clamp(0, 1)
+
+    @property
+    def lines(self) -> list[str]:
+        """In sentences."""
+        found = self.information
+        about = "about " * found.estimated
+        counts = [f"{about}{found.directions(std):,} to {name}" for name, std in FIXED.items()]
+        white, smooth = (found.posterior(name) for name in PRIORS)
+        share = ", ".join(f"{name!r} {count:,.0f}" for name, count in _sorted(white))
+        return [
+            f"of {found.size:,} directions of {counted(len(white.variance), 'image')} "
+            f"the update fixes {' and '.join(counts)}",
+            f"it tells more than a prior of pixels that are independent of "
+            f"{about}{found.better_than_prior:,}",
+            f"reconstructions are bounded by {white.psnr:.1f} dB with that prior, and by "
+            f"{smooth.psnr:.1f} dB with that of smooth images; an attacker with a better prior "
+            "(faces, documents) may do better",
+            f"directions that each layer tells: {share}",
+        ]
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """The same as plain numbers and words."""
+        found = self.information
+        return {
+            "schema": SCHEMA,
+            "image_shape": list(found.image_shape),
+            "size": found.size,
+            "estimated": found.estimated,
+            "directions": {name: found.directions(std) for name, std in FIXED.items()},
+            "better_than_prior": found.better_than_prior,
+            "priors": {name: _of_posterior(found, name) for name in PRIORS},
+            "notes": list(self.notes),
+        }
+
+
+def _precision(weights: StateDict) -> torch.dtype:
+    floating = [w for w in weights.values() if w.is_floating_point()]
+    single = all(torch.equal(w.float().double(), w.double()) for w in floating)
+    return torch.float32 if single else torch.float64
+
+
+def _of_posterior(found: Information, prior: Prior) -> dict[str, Any]:
+    posterior = found.posterior(prior)
+    each = posterior.variance.flatten(1).mean(1)
+    return {
+        "bound_psnr": posterior.psnr,
+        "bound_psnr_by_image": (-10 * each.log10()).tolist(),
+        "layers": {name: count for name, count in _sorted(posterior)},
+    }
+
+
+def _sorted(posterior: fisher.Posterior) -> list[tuple[str, float]]:
+    return sorted(posterior.known.items(), key=lambda each: -each[1])
+
+
+def _of_prior(root: priors.Map, variance: torch.Tensor) -> torch.Tensor:
+    """[1, 1, H, W] the prior's own variance of a pixel, the mean over channels."""
+    shape = variance.shape[1:]
+    unit = torch.eye(shape.numel()).to(variance).reshape(-1, *shape)
+    return root(unit).square().sum(0).mean(0)[None, None]
+
+
+@check.arguments
+def bound(
+    weights: files.Given,
+    images: Images,
+    labels: Labels,
+    *,
+    learning_rate: check.Positive,
+    local_steps: check.Count = 1,
+    batch_size: check.Count | None = None,
+    model: str | nn.Module = "lenet",
+    num_classes: Annotated[int, check.Range(2)] | None = None,
+    client_optimizer: str = "sgd",
+    optimizer_options: Mapping[str, Any] | None = None,
+    transmitted: Precision | None = None,
+    defence: Setting | Mapping[str, Any] | None = None,
+    normalise: preprocessing.Told | None = None,
+    out: str | Path = "exposure.png",
+) -> Exposure:
+    """Print what a client's update would tell of its images, and write the map of it.
+
+    Parameters
+    ----------
+    weights
+        W_t, that the client receives: a file, a state dict, or what else ``files.snapshots`` takes.
+    images
+        [N, C, H, W] in [0, 1], the client's.
+    labels
+        [N] class indices.
+    learning_rate, local_steps, batch_size, client_optimizer, optimizer_options
+        As in ``information.of_update``.
+    model
+        A network of the owner's in the mode that it trains in, or a name of ``models.build``.
+    num_classes
+        Of a network by name; None: as in ``weights``.
+    transmitted, defence
+        As in ``information.of_update``.
+    normalise
+        What the client makes of pixels in [0, 1] before its network sees them, as
+        ``preprocessing.normalised`` takes it; None for nothing.
+    out
+        Picture to write: white where the pixels are exposed, black where they are not.
+
+    Raises
+    ------
+    ValueError
+        In one sentence, for what does not fit, before the long work.
+    """
+    pictures.check_out(Path(out))
+    check.one_of("client_optimizer", client_optimizer, records.CLIENT_OPTIMIZERS)
+    if isinstance(model, str):
+        check.one_of("model", model, records.NETWORKS)
+    elif num_classes is not None:
+        raise ValueError(
+            f"num_classes is {num_classes}, and model a network, which has its own; "
+            "give num_classes for a network by name"
+        )
+    try:
+        read = networks.fitted(weights, weights, model, tuple(images.shape[1:]), num_classes)
+    except ValueError as why:  # it takes two snapshots for each other
+        raise ValueError(re.sub(r"^before\b", "weights", f"{why}")) from None
+    # computed in one precision, as clients do; float32 held in float64 has that of float32
+    network = read.network.to(_precision(read.before))
+    network.load_state_dict(read.before)
+    if normalise is not None:
+        preprocessing.check_channels(normalise, images.shape[1])
+        network = preprocessing.normalised(network, normalise)
+    print(*read.notes, f"products with the Jacobian, {images.numel():,} at most ...", sep="\n")
+    information = fisher.of_update(
+        network,
+        images,
+        labels,
+        learning_rate=learning_rate,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        client_optimizer=client_optimizer,
+        optimizer_options=optimizer_options,
+        transmitted=transmitted,
+        defence=defence,
+    )
+    found = Exposure(information, read.notes)
+    print(*found.lines, sep="\n")
+    for said in pictures.write(found.map(), out):
+        print(said)
+    print(f"{out} shows where: white is exposed, black is not")
+    return found
+
+
+def write(found: Exposure, path: str | Path) -> None:
+    """Write the ``account`` as a file of JSON; OSError where the disk does not take it."""
+    text = json.dumps(found.account, indent=1, ensure_ascii=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""A quickstart's federation with an audit: its clients are like those of the tutorials."""
