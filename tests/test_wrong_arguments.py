@@ -29,6 +29,7 @@ INNER = {
         "battery",
         "check",
         "contents",
+        "front",
         "interrupts",
         "jacobian",
         "keys",
@@ -224,6 +225,11 @@ VALID: dict[str, Callable] = {
         **{"optimizer_options": {}, "transmitted": None, "defence": s.noise, "prior": "white"},
         "seed": 0,
     },
+    "information.noise_for": lambda s: {
+        **{"model": s.model, "images": s.images[:1], "labels": s.labels[:1], "psnr": 20.0},
+        **{"learning_rate": 0.05, "local_steps": 1, "batch_size": 1, "client_optimizer": "sgd"},
+        **{"optimizer_options": {}, "prior": "smooth", "clip": 1.0},
+    },
     "exact.bound": lambda s: {
         **{"seen": s.seen, "images": s.images[:1], "labels": s.labels[:1], "learning_rate": 0.05}
     },
@@ -258,6 +264,16 @@ VALID: dict[str, Callable] = {
     },
     "protocols.ring": lambda s: {"peer": 0, "size": 3},
     "protocols.shuffled": lambda s: {"model": s.model, "seed": 0},
+    "epochs.orders": lambda s: {"num_images": 4, "num_epochs": 2, "seed": 0},
+    "epochs.shuffled": lambda s: protocol(s, batch_size=1, num_epochs=1, order=0),
+    "surrogate.sme": lambda s: search(s, curved=False, total_variation=0.0),
+    "surrogate.surrogate_dlm": lambda s: search(s, curved=False),
+    "invariant.order_invariant": lambda s: search(
+        s, learning_rate=0.05, num_epochs=1, batch_size=1, over="max", weight=1.0
+    ),
+    "spread.shuffled_dlm": lambda s: {
+        **{"seen": s.seen, "labels": "inferred", "local_steps": 1, "momentum": 0.0, **s.search}
+    },
     "utility.Training": lambda s: {
         **{"learning_rate": 0.1, "local_steps": 1, "batch_size": None, "clip": 1.0},
         "noise_multiplier": 1.0,
@@ -323,6 +339,9 @@ VALID: dict[str, Callable] = {
     "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
+    "weighted.weighted": lambda s: {
+        **{"seen": s.seen, "seed": 0, "max_steps": 1, "coordinates": 8}
+    },
     "released.trials": lambda s: {
         **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},
         **{"iterations": 1, "keep_every": 1},
@@ -395,6 +414,7 @@ BY_NAME: dict[str, list] = {
     "parameters": [["no_such"]],
     "percent": [-1, 101, NAN],
     "bits": [1, -3, 2.5, 1000],
+    "psnr": [12.0, NAN, INF],
     "clip": [0, -1.0, NAN, INF],
     "noise_multiplier": [-1.0, NAN, INF],
     "sample_rate": [-0.1, 1.5, NAN],

@@ -43,6 +43,7 @@ from dlm_core.weights import rounded
 
 Prior = Literal["white", "smooth"]
 
+PRIOR_PSNR = -20 * math.log10(priors.STD)  # in dB, what a prior allows without an update
 HALF_GREY = 0.5 / 255  # half a grey level of 8-bit images
 # Numbers of a matrix up to which it is formed: in float64 (0.8 GB), else in float32 (1.1 GB). To
 # float32 its singular values are as true as the eigenvalues of its square would be in float64.
@@ -227,6 +228,11 @@ def of_update(
     entries of the update: seconds for LeNet and one image. A linear layer's part is reduced to its
     inputs and signals. Where that is too large for memory, Lanczos estimates the numbers.
 
+    The network of beginners' tutorials (two convolutions with ReLU and max-pooling, three linear
+    layers, PyTorch's initial weights), the first bundled image of CIFAR-100, one step of 0.01: of
+    3,072 directions 949 are fixed to half a grey level and 952 to 0.05, all of those that are
+    better known than by a white prior; 13.7 dB are possible with that, 18.7 dB with a smooth one.
+
     Examples
     --------
     >>> from dlm_core import data, information, models
@@ -235,31 +241,127 @@ def of_update(
     >>> information.of_update(model, images, labels, learning_rate=0.01).directions(0.05)
     64
     """
-    step = clients.step_of("client_optimizer", client_optimizer)
-    options = optimizer_options or {}
-    clients.check_options("optimizer_options", step, options)
     setting = None if defence is None else Setting.of(defence)
     model = copy.deepcopy(model)
     if transmitted is not None:
         model.load_state_dict(rounded(model.state_dict(), transmitted))
+    steps = (learning_rate, local_steps, batch_size)
+    jacobian = _jacobian(model, images, labels, client_optimizer, optimizer_options, loss, steps)
+    seen = _defended(model, jacobian, setting, seed)
+    client, x = jacobian.client, jacobian.images
+    known = precision(model, client, x, jacobian.update, transmitted, seen)
+    entries = sum(int((each > 0).sum()) for each in known.of_entries.values())
+    return Information(_Measured(jacobian, known, seed), entries, prior)
+
+
+@check.arguments
+def noise_for(
+    model: nn.Module,
+    images: Images,
+    labels: Labels,
+    *,
+    learning_rate: check.Positive,
+    psnr: check.Finite = 20.0,
+    prior: Prior = "smooth",
+    clip: check.Positive | None = None,
+    local_steps: check.Count = 1,
+    batch_size: check.Count | None = None,
+    client_optimizer: str = "sgd",
+    optimizer_options: Mapping[str, Any] | None = None,
+    loss: Callable[..., torch.Tensor] = federated.loss,
+) -> float:
+    """Return the noise on an update at which no observer with that prior passes ``psnr`` dB in the
+    mean.
+
+    Parameters
+    ----------
+    model, images, labels, learning_rate
+        As in ``of_update``.
+    psnr
+        In dB, above what the prior alone allows (12.04).
+    prior
+        As in ``of_update``. An observer who knows more of the images passes it.
+    clip
+        Length to which the update is shortened before noise is added; None for no clipping.
+    local_steps, batch_size, client_optimizer, optimizer_options, loss
+        As in ``of_update``.
+
+    Returns
+    -------
+    float
+        Standard deviation of normal noise that is added to each entry: of ``clip_and_noise`` its
+        multiplier times ``clip``. 0 where the update tells less without noise.
+
+    Raises
+    ------
+    ValueError
+        As ``of_update`` does, for a psnr that no noise reaches, and for images and networks that
+        are too large for the matrix.
+
+    Notes
+    -----
+    Rounding of the weights is left out: where it counts beside the noise, less of that is enough.
+    """
+    if psnr <= PRIOR_PSNR:
+        raise ValueError(
+            f"psnr is {psnr:g}; without an update the prior allows {PRIOR_PSNR:.2f} dB already"
+        )
+    steps = (learning_rate, local_steps, batch_size)
+    jacobian = _jacobian(
+        copy.deepcopy(model), images, labels, client_optimizer, optimizer_options, loss, steps
+    )
+    ones = {name: torch.ones_like(delta) for name, delta in jacobian.update.items()}
+    measured = _Measured(jacobian, Known(ones), seed=0)
+    if not measured.can_be_formed:
+        raise ValueError(
+            f"images have {jacobian.size:,} pixels and the update {jacobian.height:,} entries; "
+            f"their matrix is too large to be formed"
+        )
+    length = float(torch.stack([d.norm() for d in jacobian.update.values()]).norm())
+    factor = 1.0 if clip is None else min(1.0, clip / length)
+    values, sizes = measured.spectrum(prior)
+
+    def left(noise: float) -> float:
+        """The mean variance of a pixel."""
+        return float((sizes / (1 + values * (factor / noise) ** 2)).sum()) / jacobian.size
+
+    allowed = 10 ** (-psnr / 10)
+    low, high = (math.log(scale * factor * float(values.max().sqrt())) for scale in (1e-12, 1e6))
+    if left(math.exp(low)) >= allowed:
+        return 0.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(math.exp(middle)) < allowed else (low, middle)
+    return math.exp(high)
+
+
+def _jacobian(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizer: str,
+    options: Mapping[str, Any] | None,
+    loss: Callable[..., torch.Tensor],
+    steps: tuple[float, int, int | None],
+) -> Jacobian:
+    """The Jacobian of a client's update; ``steps``: learning rate, local steps, batch size."""
+    step = clients.step_of("client_optimizer", optimizer)
+    options = options or {}
+    clients.check_options("optimizer_options", step, options)
     if len(labels) != len(images):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}; it takes {len(images)} class indices, "
             "one for each of the images"
         )
     x = for_model(images, model).detach().double()
-    labels = labels.to(x.device)
-    client = Client(*(model, labels, loss, step, options, learning_rate, local_steps, batch_size))
-    jacobian = _jacobian(client, x)
+    client = Client(model, labels.to(x.device), loss, step, options, *steps)
+    jacobian = _fitting(client, x)
     if not all(d.isfinite().all() for d in jacobian.update.values()):
         raise FloatingPointError("the client's training diverged; lower learning_rate")
-    seen = _defended(model, jacobian, setting, seed)
-    known = precision(model, client, x, jacobian.update, transmitted, seen)
-    entries = sum(int((each > 0).sum()) for each in known.of_entries.values())
-    return Information(_Measured(jacobian, known, seed), entries, prior)
+    return jacobian
 
 
-def _jacobian(client: Client, images: torch.Tensor) -> Jacobian:
+def _fitting(client: Client, images: torch.Tensor) -> Jacobian:
     """The Jacobian, once images and labels are found to fit the model."""
     if not client.weights:
         raise ValueError("model has nothing to train: all its parameters are frozen")
@@ -329,6 +431,19 @@ class _Measured:
         maps = _on_rows(to_images, self.jacobian), _on_rows(to_coefficients, self.jacobian)
         found = self._formed if self.can_be_formed else self._estimated
         return found(prior, *maps)
+
+    def spectrum(self, prior: Prior) -> tuple[torch.Tensor, torch.Tensor]:
+        """([n] eigenvalues of LᵀNL, [n] sums of squares of the images that L makes of its
+        eigenvectors).
+        """
+        to_images, to_coefficients = (
+            _on_rows(each, self.jacobian)
+            for each in priors.root(prior, self.jacobian.images.shape[1:])
+        )
+        _, values, vectors = torch.linalg.svd(to_coefficients(self._triangle))
+        n = self.jacobian.size
+        every = torch.cat([values.square(), values.new_zeros(n - len(values))])
+        return every, to_images(vectors).square().sum(1)
 
     def _formed(
         self, prior: Prior, to_images: priors.Map, to_coefficients: priors.Map

@@ -38,6 +38,7 @@ LOWER = 0.999  # of its loss that a longer search must reach, or the search for 
 HEAD_STEPS = 16
 TOLERANCE = 2e-7  # η takes a closer fit than the image does
 RATE_TOLERANCE = 0.02  # of log η, to start from
+FINE_RATE = 1e-4  # to compare objectives by
 
 Tensors = Sequence[torch.Tensor]
 Search = Callable[..., Reconstruction]
@@ -319,6 +320,28 @@ def _search(
     return replace(found, client=estimate, seconds=time.perf_counter() - began)
 
 
+def loss_at(seen: Observation, found: Reconstruction, images: torch.Tensor) -> float:
+    """The objective of a search at other images than those it found, with η as suits them best.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    found
+        Of ``unrolled_dlm``, without ``optimizer_options`` and ``batch_size``.
+    images
+        [B, C, H, W], with the labels that were found.
+    """
+    name = found.client.optimizer
+    assert name is not None  # ``_joined`` says it
+    client, steps = _Client(clients.step_of("client_optimizer", name), None, None), _steps(found)
+    there = replace(found, images=images)
+    rate = _rate_at(seen, client, steps, there, tolerance=FINE_RATE)
+    model = copy.deepcopy(seen.model).double()
+    simulated = client.update(model, images.double(), found.labels, rate, steps)
+    return float(_relative_distance(simulated, seen.delta).detach())
+
+
 def _relative_distance(simulated: Tensors, update: Tensors) -> torch.Tensor:
     return objectives.squared_distance(simulated, update) / objectives.mean_norm(update) ** 2
 
@@ -352,7 +375,13 @@ def _first_rate(
     )
 
 
-def _rate_at(seen: Observation, client: _Client, steps: int, best: Reconstruction) -> float:
+def _rate_at(
+    seen: Observation,
+    client: _Client,
+    steps: int,
+    best: Reconstruction,
+    tolerance: float = RATE_TOLERANCE,
+) -> float:
     """η that fits the update best for E = ``steps`` and the images of the search ``best``."""
     model = copy.deepcopy(seen.model).double()
     images, rate = best.images.double(), best.learning_rate
@@ -362,11 +391,16 @@ def _rate_at(seen: Observation, client: _Client, steps: int, best: Reconstructio
         seen.delta,
         low=rate / 4,
         high=rate * 4,
+        tolerance=tolerance,
     )
 
 
 def _nearest_rate(
-    simulate: Callable[[float], Tensors], update: Tensors, low: float, high: float
+    simulate: Callable[[float], Tensors],
+    update: Tensors,
+    low: float,
+    high: float,
+    tolerance: float = RATE_TOLERANCE,
 ) -> float:
     """η in [low, high] whose simulated update is nearest to ``update``."""
 
@@ -375,6 +409,6 @@ def _nearest_rate(
         return float(objectives.squared_distance(simulated, update).detach())
 
     bounds = (math.log(low), math.log(high))
-    options = {"xatol": RATE_TOLERANCE}
+    options = {"xatol": tolerance}
     found = minimize_scalar(misfit, bounds=bounds, method="bounded", options=options)
     return math.exp(found.x)

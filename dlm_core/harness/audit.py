@@ -8,7 +8,7 @@ weights, others explain the update nearly as well.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from dlm_core import check, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs, preprocessing
 from dlm_core.harness import (
+    brightness,
     clues,
     files,
     leaks,
+    levels,
     networks,
     pictures,
     registry,  # noqa: F401, it fills the tables
@@ -142,14 +144,9 @@ def audit(
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options = _options(read, look, image_shape, client)
     runs = [
-        (
-            name,
-            count,
-            partial(records.ATTACKS[name], seen, num_images=count, **options.get(name, {})),
-        )
-        for name, count in plan
+        (name, count, _run(read, seen, name, count, options.get(name, {}))) for name, count in plan
     ]
-    found = _tried_in_turn(runs, look, num_images, budget, only=attack != "all")
+    found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
     ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
     found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
@@ -174,7 +171,7 @@ Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, wh
 
 
 def _tried_in_turn(
-    runs: Sequence[Run], look: Look, told: int, budget: Budget, *, only: bool
+    runs: Sequence[Run], seen: Observation, look: Look, told: int, budget: Budget, *, only: bool
 ) -> Audit:
     """What attacks find, one after the other until one explains the update or the user ends it;
     ValueError where the ``only`` one does not apply.
@@ -217,9 +214,24 @@ def _tried_in_turn(
         found.results[key], found.beliefs[key] = went.result, belief
         for line in _lines(went.result, went.agreement, belief):
             _indented(line)
+        try:
+            said = None if went.stopped else _brightness(name, seen, went.result)
+        except KeyboardInterrupt:
+            said, interrupted = None, True
+        if said:
+            _indented(said)
+            found.notes.append(f"{key}: {said}")
         if belief.grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
+
+
+def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | None:
+    """What ``brightness.unfixed`` says of a search; None where the network fails."""
+    try:
+        return brightness.unfixed(name, seen, found)
+    except Exception:  # whatever a user's network raises
+        return None
 
 
 def _indented(line: str) -> None:
@@ -332,6 +344,9 @@ class _Read(NamedTuple):
         W_{t+1}.
     coarse
         {name: half precision that a tensor of these is rounded to}.
+    lost
+        Variance of what W_t may have lost to rounding, one tensor for each parameter; empty where
+        it was not rounded.
     where
         What to add to an error of the network's.
     notes
@@ -341,6 +356,7 @@ class _Read(NamedTuple):
     network: nn.Module
     after: StateDict
     coarse: dict[str, torch.dtype]
+    lost: list[torch.Tensor]
     where: str
     notes: list[str]
 
@@ -363,6 +379,14 @@ def _options(
         for name in SEARCHES:
             options.setdefault(name, {})["dtype"] = own
     return options
+
+
+def _run(
+    read: _Read, seen: Observation, name: str, count: int, options: Mapping[str, Any]
+) -> partial[Reconstruction]:
+    """What runs an attack for so many images."""
+    run = partial(records.ATTACKS[name], seen, num_images=count, **options)
+    return partial(levels.either, run, read.lost) if name == "exact" and read.lost else run
 
 
 def _read(
@@ -397,12 +421,14 @@ def _read(
         which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
         many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
         notes.append(f"{many} weights that came back are rounded to {which}")
+    lost, said = levels.lost(network)
+    notes += said
     notes += clues.of_network(network, image_shape)
     network.register_forward_hook(lambda _, __, returned: clues.alone(returned))
     if normalise is not None:
         network = preprocessing.normalised(network, normalise)
         notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
-    return _Read(network, after, coarse, where, notes)
+    return _Read(network, after, coarse, lost, where, notes)
 
 
 def _unchanged(read: _Read, why: Unchanged) -> Audit:

@@ -18,12 +18,17 @@ from dlm_core.beyond import (  # noqa: F401
     adaptive,
     batches,
     clients,
+    epochs,
     exact,
     inputs,
+    invariant,
     normalisation,
     protocols,
     signlike,
+    spread,
+    surrogate,
     unrolled,
+    weighted,
 )
 from dlm_core.harness.sources import Origin, origin
 from dlm_core.records import Record

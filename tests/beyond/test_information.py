@@ -219,6 +219,25 @@ def test_noise_of_a_defence_is_the_noise_of_the_bound():
     assert one.bound_psnr - ten.bound_psnr == pytest.approx(20, abs=0.1)
 
 
+@pytest.mark.parametrize("prior", ["white", "smooth"])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_the_noise_at_which_nobody_passes_20_db_is_where_the_bound_is(prior, clip):
+    """Of the update that is sent, clipped or not."""
+    given = (models.build("mlp", (1, 8, 8), CLASSES, seed=0), IMAGES[:1], LABELS[:1])
+    noise = information.noise_for(*given, learning_rate=0.01, prior=prior, clip=clip)
+    defence = {"name": "clip_and_noise", "clip": clip, "noise_multiplier": noise / clip}
+    found = information.of_update(*given, learning_rate=0.01, defence=defence)
+    assert found.posterior(prior).psnr == pytest.approx(20, abs=0.02)
+
+
+def test_an_update_that_tells_less_needs_no_noise_and_no_noise_tells_less_than_the_prior():
+    few = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 3))
+    given = {"model": few, "images": IMAGES[:1], "labels": LABELS[:1] % 3, "learning_rate": 0.01}
+    assert information.noise_for(**given) == 0
+    with pytest.raises(ValueError, match="psnr is 12; .* 12.04 dB"):
+        information.noise_for(**given, psnr=12)
+
+
 def test_a_smooth_prior_knows_more_than_a_white_one_and_both_have_the_same_variance():
     shape = (3, 8, 8)
     white, smooth = (priors.root(name, shape)[0] for name in priors.PRIORS)

@@ -302,6 +302,7 @@ def test_every_attack_lives_with_frozen_and_unused_layers_or_says_a_sentence(key
         seen = federated.train_locally(Idle(), images, labels, learning_rate=0.1)
     told = {"learning_rate": 0.1, "k0": 10.0, "local_steps": 1}
     told["defence"] = {"name": "noise", "scale": 1e-4, "observer": "server"}
+    told |= record.example
     options = {name: told[name] for name in record.demands}
     options |= {"max_evaluations": 5} if "max_evaluations" in record.options else {}
     try:

@@ -1,0 +1,258 @@
+"""A search that weights what an update tells by how much it knows, layer by layer.
+
+The input h of the first linear layer stands in the update (``inputs``), and with it all behind it
+(``front``). The image in front of it, an unknown of normal distribution, is in h and in the
+gradient of every convolution; it is linear in them but for which unit is on, and which of a pool is
+the largest. These patterns are found on the way. Each step
+
+- draws images from what is known so far: a mean x and a covariance S;
+- sees how features and gradients y follow from them, the mean of y, of its slopes J, and
+
+      Ω = E[(y - E y - J (x' - x))²],
+
+  what a straight line leaves open, entry by entry;
+- solves for the image with noise Ω beside that of the weights' rounding, the prior beside it:
+
+      min  |z|² + Σ (y* - E y - J (x' - x))² / (Ω + σ²),    x' = grey + L z.
+
+What is known well counts from the first step, what hangs on unknown patterns once these are known.
+(The step is an iterated posterior linearisation: García-Fernández et al., IEEE Trans. Signal
+Process. 2015; here with L of ``priors``.) Draws come from less and less far (annealing), since
+patterns that are undecided keep each other so. Where the image that is found misses y* by more than
+Ω says, the miss counts as noise.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dlm_core import check, label_inference, records
+from dlm_core.beyond import priors
+from dlm_core.beyond.front import Front, Passed
+from dlm_core.beyond.inputs import ARITHMETIC, LayerInput, layer_inputs
+from dlm_core.beyond.preprocessing import bare
+from dlm_core.observation import TINY, Observation
+from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
+from dlm_core.threads import for_network
+
+COORDINATES = 1500  # of the prior's that are searched, those of most variance
+DRAWS = 24  # pairs of images, one on each side of the mean
+WARM, COOLING = 3, 0.8  # steps at the spread that is known; by how much it shrinks from then on
+PATIENCE = 4  # steps without a smaller misfit that end it
+ALL = 0.01  # of the mean Ω of a layer: what each of its entries has at least
+EXACT = 3.0  # times rounding, at which a misfit has converged
+
+
+@records.attack(
+    "weighted",
+    title="weighted search",
+    colour=2,
+    marker="P",
+    client=(
+        "one step of SGD on one image; convolutions with ReLU and pooling in front of a linear "
+        "layer"
+    ),
+    several=False,
+)
+@check.arguments
+def weighted(
+    seen: Observation,
+    *,
+    seed: check.Whole = 0,
+    max_steps: check.Count = 16,
+    coordinates: check.Count = COORDINATES,
+) -> Reconstruction:
+    """Search for the image by features that are known and gradients, weighted by what they know.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees. The learning rate is found.
+    seed
+        Of the draws.
+    max_steps
+        At least 1. A step takes a second or two of processor time for 32x32 pixels.
+    coordinates
+        How many of the smooth prior's are searched.
+
+    Returns
+    -------
+    Reconstruction
+        Its losses are, step by step, the geometric mean over features and convolutions of the
+        squared relative misfit. It vouches for nothing: most of an image may be the prior's.
+
+    Raises
+    ------
+    ValueError
+        Where no layer's update shows its input, or others than convolutions, activations and pools
+        stand in front of it.
+
+    Notes
+    -----
+    Measured on one image only, the first bundled one of CIFAR-100, with the network of beginners'
+    tutorials (PyTorch's initial weights, one step of 0.01): 23.0 dB in 29 s of processor time,
+    where a grey square has 10.1 dB. The smooth prior's bound is 18.7 dB there. It holds in the mean
+    over images like that prior's; an image that is smoother than these passes it.
+    """
+    began = time.perf_counter()
+    network, told = bare(seen)
+    with for_network(seen.model):
+        problem = _Problem(network, told.values if told else lambda pixels: pixels, coordinates)
+        found = _searched(problem, seed, max_steps)
+    images = found.images.clamp(0, 1)
+    return Reconstruction(
+        images=images.to(next(seen.model.parameters()).device),
+        labels=problem.label,
+        status=found.status,
+        vouched=torch.zeros(1, dtype=torch.bool),
+        evidence=SearchEvidence(losses=found.losses, loss=min(found.losses)),
+        client=ClientEstimate(learning_rate=problem.learning_rate),
+        seconds=time.perf_counter() - began,
+    )
+
+
+class _Part(NamedTuple):
+    """Features or the gradient of one convolution: what is seen, and its variance."""
+
+    target: torch.Tensor
+    variance: torch.Tensor
+
+
+class _Problem:
+    """What is seen, and what follows from an image."""
+
+    def __init__(self, seen: Observation, values, coordinates: int) -> None:
+        known = _first_input(seen)
+        self.front = Front(seen.model, seen.image_shape, known.name)
+        self.values = values
+        self.label = label_inference.infer(seen)
+        assert known.values is not None
+        h = known.values.cpu()
+        error = known.error * float(h.square().mean().sqrt())
+        self.used = h > max(3 * error, TINY) if self.front.rectified else torch.ones_like(h) > 0
+        self.signal, self.learning_rate = _behind(self.front, seen, h, self.label)
+        self.signal = torch.where(self.used, self.signal, 0.0)
+        self.parts = [_Part(h[self.used], torch.full((1,), error**2, dtype=h.dtype))]
+        variances = dict(zip(seen.parameter_names, seen.rounding_variance))
+        for stage in self.front.stages:
+            name = f"{stage.name}.weight"
+            gradient = seen.delta_by_name[name].cpu().flatten() / self.learning_rate
+            rounding = variances[name].cpu().flatten() / self.learning_rate**2
+            arithmetic = (ARITHMETIC * gradient.norm()).square()
+            self.parts.append(_Part(gradient, rounding + arithmetic / len(gradient)))
+        self.shape = seen.image_shape
+        self.basis = _basis(self.shape, coordinates)
+
+    def image(self, z: torch.Tensor) -> torch.Tensor:
+        """[K, C, H, W] of coordinates [K, n]."""
+        return 0.5 + (z @ self.basis).reshape(-1, *self.shape)
+
+    def passed(self, z: torch.Tensor) -> tuple[Passed, list[torch.Tensor]]:
+        """What follows from coordinates [K, n], and of it what is seen, part by part."""
+        found = self.front.passed(self.values(self.image(z)), self.signal)
+        return found, [found.features[:, self.used], *found.gradients]
+
+    def along(self, found: Passed) -> list[torch.Tensor]:
+        """Part by part [n, m]: how what is seen moves along each coordinate, at the mean of slopes
+        and signals.
+        """
+        directions = self.basis.reshape(-1, *self.shape)
+        moved = self.values(directions) - self.values(torch.zeros_like(directions[:1]))
+        slopes, signals = ([each.mean(0) for each in of] for of in (found.slopes, found.signals))
+        features, gradients = self.front.along(moved, slopes, signals)
+        return [features[:, self.used], *gradients]
+
+
+def _first_input(seen: Observation) -> LayerInput:
+    """The first linear layer whose input the update shows."""
+    for each in layer_inputs(seen):
+        if each.values is not None and each.scaled and not each.disputed and each.rows == 1:
+            if each.pixels:
+                raise ValueError(
+                    f"layer {each.name!r} sees the pixels themselves, which a division shows"
+                )
+            return each
+    raise ValueError("no linear layer's update shows its input: it has several, or none")
+
+
+def _behind(
+    front: Front, seen: Observation, h: torch.Tensor, label: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """(δ_h [n], the learning rate), of the network behind the features."""
+    with torch.enable_grad():
+        features = h.clone().requires_grad_()
+        scores = front.head(features)
+        loss = F.cross_entropy(scores, label.cpu())
+        slope, signal = torch.autograd.grad(loss, (scores, features))
+    slope, delta = slope[0], seen.head.delta_bias.cpu()
+    weights = 1 / seen.head.variance_bias.cpu().clamp(min=TINY)
+    rate = float((weights * slope * delta).sum() / (weights * slope.square()).sum())
+    if not rate > 0:
+        raise ValueError("the last bias moved against its gradient: no step of SGD on one image")
+    return signal, rate
+
+
+def _basis(image_shape: Sequence[int], count: int) -> torch.Tensor:
+    """[n, C·H·W] columns of L of the smooth prior, those of most variance."""
+    to_images, to_coefficients = priors.root("smooth", image_shape)
+    variance = to_coefficients(to_images(torch.ones(*image_shape, dtype=torch.float64))).flatten()
+    chosen = variance.argsort(descending=True, stable=True)[:count]
+    unit = variance.new_zeros(len(chosen), len(variance))
+    unit[torch.arange(len(chosen)), chosen] = 1
+    return to_images(unit.reshape(-1, *image_shape)).reshape(len(chosen), -1)
+
+
+@dataclass(frozen=True)
+class _Found:
+    images: torch.Tensor
+    losses: list[float]
+    status: Status
+
+
+def _searched(problem: _Problem, seed: int, max_steps: int) -> _Found:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(problem.basis)
+    z = torch.zeros(n, dtype=torch.float64)
+    best, losses = problem.image(z[None]), []
+    factor, missed = torch.eye(n, dtype=torch.float64), [0.0] * len(problem.parts)
+    for step in range(max_steps):
+        spread = COOLING ** max(0, step - WARM)
+        white = torch.randn(n, DRAWS, generator=generator, dtype=torch.float64)
+        moved = spread * torch.linalg.solve_triangular(factor.T, white, upper=True).T
+        moved = torch.cat([moved, -moved])
+        z, factor = _solved(problem, z, moved, [spread**2 * each for each in missed])
+        _, seen = problem.passed(z[None])
+        squares = [(part.target - y[0]).square().mean() for part, y in zip(problem.parts, seen)]
+        missed = [float(each) for each in squares]
+        sizes = [float(part.target.square().mean()) for part in problem.parts]
+        losses.append(math.prod(m / s for m, s in zip(missed, sizes)) ** (1 / len(sizes)))
+        if losses[-1] == min(losses):
+            best = problem.image(z[None])
+        exact = [float(part.variance.mean()) for part in problem.parts]
+        if all(m <= EXACT**2 * e for m, e in zip(missed, exact)):
+            return _Found(best, losses, Status.CONVERGED)
+        if not math.isfinite(losses[-1]) or losses.index(min(losses)) < step - PATIENCE:
+            return _Found(best, losses, Status.STALLED)
+    return _Found(best, losses, Status.BUDGET)
+
+
+def _solved(
+    problem: _Problem, z: torch.Tensor, moved: torch.Tensor, missed: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(coordinates [n], the triangle F of their precision FFᵀ) by draws at z + ``moved``."""
+    found, drawn = problem.passed(z + moved)
+    precision = torch.eye(len(z), dtype=z.dtype)
+    pull = torch.zeros_like(z)
+    for part, y, along, miss in zip(problem.parts, drawn, problem.along(found), missed):
+        mean = y.mean(0)
+        left = 2 * (y - mean - moved @ along).square().mean(0)
+        weight = 1 / (part.variance + left + ALL * left.mean() + miss)
+        precision.addmm_(along * weight, along.T)
+        pull += along @ (weight * (part.target - mean + z @ along))
+    factor = torch.linalg.cholesky(precision)
+    return torch.cholesky_solve(pull[:, None], factor)[:, 0], factor

@@ -1,0 +1,75 @@
+"""Clients whose W_t was rounded on its way into a file."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dlm_core import metrics
+from dlm_core.harness import levels
+from tests.harness.audited import IMAGES, LABELS, asked, linear, network, snapshots
+
+NETWORK = network(linear(64, 32), nn.ReLU, linear(32, 10))
+
+
+def rounded(weights, dtype):
+    return {name: w.to(dtype).to(w.dtype) for name, w in weights.items()}
+
+
+def psnr(found):
+    return float(metrics.psnr(found["exact"].images.float(), IMAGES[:1], data_range=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_client_that_trained_from_finer_weights_is_recovered(dtype, tmp_path, capsys):
+    before, after = snapshots(NETWORK)
+    found = asked(NETWORK, (rounded(before, dtype), after), tmp_path, attack="exact")
+    assert found.verdict == "leaked" and psnr(found) > 35
+    assert "4 of 4 tensors of W_t (before) are rounded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_that_trained_from_the_rounded_weights_is_recovered_exactly(dtype, tmp_path):
+    model = copy.deepcopy(NETWORK)
+    model.load_state_dict(rounded(NETWORK.state_dict(), dtype))
+    found = asked(model, snapshots(model), tmp_path, attack="exact")
+    assert found.verdict == "leaked" and psnr(found) > 80
+
+
+def test_of_two_images_none_is_believed(tmp_path):
+    before, after = snapshots(NETWORK, IMAGES[:2], LABELS[:2])
+    sent = rounded(before, torch.bfloat16), after
+    assert asked(NETWORK, sent, tmp_path, attack="exact").verdict != "leaked"
+
+
+def by_tensor(w):
+    return w.abs().max() / 127
+
+
+def by_row(w):
+    return w.abs().amax(1, keepdim=True) / 127
+
+
+@pytest.mark.parametrize("scale", [by_tensor, by_row])
+def test_eight_bits_are_seen(scale):
+    fine = torch.rand(6, 20, generator=torch.Generator().manual_seed(0)) - 0.5
+    step = scale(fine)
+    variance = levels.rounding_of({"w": (fine / step).round() * step})["w"]
+    assert torch.allclose(variance, (step.double() ** 2 / 12).expand(6, 20), rtol=1e-5)
+    assert levels.rounding_of({"w": fine}) == {}
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        torch.ones(30),  # batch norm's
+        torch.full((30,), 0.1),
+        torch.zeros(30),
+        torch.tensor([0.1234567, *[0.0] * 29]),
+        torch.rand(30, 1),  # a scale for each of its outputs is the weight itself
+        torch.arange(30),
+    ],
+)
+def test_round_numbers_are_no_sign_of_rounding(w):
+    assert levels.rounding_of({"w": w}) == {}
