@@ -174,11 +174,11 @@ class _Memory:
         lanes, n = like.shape
         self.size, self.used = size, 0
         self.steps, self.changes = (like.new_zeros(lanes, size, n) for _ in range(2))
-        exactly = {"dtype": torch.float64, "device": like.device}
+        exact = like.new_zeros(0, dtype=torch.float64)
         # s_i·y_j and y_i·y_j
-        self.crossed, self.squared = (torch.zeros(lanes, size, size, **exactly) for _ in range(2))
+        self.crossed, self.squared = (exact.new_zeros(lanes, size, size) for _ in range(2))
         self.count = torch.zeros(lanes, dtype=torch.long, device=like.device)
-        self.scale = torch.ones(lanes, **exactly)
+        self.scale = exact.new_ones(lanes)
 
     def keep(self, chosen: torch.Tensor) -> None:
         """Leave all other lanes."""
@@ -343,7 +343,7 @@ def _zoom(
         left, right = sorted(each.t for each in bracket)
         if (right - left) * longest < NARROW:
             break
-        t = _cubic_minimum(*bracket, (left, right))
+        t = _cubic_minimum(bracket[0], bracket[1], (left, right))
         margin = 0.1 * (right - left)
         if min(right - t, t - left) < margin:
             if stuck or t >= right or t <= left:
