@@ -293,7 +293,7 @@ class _Together:
         bound: list[list[Any]] = [[] for _ in searches]
         for search, found in zip(searches, bound):
             _frame(search.distance, found)
-        self.own = {
+        self.own: dict[str, Any] = {
             "update": [torch.stack(layers) for layers in zip(*(s.target.update for s in searches))],
             "numbers": like.new_tensor(numbers),
             "bound": [_stacked(each, like) for each in zip(*bound)],
@@ -336,7 +336,7 @@ class _Together:
         """Leave all others."""
         self.network.keep(lanes)
         self.known = None if self.known is None else self.known[lanes]
-        self.own = {
+        self.own: dict[str, Any] = {
             name: each[lanes] if isinstance(each, torch.Tensor) else [one[lanes] for one in each]
             for name, each in self.own.items()
         }
