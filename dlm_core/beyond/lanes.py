@@ -336,7 +336,7 @@ class _Together:
         """Leave all others."""
         self.network.keep(lanes)
         self.known = None if self.known is None else self.known[lanes]
-        self.own: dict[str, Any] = {
+        self.own = {
             name: each[lanes] if isinstance(each, torch.Tensor) else [one[lanes] for one in each]
             for name, each in self.own.items()
         }
