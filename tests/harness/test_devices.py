@@ -16,7 +16,7 @@ TRIAL = Trial(
 OTHERS = [
     replace(TRIAL, client=Client(learning_rate=1e38)),
     Trial("exact", dataset="digits", client=Client(learning_rate=0.05)),
-    replace(TRIAL, attack="unrolled_dlm"),
+    replace(TRIAL, attack="unrolled_dlm", attack_options={"local_steps": 1, "max_evaluations": 3}),
     replace(TRIAL, attack="dlg", attack_options={"learning_rate": 0.05, "max_evaluations": 3}),
 ]
 
