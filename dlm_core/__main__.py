@@ -175,6 +175,11 @@ def _which_notebooks(parser: argparse.ArgumentParser) -> None:
         help="paper (00 to 11, default), beyond, or all",
     )
     parser.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
+    parser.add_argument(
+        "--device",
+        help="cuda or cpu: searches run there, many at once (default: one by one on the CPU, the "
+        "same to the bit)",
+    )
 
 
 def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -221,6 +226,10 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         type=int,
         default=3,
         help="of them for breaching's attacks (default 3; 0: without it)",
+    )
+    bench.add_argument(
+        "--device",
+        help="cuda or cpu: instead, many searches as one batch there against one after the other",
     )
     flower = command(
         "flower",

@@ -247,6 +247,9 @@ VALID: dict[str, Callable] = {
     "adaptive.combined": lambda s: {
         **{"rounds": [s.defended, s.defended], "defence": s.noise, **s.search}
     },
+    "starts.survey": lambda s: {
+        **{"seen": s.seen, "starts": 2, "seed": 0, "alike": 25.0, "max_evaluations": 1}
+    },
     "signlike.interval_dlm": lambda s: {"seen": s.of_adam, **s.search},
     "signlike.read": lambda s: {"seen": s.of_adam},
     "signlike.sign_dlm": lambda s: {"seen": s.of_adam, "total_variation": 0.0, **s.search},
@@ -524,6 +527,10 @@ FINE = {
     ("figures.strip", "values", "[]"),
     # no defence is told as None or as nothing
     ("adaptive.combined", "defence", "{}"),
+    # many starts at once
+    *((key, "seed", "[1]") for key in ("attacks.d", "attacks.i", "search.", "signlike.")),
+    *((key, "seed", "[1]") for key in ("adaptive.dlm", "adaptive.unr", "adaptive.comb")),
+    *((key, "seed", "[1]") for key in ("ablation.", "normalisation.")),
     # a folder that is made
     ("sweeps.sweep", "store", "'x'"),
     # the name that an argument goes by
@@ -620,6 +627,7 @@ UNTRIED = {
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
     *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
     "flower.keeping",  # tests/harness/with_flower.py
+    "search.preparing",
 }
 
 

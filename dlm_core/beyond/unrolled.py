@@ -112,6 +112,7 @@ def unrolled_dlm(
     -----
     Where the steps hardly change the gradient only η·E is determined, and E is the first that fits.
     """
+    check.fitting("seed", options.get("seed", 0), check.Whole)  # its searches follow each other
     step = clients.step_of("client_optimizer", client_optimizer)
     clients.check_options("optimizer_options", step, optimizer_options or {})
     head_steps = 1 if local_steps == 1 else HEAD_STEPS

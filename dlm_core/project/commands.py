@@ -35,9 +35,11 @@ def figures(
     out: str | None,
     scheduler: str | None,
     in_place: bool,
+    device: str | None,
 ) -> int:
     """Run notebooks; 1 where one failed."""
     checkout("figures")
+    _compute_on(device)
     from dlm_core.project import reproduce
     from dlm_core.project.parameters import given
 
@@ -54,6 +56,14 @@ def figures(
     return 1 if failed else 0
 
 
+def _compute_on(device: str | None) -> None:
+    """Hand the device to the notebooks through the environment."""
+    from dlm_core.harness import devices
+
+    if devices.named(device) is not None and device is not None:
+        os.environ[devices.VARIABLE] = device
+
+
 def verify(
     profile: str,
     only: str | None,
@@ -62,9 +72,11 @@ def verify(
     against: str | None,
     out: str | None,
     run: bool,
+    device: str | None,
 ) -> int:
     """Run notebooks once more and compare; 1 where a result differs or a notebook failed."""
     checkout("verify")
+    _compute_on(device)
     from dlm_core.project import verify
 
     passed = verify.verify(
@@ -166,12 +178,15 @@ def refresh_lessons(only: str | None) -> None:
     lessons.refresh(only)
 
 
-def bench(num_images: int, peer_images: int) -> None:
-    """Measure the attacks."""
+def bench(num_images: int, peer_images: int, device: str | None) -> None:
+    """Measure the attacks, on a device where one is named many at once."""
     checkout("bench")
-    from dlm_core.project import bench
+    from dlm_core.project import bench, bench_lanes
 
-    bench.run(num_images, peer_images)
+    if device is not None:
+        bench_lanes.run(device)
+    else:
+        bench.run(num_images, peer_images)
 
 
 def flower(profile: str) -> int:
