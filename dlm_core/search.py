@@ -35,6 +35,7 @@ from dlm_core.threads import for_network
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
 Tensors = Sequence[torch.Tensor]
+LISTS = (list, tuple, range)  # what has an entry for each of several searches
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Whether ``reconstruct`` is to return the search instead of running it.
@@ -129,7 +130,7 @@ def in_lanes(attack: F) -> F:
     @functools.wraps(attack)
     def called(*given: Any, **named: Any) -> Any:
         seen, *more = given if given else (named.get("seen"),)
-        if not any(isinstance(each, (list, tuple)) for each in (seen, named.get("seed"))):
+        if not any(isinstance(each, LISTS) for each in (seen, named.get("seed"))):
             return attack(*given, **named)
         calls = _calls(seen, {name: each for name, each in named.items() if name != "seen"})
         with preparing():
@@ -155,7 +156,7 @@ def preparing() -> Iterator[None]:
 def _calls(seen: Any, options: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """(Observation, options) of each lane."""
     own = {name: value for name, value in options.items() if _one_for_each(name, value)}
-    lists = {**({"seen": seen} if isinstance(seen, (list, tuple)) else {}), **own}
+    lists = {**({"seen": seen} if isinstance(seen, LISTS) else {}), **own}
     first, count = next((name, len(value)) for name, value in lists.items())
     for name, value in lists.items():
         if not value:
@@ -173,7 +174,7 @@ def _calls(seen: Any, options: Mapping[str, Any]) -> list[tuple[Any, dict[str, A
 
 def _one_for_each(name: str, value: Any) -> bool:
     """Whether an option has an entry for each lane."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, LISTS):
         return False
     if name == "labels":
         return not all(isinstance(each, int) for each in value)

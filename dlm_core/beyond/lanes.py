@@ -6,7 +6,6 @@ batch. What a lane is told, meets and finds is what ``search`` says of a search 
 agrees with it to rounding.
 """
 
-import contextlib
 import math
 import time
 import warnings
@@ -17,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.func import vmap
 
 from dlm_core import objectives
 from dlm_core.beyond import lbfgs
+from dlm_core.beyond.stacked import Networks
 from dlm_core.federated import loss as training_loss
+from dlm_core.optimizers import SignedAdam
 from dlm_core.results import Reconstruction, Status
 from dlm_core.search import Prepared
 from dlm_core.threads import for_network
@@ -32,8 +31,12 @@ from dlm_core.threads import for_network
 AGREE = 1e-3
 # Lanes that have ended leave once they are such a part of the batch: to leave is to copy the rest.
 LEAVING = 1 / 16
-# Optimizers that treat every number by itself, so that those of many lanes can be put together.
-ELEMENTWISE = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
+# Optimizers that treat every number by itself, so that those of many lanes can be put together; a
+# class derived from them may do otherwise.
+ELEMENTWISE = (
+    *(torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad),
+    SignedAdam,
+)
 
 Variables = Mapping[str, torch.Tensor]
 
@@ -234,7 +237,7 @@ def _stepper(lanes: Sequence[_Lane], starts: Variables) -> "lbfgs.Lanes | _Eleme
     optimizer = lanes[0].search.optimizer(list(variables.values()), rules[0].max_evaluations)
     if type(optimizer) is torch.optim.LBFGS:
         return lbfgs.Lanes(variables, optimizer.param_groups[0], steps)
-    if isinstance(optimizer, ELEMENTWISE):
+    if type(optimizer) in ELEMENTWISE:
         return _Elementwise(variables, optimizer, steps)
     raise _Apart(f"{type(optimizer).__name__} is no optimizer of many searches at once")
 
@@ -302,8 +305,10 @@ class _Together:
         self.known = torch.stack(known) if known else None
         name = type(self.problem.model).__name__
         try:
-            self.network = _Networks(self.problem.model, [each.seen.model for each in searches])
+            self.network = Networks(self.problem.model, [each.seen.model for each in searches])
             agrees = self._agrees(lanes)
+        except torch.OutOfMemoryError:  # of fewer it may be computed
+            raise
         except (RuntimeError, NotImplementedError, KeyError) as error:
             said = str(error).split(". ")[0].split("\n")[0]
             raise _Apart(f"{name} cannot be computed for many searches at once ({said})") from None
@@ -350,75 +355,6 @@ class _Together:
             if not torch.isclose(losses[i], alone, rtol=AGREE, equal_nan=True):
                 return False
         return True
-
-
-class _Networks(nn.Module):
-    """One network with the weights of many: images [L, B, C, H, W] -> scores [L, B, K]."""
-
-    def __init__(self, like: nn.Module, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.like = (like,)  # a tuple: its parameters are none of these
-        self.names = [name for name, _ in like.named_parameters()]
-        self.weights = nn.ParameterList()
-        every = [list(model.parameters()) for model in models]
-        for own, several in zip(like.parameters(), zip(*every)):
-            stacked = torch.stack([each.detach() for each in several]).to(own.dtype)
-            self.weights.append(nn.Parameter(stacked, own.requires_grad))
-        buffers = [dict(model.named_buffers()) for model in models]
-        self.state = {
-            name: torch.stack([each[name] for each in buffers]).to(own.dtype)
-            for name, own in like.named_buffers()
-        }
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores of each lane's images."""
-        mapped = vmap(self._one, randomness="different")
-        with _Products() if images.is_cuda else contextlib.nullcontext():
-            return mapped(list(self.weights), self.state, images)
-
-    def _one(self, weights: Sequence[torch.Tensor], state: Variables, images: torch.Tensor) -> Any:
-        return functional_call(self.like[0], {**dict(zip(self.names, weights)), **state}, (images,))
-
-    def keep(self, lanes: Sequence[int]) -> None:
-        """Leave all others."""
-        for weight in self.weights:
-            weight.data = weight.detach()[lanes]
-        self.state = {name: each[lanes] for name, each in self.state.items()}
-
-
-class _Products(TorchFunctionMode):
-    """Within it, a convolution is a product of matrices, ``convolution``.
-
-    By itself, one of many networks is a convolution in groups, whose second derivative goes from
-    group to group: on a GPU a launch for each lane. On a CPU that is the faster of the two.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """What was called, or ``convolution`` instead of ``conv2d``."""
-        called = convolution if function is F.conv2d else function
-        return called(*args, **(kwargs or {}))
-
-
-def convolution(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> torch.Tensor:
-    """``torch.conv2d`` as a product of the kernel with the patches that it meets; in groups or with
-    ``padding`` in words, ``torch.conv2d`` itself.
-    """
-    if groups != 1 or isinstance(padding, str) or input.ndim != 4:
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    pairs = [(each,) * 2 if isinstance(each, int) else each for each in (stride, padding, dilation)]
-    sizes = zip(input.shape[2:], weight.shape[2:], *pairs)
-    shape = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-    patches = F.unfold(input, weight.shape[2:], dilation, padding, stride)
-    out = weight.flatten(1) @ patches
-    return (out if bias is None else out + bias[:, None]).unflatten(2, shape)
 
 
 def _summed_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

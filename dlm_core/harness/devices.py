@@ -83,16 +83,26 @@ def play(trials: Sequence[Trial], device: torch.device) -> Iterator[tuple[int, d
         left, most = list(group), None
         while left:
             most = most or _lanes_at_once(trials[left[0]], device)
-            now, left = left[:most], left[most:]
-            try:
-                found = _play([trials[i] for i in now], device)
-            except torch.cuda.OutOfMemoryError:
-                if len(now) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                most, left = len(now) // 2, now + left
-                continue
-            yield from zip(now, found)
+            now = left[:most]
+            found = _as_memory_allows([trials[i] for i in now], device)
+            if found is None:
+                most = len(now) // 2
+            else:
+                left = left[most:]
+                yield from zip(now, found)
+
+
+def _as_memory_allows(trials: Sequence[Trial], device: torch.device) -> list[dict[str, Any]] | None:
+    """Their records, or None where they are too many for the device's memory."""
+    try:
+        return _play(trials, device)
+    except torch.OutOfMemoryError:
+        if len(trials) == 1:
+            raise
+    # Here, since an error holds on to the tensors that it was raised among.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def _groups(trials: Sequence[Trial]) -> Iterable[list[int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import attacks, data, defenses, federated, metrics, models, objectives, optimizers
-from dlm_core.beyond import ablation, adaptive, lanes, signlike
+from dlm_core.beyond import ablation, adaptive, signlike, stacked, surrogate
 from dlm_core.search import reconstruct
 
 SHAPE, RATE = (1, 8, 8), 0.05
@@ -32,7 +32,8 @@ def several(request):
 
 def each_alone(attack, several, options):
     for i, seen in enumerate(several):
-        own = {name: v[i] if isinstance(v, list) else v for name, v in options.items()}
+        lists = (list, range)
+        own = {name: v[i] if isinstance(v, lists) else v for name, v in options.items()}
         yield attack(seen, **own)
 
 
@@ -200,6 +201,44 @@ def test_what_cannot_be_mapped_is_searched_one_after_the_other():
         assert found.losses == alone.losses
 
 
+class Rescaled(torch.optim.Adam):
+    """Adam on a gradient of unit length: what a lane does hangs on the others."""
+
+    def step(self, closure):
+        value = closure()
+        for variable in self.param_groups[0]["params"]:
+            variable.grad /= variable.grad.norm()
+        super().step()
+        return value
+
+
+def test_an_optimizer_that_is_not_known_to_keep_lanes_apart_runs_one_after_the_other(several):
+    def rescaled(variables, max_evaluations):
+        return Rescaled(variables, lr=0.1)
+
+    options = {"optimizer": rescaled, "max_evaluations": 4}
+    with pytest.warns(UserWarning, match="Rescaled is no optimizer of many searches at once"):
+        many = attacks.dlm_plus(several[:2], **options)
+    for found, alone in zip(many, each_alone(attacks.dlm_plus, several[:2], options)):
+        assert found.losses == alone.losses
+
+
+class Large(Scaled):
+    """A network for which memory runs out where it is mapped over lanes."""
+
+    def forward(self, images):
+        if torch._C._functorch.is_batchedtensor(images):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+def test_memory_that_runs_out_is_said_to_who_can_take_fewer():
+    torch.manual_seed(0)
+    both = [observed(Large(1.0), i) for i in range(2)]
+    with pytest.raises(torch.OutOfMemoryError):
+        attacks.dlm_plus(both, max_evaluations=2)
+
+
 def test_batch_norm_in_train_mode_is_each_lane_s_own():
     images, labels, *_ = data.load("digits", n=4)
     both = []
@@ -225,6 +264,8 @@ OTHERS = {
         {"defence": defenses.Setting("noise", {"scale": 1e-4}, observer="server")},
     ),
     "signs": (signlike.sign_dlm, {"total_variation": [0.1, 0.2]}),
+    "sme": (surrogate.sme, {"seed": range(2)}),
+    "between the snapshots": (surrogate.surrogate_dlm, {"curved": True}),
 }
 
 
@@ -246,7 +287,7 @@ def test_a_convolution_is_a_product(stride, padding, dilation, bias):
     given = [draw(2, 3, 9, 8), draw(4, 3, 3, 2), *([draw(4)] if bias else [])]
     given = [each.requires_grad_() for each in given]
     both = []
-    for function in (F.conv2d, lanes.convolution):
+    for function in (F.conv2d, stacked.convolution):
         out = function(*given, stride=stride, padding=padding, dilation=dilation)
         first = torch.autograd.grad(out.sigmoid().square().sum(), given, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), given)

@@ -36,6 +36,24 @@ def test_records_are_those_of_the_trials_by_themselves_to_rounding(kind, monkeyp
         assert record["arrays"].keys() == alone["arrays"].keys()
 
 
+def test_trials_that_memory_does_not_hold_at_once_run_in_smaller_batches(monkeypatch):
+    """As on a GPU whose memory runs out for more than two."""
+    sizes, run = [], devices.lanes.run
+
+    def limited(searches):
+        sizes.append(len(searches))
+        if len(searches) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(searches)
+
+    monkeypatch.setattr(devices.lanes, "run", limited)
+    trials = repeated(replace(TRIAL, attack_options={"max_evaluations": 2}), 5)
+    found = sweeps.sweep(trials, store=None, jobs=1, device="cpu")
+    assert sizes == [5, 2, 2, 1]
+    for record, alone in zip(found, sweeps.sweep(trials, store=None, jobs=1), strict=True):
+        assert record["psnr"] == pytest.approx(alone["psnr"], abs=0.01)
+
+
 def test_a_device_s_records_are_kept_apart(tmp_path):
     trials = repeated(replace(TRIAL, attack_options={"max_evaluations": 2}), 2)
     first = sweeps.sweep(trials, store=tmp_path, jobs=1, device="cpu")
