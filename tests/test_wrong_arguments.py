@@ -530,7 +530,7 @@ FINE = {
     # many starts at once
     *((key, "seed", "[1]") for key in ("attacks.d", "attacks.i", "search.", "signlike.")),
     *((key, "seed", "[1]") for key in ("adaptive.dlm", "adaptive.unr", "adaptive.comb")),
-    *((key, "seed", "[1]") for key in ("ablation.", "normalisation.")),
+    *((key, "seed", "[1]") for key in ("ablation.", "normalisation.", "surrogate.s")),
     # a folder that is made
     ("sweeps.sweep", "store", "'x'"),
     # the name that an argument goes by
