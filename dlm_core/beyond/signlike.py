@@ -111,7 +111,7 @@ def distance_outside(low: Tensors, high: Tensors) -> Callable[[Tensors, Any], to
         the bounds were read from, and not looked at.
     """
     nearest = [torch.zeros_like(lo).clamp(lo, hi) for lo, hi in zip(low, high)]
-    size = sum(layer.square().sum() for layer in nearest)
+    size = sum((layer.square().sum() for layer in nearest), nearest[0].new_zeros(()))
     return partial(_outside, list(low), list(high), size)
 
 
