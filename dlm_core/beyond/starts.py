@@ -1,18 +1,20 @@
-"""What many starts of one search say: how many end at the best picture, and where the others end.
+"""Many starts of one search as evidence: how many end at the best picture, and where others end.
 
-A search that ends twice at one picture may have found the only one, or one of a thousand. All
-starts are one batch (``beyond.lanes``).
+Two searches that end at one picture may have found the only one that explains the update, or one of
+many. All starts are one batch (``beyond.lanes``). That most end at one picture says that the search
+finds it easily; that no other picture explains the update is what speaks for it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from dlm_core import attacks, check, metrics
 from dlm_core.observation import Observation
-from dlm_core.results import Reconstruction
+from dlm_core.results import Reconstruction, Status
 
 SEED = 10_007  # between starts, as between the restarts of ``search.reconstruct``
 
@@ -33,31 +35,48 @@ class Ends:
     found: list[Reconstruction] = field(repr=False)
     cluster: torch.Tensor
 
+    @cached_property
+    def clusters(self) -> list[Reconstruction]:
+        """Of each picture, the result of lowest loss that ended there."""
+        return [min(self._of(number), key=_loss) for number in range(int(self.cluster.max()) + 1)]
+
     @property
+    def counts(self) -> list[int]:
+        """How many starts ended at each picture."""
+        return self.cluster.bincount().tolist()
+
+    @cached_property
     def best(self) -> Reconstruction:
         """The result of lowest loss."""
-        return min(self.found, key=_loss)
+        return self.clusters[0]
 
     @property
     def share(self) -> float:
         """The part of all starts that ended at the best picture."""
-        return float((self.cluster == 0).double().mean())
+        return self.counts[0] / len(self.found)
 
     @property
     def spread(self) -> float:
-        """Root mean square distance, in pixels' units, of the pictures of those from their mean."""
-        own = [each for each, cluster in zip(self.found, self.cluster) if cluster == 0]
-        images = torch.stack([_in_order(each.images, self.best.images) for each in own])
+        """Root mean square distance of these from their mean, in pixels' units."""
+        images = torch.stack([self.ordered(each) for each in self._of(0)])
         return float((images - images.mean(0)).square().mean().sqrt())
 
     @property
-    def clusters(self) -> list[tuple[float, Reconstruction]]:
-        """[(part of all starts, its result of lowest loss)] of each picture, in order."""
-        kept = []
-        for number in range(int(self.cluster.max()) + 1):
-            own = [each for each, c in zip(self.found, self.cluster) if c == number]
-            kept.append((len(own) / len(self.found), min(own, key=_loss)))
-        return kept
+    def explaining(self) -> int:
+        """At how many pictures a search converged: where there are several, the update does not
+        tell which is the client's.
+        """
+        return sum(
+            any(each.status is Status.CONVERGED for each in self._of(number))
+            for number in range(len(self.counts))
+        )
+
+    def ordered(self, found: Reconstruction) -> torch.Tensor:
+        """A result's images, each in the place of the best one's that it is the most like."""
+        return _in_order(found.images, self.best.images)
+
+    def _of(self, number: int) -> list[Reconstruction]:
+        return [each for each, cluster in zip(self.found, self.cluster) if cluster == number]
 
 
 @check.arguments

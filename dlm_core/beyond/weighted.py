@@ -105,12 +105,12 @@ def weighted(
     with for_network(seen.model):
         problem = _Problem(network, told.values if told else lambda pixels: pixels, coordinates)
         found = _searched(problem, seed, max_steps)
-    images = found.images.clamp(0, 1)
+    images = found.images.clamp(0, 1).to(problem.label.device)
     return Reconstruction(
-        images=images.to(next(seen.model.parameters()).device),
+        images=images,
         labels=problem.label,
         status=found.status,
-        vouched=torch.zeros(1, dtype=torch.bool),
+        vouched=torch.zeros(1, dtype=torch.bool, device=images.device),
         evidence=SearchEvidence(losses=found.losses, loss=min(found.losses)),
         client=ClientEstimate(learning_rate=problem.learning_rate),
         seconds=time.perf_counter() - began,

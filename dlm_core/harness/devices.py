@@ -16,6 +16,7 @@ import torch
 
 from dlm_core import federated
 from dlm_core.beyond import lanes
+from dlm_core.beyond.at_once import at_once
 from dlm_core.harness import machine, scene
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.harness.sources import code_version
@@ -33,7 +34,6 @@ ON_CPU, MOST = 16, 1024
 # A lane's tensors of the size of its network, and of its images: gradients of gradients keep the
 # forward and both backward passes; L-BFGS keeps 100 steps and as many changes of the gradient.
 NETWORKS, IMAGES = 30, 400
-SHARE = 0.5  # of a GPU's free memory
 
 
 def named(device: str | None = None) -> torch.device | None:
@@ -118,14 +118,13 @@ def _groups(trials: Sequence[Trial]) -> Iterable[list[int]]:
 def _lanes_at_once(trial: Trial, device: torch.device) -> int:
     if device.type == "cpu":
         return ON_CPU
-    free, _ = torch.cuda.mem_get_info()
     network = scene.received(trial)
     weights = sum(p.numel() for p in network.parameters())
     pixels = trial.num_images * scene.truth_of(trial, 1)[0][0].numel()
     itemsize = 4 if trial.attack_options.get("dtype") == "float32" else 8
     restarts = trial.attack_options.get("restarts", 1)
     lane = itemsize * (NETWORKS * weights + IMAGES * pixels) * restarts
-    return max(1, min(MOST, int(SHARE * free / lane)))
+    return min(MOST, at_once(lane, device, ON_CPU))
 
 
 def _play(trials: Sequence[Trial], device: torch.device) -> list[dict[str, Any]]:

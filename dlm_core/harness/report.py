@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy
 
 from dlm_core import check, data, records
-from dlm_core.harness import figures, machine, settings, tables
+from dlm_core.harness import devices, figures, machine, settings, tables
 from dlm_core.harness.cells import parameters
 from dlm_core.harness.evidence import Finding, Verdict
 from dlm_core.harness.paths import (
@@ -289,8 +289,9 @@ class Report:
 
     def provenance(self) -> dict[str, Any]:
         """What the results depend on beside the code: parameters, revision, data digests, versions,
-        machine.
+        machine, and the device of the trials where one is named.
         """
+        device = devices.named()
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -303,6 +304,7 @@ class Report:
             },
             "machine": platform.machine(),
             **machine.description(),
+            **({} if device is None else {"device": devices.description(device)}),
         }
 
     def _stem(self, suffix: str) -> str:

@@ -14,6 +14,7 @@ def test_starts_that_end_at_the_picture_are_counted(seen, digit):
     shown = [metrics.psnr(f.images, digit[0], data_range=1.0) > 25 for f in alone]
     assert ends.share == sum(shown) / 4 > 0.5 and ends.spread < 0.03
     assert ends.best.loss == min(each.loss for each in ends.found)
+    assert ends.explaining == 1
 
 
 def test_starts_that_end_apart_are_clusters_by_loss(seen):
@@ -21,9 +22,9 @@ def test_starts_that_end_apart_are_clusters_by_loss(seen):
     options = {"starts": 3, "max_evaluations": 1}
     apart = starts.survey(seen, alike=100.0, **options)
     assert sorted(apart.cluster.tolist()) == [0, 1, 2] and apart.share == 1 / 3
-    losses = [found.loss for _, found in apart.clusters]
-    assert losses == sorted(losses) and sum(share for share, _ in apart.clusters) == 1
-    assert apart.spread == 0
+    losses = [found.loss for found in apart.clusters]
+    assert losses == sorted(losses) and apart.counts == [1, 1, 1]
+    assert apart.spread == 0 and apart.explaining == 0
     together = starts.survey(seen, alike=5.0, **options)
     assert together.share == 1 and len(together.clusters) == 1
     mean = torch.stack([found.images for found in together.found]).mean(0)
