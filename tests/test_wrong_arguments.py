@@ -174,6 +174,12 @@ VALID: dict[str, Callable] = {
         **{"image_shape": (1, 28, 28), "num_classes": 10, "width": 2, "blocks": 1},
         "activation": "relu",
     },
+    "architectures.tutorial": lambda s: {"image_shape": (1, 16, 16), "num_classes": 10},
+    "architectures.vgg": lambda s: {"image_shape": (1, 8, 8), "num_classes": 10, "width": 2},
+    "architectures.vit": lambda s: {
+        **{"image_shape": (1, 8, 8), "num_classes": 10, "patch": 4, "width": 8},
+        **{"blocks": 1, "heads": 2},
+    },
     "defenses.Setting": lambda s: {
         **{"name": "noise", "options": {"scale": 1e-3}, "observer": "server", "repeats": 1}
     },
@@ -516,6 +522,8 @@ FINE = {
     # a network of any such shape can be built
     ("models.", "image_shape", "(3, 8, 8)"),
     ("models.", "num_classes", "7"),
+    ("architectures.", "image_shape", "(3, 8, 8)"),
+    ("architectures.", "num_classes", "7"),
     # what is no number is no success
     ("metrics.success", "psnr_value", "nan"),
     # any weights can be rounded and defended, those of no network as well

@@ -16,6 +16,7 @@ from dlm_core import attacks, data, defenses, federated, models, records  # noqa
 from dlm_core.beyond import (  # noqa: F401
     ablation,
     adaptive,
+    architectures,
     batches,
     clients,
     epochs,
