@@ -53,6 +53,7 @@ INNER = {
 def scene():
     """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
     from dlm_core import data, defenses, federated, models
+    from dlm_core.beyond import starts
     from dlm_core.harness import kept, options, thresholds
     from dlm_core.harness.trials import Trial
 
@@ -95,6 +96,7 @@ def scene():
         judged=pandas.DataFrame({"dataset": "digits", "index": [0, 1], "psnr": [10.0, 30.0]}),
         guessed=thresholds.guesses("digits", [0], reserved=1790, source="bundled"),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
+        ends=starts.survey(seen, starts=2, max_evaluations=1),
     )
 
 
@@ -333,6 +335,8 @@ VALID: dict[str, Callable] = {
     "figures.medians": lambda s: {"axis": Figure().subplots(), "x": [1.0], "rows": s.medians},
     "figures.strip": lambda s: {"axis": Figure().subplots(), "place": 0.0, "values": [1.0]},
     "figures.legend": lambda s: {"figure": Figure(), "ncols": 2},
+    "clusters.sentence": lambda s: {"ends": s.ends},
+    "clusters.show": lambda s: {"ends": s.ends, "most": 2},
     "figures.show_images": lambda s: {"rows": [[s.images[0]]], "row_names": ["digit"]},
     "audit.audit": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "exact"},

@@ -2,13 +2,10 @@
 
 import torch
 
-from dlm_core import check
-
 SHARE = 0.5  # of a GPU's free memory
 
 
-@check.arguments
-def at_once(size: check.Positive, device: torch.device, on_cpu: check.Count) -> int:
+def at_once(size: float, device: torch.device, on_cpu: int) -> int:
     """As many as half of a GPU's free memory holds, at least one.
 
     Parameters
