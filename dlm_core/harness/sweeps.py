@@ -35,6 +35,8 @@ PATIENCE = "10s"  # with a Dask scheduler that does not answer
 # In a process: a trial's one torch thread, and a network's seed, are the whole process's.
 ONE_AT_A_TIME = threading.RLock()
 PROCESS = uuid.uuid4().hex  # this one; a worker has another
+# {trial: its record, arrays aside} of each sweep that this process has finished.
+FINISHED: list[dict[Any, dict[str, Any]]] = []
 
 
 class Default(enum.Enum):
@@ -130,7 +132,7 @@ class Store:
 
         key = key or trial.key
         path = self.path(key)
-        numbers = {name: value for name, value in record.items() if name != "arrays"}
+        numbers = _numbers(record)
         tensors = record["arrays"] or {"empty": torch.zeros(1)}
         about = {"key": key, "record": json.dumps(numbers), "trial": _text(trial)}
         content = save(tensors, metadata={**about, "digest": _digest(about, tensors)})
@@ -257,6 +259,7 @@ def sweep(
                     shelf.put(trial, record, names[trial])
                 records[trial] = record
                 bar.update()
+    FINISHED.append({trial: _numbers(record) for trial, record in records.items()})
     return [records[trial] for trial in trials]
 
 
@@ -318,9 +321,12 @@ def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
 
     rows = []
     for trial, record in zip(trials, records, strict=True):
-        numbers = {name: value for name, value in record.items() if name != "arrays"}
-        rows.append({**_flat(trial), **numbers})
+        rows.append({**_flat(trial), **_numbers(record)})
     return pandas.DataFrame(rows)
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "arrays"}
 
 
 def _flat(trial: Any) -> dict[str, Any]:
