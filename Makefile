@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 SET ?= paper
 # What a user may set reaches the commands through the shell's environment, whatever quotes and spaces are in it.
-export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST DEVICE
+export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST DEVICE ARGS
 RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 
 .PHONY: help figures verify test site assignment assignment-check lab bench flower env clean
@@ -17,8 +17,8 @@ help:
 	@echo '                                                       AGAINST=folder (of figures, instead of figures/ for paper)'
 	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
-	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
-	@echo 'make lab       JupyterLab on the notebooks'
+	@echo 'make assignment   the lessons for students and for nbgrader, into build/assignment; make assignment-check proves their tests'
+	@echo 'make lab       JupyterLab on the notebooks             ARGS="--no-browser --port 9999" (handed on to Jupyter)'
 	@echo 'make flower    a federation of Flower, in processes of its own, and its audit   PROFILE=smoke|quick'
 	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings; DEVICE=cuda: many at once there'
 	@echo 'make env       the environment alone, in .venv/ (made on first use by all of these)'
@@ -37,8 +37,11 @@ verify: env
 bench: env
 	@$(RUN) bench $(if $(DEVICE),--device "$$DEVICE")
 
-test site assignment assignment-check lab: env
+test site assignment assignment-check: env
 	@$(RUN) $@
+
+lab: env
+	@$(RUN) lab -- $$ARGS
 
 flower: env
 	@$(RUN) flower --profile "$$PROFILE"

@@ -162,7 +162,8 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     test.add_argument(
         "pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)"
     )
-    command("lab", commands.lab, "start JupyterLab in the project's environment")
+    lab = command("lab", commands.lab, "start JupyterLab in the project's environment")
+    lab.add_argument("jupyter", nargs="*", help="arguments for JupyterLab, after --")
 
 
 def _which_notebooks(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +193,7 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     assignment = command(
         "assignment",
         commands.assignment,
-        "write the students' versions of the lessons, without solutions",
+        "write the lessons: the students' versions, without solutions, and an nbgrader course",
     )
     assignment.add_argument("--out", help="folder for them (default build/assignment)")
     command(
@@ -200,6 +201,12 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         commands.assignment_check,
         "prove that the lessons' tests pass on the solutions and fail without them",
     )
+    animation = command(
+        "animation",
+        commands.animation,
+        "attack four clients and write how their pictures emerge, as the site shows it (a GIF)",
+    )
+    animation.add_argument("--out", help="folder for it (default docs/_static)")
     refresh = command(
         "lessons",
         commands.refresh_lessons,

@@ -122,14 +122,16 @@ def test(pytest: Sequence[str]) -> int:
     return max(codes)
 
 
-def lab() -> int:
-    """Start JupyterLab on the notebooks."""
+def lab(jupyter: Sequence[str]) -> int:
+    """Start JupyterLab on the notebooks, with these arguments."""
     checkout("lab")
     from dlm_core.project import kernel
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels side by side
+    # Without this Jupyter refuses to serve root, the only user of many containers.
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with kernel.own():
-        return _run("-m", "jupyter", "lab", "notebooks")
+        return _run("-m", "jupyter", "lab", "notebooks", *root, *jupyter)
 
 
 def site(out: str | None) -> int:
@@ -143,8 +145,18 @@ def site(out: str | None) -> int:
     return code
 
 
+def animation(out: str | None) -> None:
+    """Write a reconstruction in the making, as the site's first page shows it."""
+    repository = checkout("animation")
+    from dlm_core.project import animation
+
+    folder = animation.PLACE.parent if out is None else _folder("animation", out)
+    path = animation.write(folder / animation.PLACE.name)
+    print(path.relative_to(repository) if path.is_relative_to(repository) else path)
+
+
 def assignment(out: str | None) -> None:
-    """Write the students' versions into the folder ``out``."""
+    """Write the lessons, for teachers and for students, into the folder ``out``."""
     folder = _folder("assignment", out)
     from dlm_core.project import lessons
 

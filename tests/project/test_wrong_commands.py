@@ -81,7 +81,8 @@ WRONG = {
     "assignment": ([], {"--out": NO_FOLDER}),
     "assignment-check": ([], {"--only": ["01"], "": ["01"]}),
     "lessons": ([], {"--only": ["", "zzz", "01_gradients_remember_their_data.ipynb", "/"]}),
-    "lab": ([], {"--port": ["1"], "": ["notebooks"]}),
+    "lab": ([], {"--port": ["1"]}),  # what Jupyter is to have stands after --
+    "animation": ([], {"--out": NO_FOLDER, "": ["x"]}),
     "env": ([], {"--force": ["x"], "": ["x"]}),
     "bench": (
         [],
