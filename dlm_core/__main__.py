@@ -290,7 +290,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument(
         "--minutes",
         type=float,
-        help="that the audit may take (default: as many as its searches need; each says how many)",
+        help="that the audit may take (default 5 for two files); each search says what it needs",
     )
     _written(attack)
 

@@ -201,7 +201,7 @@ def dlm(
     colour=4,
     marker="P",
     client="one step of SGD, with momentum or not",
-    audited=4,
+    audited=5,
 )
 @records.passes_on_to(reconstruct)
 @in_lanes

@@ -383,7 +383,7 @@ VALID: dict[str, Callable] = {
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "weighted.weighted": lambda s: {
-        **{"seen": s.seen, "seed": 0, "max_steps": 1, "coordinates": 8}
+        **{"seen": s.seen, "seed": 0, "max_steps": 1, "num_coordinates": 8, "far": True}
     },
     "released.trials": lambda s: {
         **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},

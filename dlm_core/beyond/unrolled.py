@@ -51,7 +51,7 @@ Search = Callable[..., Reconstruction]
     marker="X",
     assumes=("the kind of optimizer and its options", "the batch size, where it is not all images"),
     client="several local steps; takes a minute or more",
-    audited=5,
+    audited=6,
 )
 @check.renamed(
     steps="local_steps",

@@ -80,7 +80,7 @@ def page(found: Audit) -> str:
     body = [
         "<h1>Does this client leak?</h1>",
         f'<p class="verdict {kind}"><strong>{_text(str(found.verdict).capitalize())}</strong>'
-        f"{_text(found.verdict.sentence)}</p>",
+        f"{_text(found.sentence)}</p>",
         *(["<p>The audit was interrupted; this is what it had found.</p>"] * found.interrupted),
         *_section("What leaked, and how exactly", _leaks(found)),
         *_section("What was looked at", _looked(found)),
