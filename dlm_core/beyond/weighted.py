@@ -30,6 +30,7 @@ from itertools import compress
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import check, label_inference, records
@@ -127,6 +128,9 @@ def weighted(
     square by 3.4 dB or more on each, where DLM+ has 13.4 dB (10.5 to 17.0); some 30 s of processor
     time an image. On the first of them it has 23.0 dB, and the smooth prior's bound is 18.7 dB.
     That bound holds in the mean over images like that prior's; one that is smoother passes it.
+    ``expected_psnr`` was 21.0 to 23.6 dB on the first seven of them, which had 18.5 to 23.0 dB: 1.1
+    dB too much in the median, 2.6 dB at most. It holds where the patterns are right, and says too
+    much of a search that stalls where the update would fix all of an image.
     """
     began = time.perf_counter()
     network, told = bare(seen)
@@ -233,7 +237,9 @@ def _behind(
     """(δ_h [n], the learning rate), of the network behind the features, by softmax and
     cross-entropy; of another loss or another way behind them δ_h times the rate, and None.
     """
-    bias, weight = f"{front.name}.bias", front.model.get_submodule(front.name).weight
+    bias, layer = f"{front.name}.bias", front.model.get_submodule(front.name)
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight
     variance = dict(zip(seen.parameter_names, seen.rounding_variance))[bias].cpu().to(h)
     own = seen.delta_by_name[bias].cpu().to(h) @ weight
     rounding = float((variance.expand(len(weight)) @ weight.square()).sum().sqrt())
@@ -314,12 +320,13 @@ def _searched(problem: _Problem, generator: torch.Generator, max_steps: int, far
         if not math.isfinite(losses[-1]) or losses.index(min(losses)) < step - PATIENCE:
             status = Status.STALLED
             break
-    evidence = Told(losses=losses, loss=min(losses), **_told(problem, *best))
+    told, expected = _told(problem, *best)
+    evidence = Told(losses=losses, loss=min(losses), directions=told, expected_psnr=expected)
     return _Found(problem.image(best[0][None]), evidence, status)
 
 
-def _told(problem: _Problem, z: torch.Tensor, factor: torch.Tensor) -> dict[str, float]:
-    """What the update tells of an image at ``z``, by the precision's triangle there.
+def _told(problem: _Problem, z: torch.Tensor, factor: torch.Tensor) -> tuple[float, float]:
+    """What ``Told`` says of an image at ``z``, by the precision's triangle there.
 
     What is told of it may lie further from grey than the prior says; what is left open then does so
     as well (MacKay, Neural Computation 1992).
@@ -330,10 +337,7 @@ def _told(problem: _Problem, z: torch.Tensor, factor: torch.Tensor) -> dict[str,
     spread = float(z.square().sum()) / max(told, TINY)
     # columns of cosines stand at right angles
     open_ = float(variance @ problem.basis.square().sum(1)) + problem.outside
-    return {
-        "directions": told,
-        "expected_psnr": -10 * math.log10(max(spread * open_ / problem.basis.shape[1], TINY)),
-    }
+    return told, -10 * math.log10(max(spread * open_ / problem.basis.shape[1], TINY))
 
 
 def _solved(

@@ -196,7 +196,7 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(run, record, until, lambda line, times=times: _noted(line, times))
+            went = attempt(run, record, until, partial(_noted, times))
         except NoTime as why:
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
@@ -244,7 +244,7 @@ def _indented(line: str) -> None:
     print(f"    {line}", flush=True)
 
 
-def _noted(line: str, lines: list[str]) -> None:
+def _noted(lines: list[str], line: str) -> None:
     lines.append(line)
     _indented(line)
 
