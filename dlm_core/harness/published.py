@@ -1,5 +1,6 @@
 """The numbers of all trials behind a notebook's figures: one row each, as a small file."""
 
+import dataclasses
 import gzip
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,13 +14,15 @@ def table(finished: Iterable[Mapping[Any, Mapping[str, Any]]]) -> bytes:
     Parameters
     ----------
     finished
-        {trial: its record} of each sweep, as in ``sweeps.FINISHED``.
+        {trial: its record} of each sweep, as in ``sweeps.FINISHED``. A user's trials that are no
+        dataclasses are left out: nothing says what their columns would be.
 
     Notes
     -----
     Lists stand with spaces between their entries. The same records give the same bytes.
     """
-    trials = {trial: record for each in finished for trial, record in each.items()}
+    rows = (row for each in finished for row in each.items())
+    trials = {trial: record for trial, record in rows if dataclasses.is_dataclass(trial)}
     frame = sweeps.table(trials.keys(), trials.values()).map(_cell)
     text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return gzip.compress(text.encode(), mtime=0)

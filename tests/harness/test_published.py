@@ -36,3 +36,20 @@ def test_a_notebook_without_trials_publishes_none(tmp_path, monkeypatch):
     monkeypatch.setenv("DLM_FIGURES", str(tmp_path))
     report.Report("78_mine", profile="smoke").finish()
     assert not (tmp_path / "records").exists()
+
+
+class Own:
+    """A user's trial, which is no dataclass."""
+
+    key = "own"
+
+    def run(self):
+        return {"value": 1, "arrays": {}}
+
+
+def test_a_trial_of_ones_own_kind_does_not_end_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_FIGURES", str(tmp_path))
+    run = report.Report("79_mine", profile="smoke")
+    sweeps.sweep([Own()], store=None, jobs=1)
+    run.finish()
+    assert (tmp_path / "claims.json").exists()
