@@ -55,7 +55,7 @@ suppress_warnings = ["ref.python"]  # fields of several classes share names
 napoleon_use_ivar = True  # a field stands once, among its class's
 nitpicky = True
 # Types of other packages, and names that exist for the type checker alone, have no page here.
-nitpick_ignore_regex = [("py:.*", r"(?!dlm_core).*"), ("py:class", r".*\.Annotated")]
+nitpick_ignore_regex = [("py:.*", r"(?!dlm_core).*"), ("py:class", r".*\.(Annotated|Strategy)")]
 # extension.py copies it from a package: equations need no network
 mathjax_path = "mathjax/tex-chtml-full.js"
 
