@@ -228,7 +228,7 @@ def _first_input(seen: Observation) -> LayerInput:
                     f"layer {each.name!r} sees the pixels themselves, which a division shows"
                 )
             return each
-    raise ValueError("no linear layer's update shows its input: it has several, or none")
+    raise ValueError("no linear layer's update shows its input, as that of one image does")
 
 
 def _behind(

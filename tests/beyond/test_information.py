@@ -39,6 +39,23 @@ class Tokens(nn.Module):
         return {"logits": self.head(self.drop(tokens.mean(1)))}
 
 
+class Attending(nn.Module):
+    """Rows of the image as tokens that attend to each other, by torch's fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = nn.TransformerEncoderLayer(
+            *(8, 2, 16), dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.head = nn.Linear(8, CLASSES)
+        # biases of 0 are sent more finely than finite differences are
+        nn.init.normal_(self.attend.self_attn.in_proj_bias, std=0.1)
+
+    def forward(self, x):
+        return self.head(self.attend(x[:, 0]).mean(1))
+
+
 def normalised():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -74,6 +91,7 @@ CLIENTS = {
     "one step": (convolutions, 1, {}),
     "a batch": (convolutions, 2, {}),
     "tokens, dropout, a layer that serves twice": (Tokens, 1, {}),
+    "attention": (Attending, 1, {}),
     "batch norm": (normalised, 2, {}),
     "steps of one image": (convolutions, 2, {"local_steps": 3, "batch_size": 1}),
     "momentum and decay": (

@@ -180,8 +180,8 @@ def test_students_links_lead_somewhere_and_descriptions_tell_no_answers(tmp_path
         assert described and not any(":" in each for each in described)
 
 
-def lesson(test):
-    """A notebook with one exercise and its test."""
+def lesson(**tests):
+    """A notebook with one exercise and its tests, by name."""
     about = {"schema_version": 3, "task": False}
     solution = new_code_cell(
         "def one():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION"
@@ -193,30 +193,34 @@ def lesson(test):
         "locked": False,
         "solution": True,
     }
-    graded = new_code_cell(test)
-    graded.metadata["nbgrader"] = {
-        **about,
-        "grade": True,
-        "grade_id": "test_one",
-        "locked": True,
-        "points": 1,
-        "solution": False,
-    }
-    return new_notebook(cells=[solution, graded])
+    graded = [new_code_cell(test) for test in tests.values()]
+    for name, cell in zip(tests, graded):
+        cell.metadata["nbgrader"] = {
+            **about,
+            "grade": True,
+            "grade_id": name,
+            "locked": True,
+            "points": 1,
+            "solution": False,
+        }
+    return new_notebook(cells=[solution, *graded])
 
 
 def test_the_check_finds_tests_that_cannot_pass_or_cannot_fail():
     hidden = "{}\n### BEGIN HIDDEN TESTS\n{}\n### END HIDDEN TESTS"
-    assert lessons.problems(lesson(hidden.format("assert one() > 0", "assert one() == 1"))) == []
-    assert lessons.problems(lesson("assert one() == 2")) == ["test_one fails although solved"]
-    always = lesson("assert callable(one)")
-    assert lessons.problems(always) == [
-        "test_one passes although nothing was done",
-        "what students see of test_one passes although every answer is 0",
-    ]
-    weak = lesson(hidden.format("assert one() < 2", "assert one() == 1"))
-    assert lessons.problems(weak) == [
-        "what students see of test_one passes although every answer is 0"
+    found = lessons.problems(
+        lesson(
+            good=hidden.format("assert one() > 0", "assert one() == 1"),
+            wrong="assert one() == 2",
+            idle="assert callable(one)",
+            weak=hidden.format("assert one() < 2", "assert one() == 1"),
+        )
+    )
+    assert found == [
+        "wrong fails although solved",
+        "idle passes although nothing was done",
+        "what students see of idle passes although every answer is 0",
+        "what students see of weak passes although every answer is 0",
     ]
     assert lessons.problems(new_notebook(cells=[new_code_cell("1")])) == ["it has no test"]
 
