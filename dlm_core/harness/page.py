@@ -144,6 +144,8 @@ def _tried(found: Audit) -> Iterator[str]:
         counted = [(key, _number(value)) for key, value in numbers(result).items()]
         if belief.agreement is not None:
             counted.append(("dB between two searches", _number(belief.agreement)))
+        if belief.expected is not None:
+            counted.append(("dB expected of the picture", _number(belief.expected)))
         yield f"<details><summary>Its numbers</summary>{_table(('', ''), counted)}</details>"
 
 

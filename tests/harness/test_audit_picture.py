@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dlm_core import metrics, records
 from dlm_core.beyond.weighted import weighted
-from dlm_core.harness import account, foretell
+from dlm_core.harness import account, foretell, page
 from dlm_core.harness.belief import believe
 from dlm_core.harness.look import first_look
 from dlm_core.observation import observe
@@ -61,6 +61,8 @@ def test_a_picture_that_the_update_tells_in_part_is_shown_and_is_no_leak(k, tmp_
     said = capsys.readouterr().out
     assert f"about {belief.expected:.0f} dB are expected of its picture" in said
     assert abs(belief.expected - psnr(found, k)) < 6
+    page.write(found, tmp_path / "audit.html")
+    assert "dB expected of the picture" in (tmp_path / "audit.html").read_text()
     (row,) = account.account(found)["tried"]
     assert row["expected_db"] == belief.expected and row["numbers"]["directions"] < 64
 
