@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 SET ?= paper
 # What a user may set reaches the commands through the shell's environment, whatever quotes and spaces are in it.
-export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST
+export PYTHON PROFILE SET ONLY PARAMETER JOBS OUT SCHEDULER AGAINST DEVICE ARGS
 RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 
 .PHONY: help figures verify test site assignment assignment-check lab bench flower env clean
@@ -12,14 +12,15 @@ help:
 	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
 	@echo '                                                       PARAMETER="seeds=100 images=50" (instead of the profile’s)'
+	@echo '                                                       DEVICE=cuda (attacks there, many at once)'
 	@echo 'make verify    runs them once more and compares every number and verdict; PROFILE, SET, ONLY, JOBS and OUT as above'
 	@echo '                                                       AGAINST=folder (of figures, instead of figures/ for paper)'
 	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
-	@echo 'make assignment   the students’ versions of the lessons, into build/assignment; make assignment-check proves their tests'
-	@echo 'make lab       JupyterLab on the notebooks'
-	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings'
+	@echo 'make assignment   the lessons for students and for nbgrader, into build/assignment; make assignment-check proves their tests'
+	@echo 'make lab       JupyterLab on the notebooks             ARGS="--no-browser --port 9999" (handed on to Jupyter)'
 	@echo 'make flower    a federation of Flower, in processes of its own, and its audit   PROFILE=smoke|quick'
+	@echo 'make bench     seconds and memory of the attacks, ours beside the released settings; DEVICE=cuda: many at once there'
 	@echo 'make env       the environment alone, in .venv/ (made on first use by all of these)'
 	@echo 'make clean     remove build/, the store of finished trials and caches'
 	@echo 'The same without make: python -m dlm_core --help'
@@ -27,14 +28,20 @@ help:
 figures: env
 	@$(RUN) figures --profile "$$PROFILE" --set "$$SET" $(if $(ONLY),--only "$$ONLY") \
 	  $(if $(PARAMETER),--parameter "$$PARAMETER") $(if $(JOBS),--jobs "$$JOBS") \
-	  $(if $(OUT),--out "$$OUT") $(if $(SCHEDULER),--scheduler "$$SCHEDULER")
+	  $(if $(OUT),--out "$$OUT") $(if $(SCHEDULER),--scheduler "$$SCHEDULER") $(if $(DEVICE),--device "$$DEVICE")
 
 verify: env
 	@$(RUN) verify --profile "$$PROFILE" --set "$$SET" $(if $(ONLY),--only "$$ONLY") $(if $(JOBS),--jobs "$$JOBS") \
-	  $(if $(OUT),--out "$$OUT") $(if $(AGAINST),--against "$$AGAINST")
+	  $(if $(OUT),--out "$$OUT") $(if $(AGAINST),--against "$$AGAINST") $(if $(DEVICE),--device "$$DEVICE")
 
-test site assignment assignment-check lab bench: env
+bench: env
+	@$(RUN) bench $(if $(DEVICE),--device "$$DEVICE")
+
+test site assignment assignment-check: env
 	@$(RUN) $@
+
+lab: env
+	@$(RUN) lab -- $$ARGS
 
 flower: env
 	@$(RUN) flower --profile "$$PROFILE"

@@ -162,7 +162,8 @@ def _notebook_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     test.add_argument(
         "pytest", nargs="*", help="arguments for pytest alone (then no notebooks run)"
     )
-    command("lab", commands.lab, "start JupyterLab in the project's environment")
+    lab = command("lab", commands.lab, "start JupyterLab in the project's environment")
+    lab.add_argument("jupyter", nargs="*", help="arguments for JupyterLab, after --")
 
 
 def _which_notebooks(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +176,11 @@ def _which_notebooks(parser: argparse.ArgumentParser) -> None:
         help="paper (00 to 11, default), beyond, or all",
     )
     parser.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
+    parser.add_argument(
+        "--device",
+        help="cuda or cpu: searches run there, many at once (default: one by one on the CPU, the "
+        "same to the bit)",
+    )
 
 
 def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -187,7 +193,7 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     assignment = command(
         "assignment",
         commands.assignment,
-        "write the students' versions of the lessons, without solutions",
+        "write the lessons: the students' versions, without solutions, and an nbgrader course",
     )
     assignment.add_argument("--out", help="folder for them (default build/assignment)")
     command(
@@ -195,6 +201,12 @@ def _teaching_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         commands.assignment_check,
         "prove that the lessons' tests pass on the solutions and fail without them",
     )
+    animation = command(
+        "animation",
+        commands.animation,
+        "attack four clients and write how their pictures emerge, as the site shows it (a GIF)",
+    )
+    animation.add_argument("--out", help="folder for it (default docs/_static)")
     refresh = command(
         "lessons",
         commands.refresh_lessons,
@@ -221,6 +233,10 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         type=int,
         default=3,
         help="of them for breaching's attacks (default 3; 0: without it)",
+    )
+    bench.add_argument(
+        "--device",
+        help="cuda or cpu: instead, many searches as one batch there against one after the other",
     )
     flower = command(
         "flower",
@@ -274,7 +290,7 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     attack.add_argument(
         "--minutes",
         type=float,
-        help="that the audit may take (default: as many as its searches need; each says how many)",
+        help="that the audit may take (default 5 for two files); each search says what it needs",
     )
     _written(attack)
 

@@ -2,11 +2,13 @@
 to be told.
 
 All are one search (``dlm_core.search.reconstruct``, whose options they pass on) with a distance of
-their own.
+their own. Given a list of Observations, or of seeds, they search for all at once and return a list
+(``search.in_lanes``).
 """
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from dlm_core.coordinates import pixels
 from dlm_core.observation import Observation, check_per_parameter
 from dlm_core.optimizers import SignedAdam
 from dlm_core.results import Reconstruction, baseline
-from dlm_core.search import Trained, reconstruct
+from dlm_core.search import Trained, in_lanes, reconstruct
 
 __all__ = ["Reconstruction", "dlg", "dlm", "dlm_plus", "idlg", "inverting_gradients", "reconstruct"]
 
@@ -34,6 +36,7 @@ def __getattr__(name: str) -> Any:
     "dlg", title="DLG", colour=0, marker="o", assumes=(PLAIN_STEP,), client="one step of plain SGD"
 )
 @records.passes_on_to(reconstruct, fixed=["scale"])
+@in_lanes
 @check.arguments
 def dlg(
     seen: Observation,
@@ -67,6 +70,7 @@ def dlg(
     client="one step of plain SGD",
 )
 @records.passes_on_to(dlg, fixed=["labels"])
+@in_lanes
 @check.arguments
 def idlg(seen: Observation, *, learning_rate: check.Positive, **options: Any) -> Reconstruction:
     """iDLG (Zhao et al. 2020): DLG with the label read off the last layer's update instead of
@@ -93,6 +97,7 @@ def idlg(seen: Observation, *, learning_rate: check.Positive, **options: Any) ->
     client="one step of plain SGD",
 )
 @records.passes_on_to(dlg, fixed=["update_of", "unknowns"])
+@in_lanes
 @check.arguments
 def dlg_factor(
     seen: Observation, *, learning_rate: check.Positive, k0: check.Positive, **options: Any
@@ -132,6 +137,7 @@ def _factored(model, loss, images, labels, *, k: torch.Tensor) -> list[torch.Ten
     client="one step of SGD, with momentum or not",
 )
 @records.passes_on_to(reconstruct)
+@in_lanes
 @check.arguments
 def inverting_gradients(
     seen: Observation,
@@ -166,6 +172,7 @@ def inverting_gradients(
     "dlm", title="DLM", colour=1, marker="D", client="one step of SGD, with momentum or not"
 )
 @records.passes_on_to(reconstruct, fixed=["scale"])
+@in_lanes
 @check.arguments
 def dlm(
     seen: Observation, *, k0: check.Positive, relative: bool = True, **options: Any
@@ -194,9 +201,10 @@ def dlm(
     colour=4,
     marker="P",
     client="one step of SGD, with momentum or not",
-    audited=4,
+    audited=5,
 )
 @records.passes_on_to(reconstruct)
+@in_lanes
 @check.arguments
 def dlm_plus(
     seen: Observation, *, trusted: Sequence[torch.Tensor] | None = None, **options: Any
@@ -221,9 +229,14 @@ def dlm_plus(
         return reconstruct(seen, objectives.normalised_distance, **options)
     if "labels" not in options:
         options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
-    return reconstruct(
-        seen, objectives.weighted(objectives.normalised_distance, trusted), **options
-    )
+    return reconstruct(seen, partial(weighted_distance, trusted), **options)
+
+
+def weighted_distance(
+    weights: Sequence[torch.Tensor | float], g: Sequence[torch.Tensor], d: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """DLM+'s distance with every coordinate multiplied by its weight (``objectives.weighted``)."""
+    return objectives.weighted(objectives.normalised_distance, weights)(g, d)
 
 
 @records.attack("grey", title="grey square", colour=7, marker="", client="any", seeded=False)

@@ -1,16 +1,23 @@
 """The one loop behind every attack: descend from a start, remember the best point, decide when to
 stop, start again.
+
+Several searches at once, of one architecture, are ``beyond.lanes``: they share the problem, the
+start and the verdict of those here.
 """
 
+import contextlib
 import copy
+import functools
+import importlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,6 +35,11 @@ from dlm_core.threads import for_network
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
 Tensors = Sequence[torch.Tensor]
+LISTS = (list, tuple, range)  # what has an entry for each of several searches
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Whether ``reconstruct`` is to return the search instead of running it.
+_PREPARING: ContextVar[bool] = ContextVar("preparing", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +109,80 @@ class Trained:
         return self.start / self.factor
 
 
+def in_lanes(attack: F) -> F:
+    """Decorator of an attack that ends in ``reconstruct``: given a list of Observations, or of
+    seeds, it searches for all at once and returns a list.
+
+    An option that is a list has an entry for each, such as ``learning_rate=[0.01, 0.1]``; the rest
+    is the same for all. One search's own lists, ``labels`` of whole numbers and lists of tensors,
+    are the same for all, too; a list of them has one for each.
+
+    Raises
+    ------
+    ValueError
+        For an empty list, and for one of another length.
+
+    Notes
+    -----
+    ``beyond.lanes`` has what becomes of them. The function's attribute ``in_lanes`` is True.
+    """
+
+    @functools.wraps(attack)
+    def called(*given: Any, **named: Any) -> Any:
+        seen, *more = given if given else (named.get("seen"),)
+        if not any(isinstance(each, LISTS) for each in (seen, named.get("seed"))):
+            return attack(*given, **named)
+        calls = _calls(seen, {name: each for name, each in named.items() if name != "seen"})
+        with preparing():
+            searches = [attack(one, *more, **options) for one, options in calls]
+        # By name: what many at once take part in is no part of a single search's code.
+        return importlib.import_module("dlm_core.beyond.lanes").run(searches)
+
+    noted: Any = called
+    noted.in_lanes = True
+    return cast(F, called)
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+    """Within it, ``reconstruct`` returns the search, ``Prepared``, instead of running it."""
+    token = _PREPARING.set(True)
+    try:
+        yield
+    finally:
+        _PREPARING.reset(token)
+
+
+def _calls(seen: Any, options: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(Observation, options) of each lane."""
+    own = {name: value for name, value in options.items() if _one_for_each(name, value)}
+    lists = {**({"seen": seen} if isinstance(seen, LISTS) else {}), **own}
+    first, count = next((name, len(value)) for name, value in lists.items())
+    for name, value in lists.items():
+        if not value:
+            raise ValueError(f"{name} is empty; it takes at least one entry")
+        if len(value) != count:
+            raise ValueError(f"{name} has {len(value)} entries; {first} has {count}")
+    return [
+        (
+            lists["seen"][lane] if "seen" in lists else seen,
+            {name: own[name][lane] if name in own else value for name, value in options.items()},
+        )
+        for lane in range(count)
+    ]
+
+
+def _one_for_each(name: str, value: Any) -> bool:
+    """Whether an option has an entry for each lane."""
+    if not isinstance(value, LISTS):
+        return False
+    if name == "labels":
+        return not all(isinstance(each, int) for each in value)
+    return not value or not all(isinstance(each, torch.Tensor) for each in value)
+
+
 @passes_on_to(StopRule)
+@in_lanes
 @check.arguments
 def reconstruct(
     seen: Observation,
@@ -123,7 +208,7 @@ def reconstruct(
     Parameters
     ----------
     seen
-        What the observer sees.
+        What the observer sees. A list of them, or of seeds, is searched at once (``in_lanes``).
     distance
         Of ``dlm_core.objectives``: (g, scale · Δ) -> scalar, or with a trained scale (g, Δ, scale)
         -> scalar.
@@ -169,60 +254,190 @@ def reconstruct(
     taken = [name for name in OWN if name in (unknowns or {})]
     if taken:
         raise ValueError(f"unknowns has {taken[0]!r}, which is a variable of the search's own")
-    began = time.perf_counter()
-    with for_network(seen.model):
-        known = known_labels(seen, labels, num_images)
-        target = _Target(seen, distance, scale, dtype)
-        of_client = dict(unknowns or {})
-        model = copy.deepcopy(seen.model).to(dtype)
-        problem = _Problem(model, target, known, update_of, tuple(of_client), total_variation)
-        numbers = {**of_client, **target.unknowns}
-        searches = []
-        for restart in range(restarts):
-            generator = torch.Generator().manual_seed(seed + 10_007 * restart)
-            variables, to_images = _start(
-                seen, coordinates, target, known, num_images, numbers, generator
-            )
-            variables |= {name: tensor.clone() for name, tensor in (resume or {}).items()}
-            floor, descent = seen.rounding_share, math.inf if resume else DESCENT
-            objective = partial(problem.evaluate, to_images=to_images)
-            search = _Search(variables, objective, rule, floor, descent, keep_every, target.k_at)
-            search.run(optimizer)
-            searches.append((search, to_images))
-            if search.status is Status.CONVERGED:
-                break
-        best, to_images = min(searches, key=lambda each: each[0].loss)
-        return _result(best, to_images, target, known, time.perf_counter() - began)
+    prepared = Prepared(
+        seen=seen,
+        distance=distance,
+        num_images=num_images,
+        labels=labels,
+        seed=seed,
+        dtype=dtype,
+        scale=scale,
+        total_variation=total_variation,
+        coordinates=coordinates,
+        optimizer=optimizer,
+        restarts=restarts,
+        keep_every=keep_every,
+        update_of=update_of,
+        unknowns=dict(unknowns or {}),
+        resume=dict(resume or {}),
+        rule=rule,
+    )
+    # who is preparing knows what it gets
+    return cast(Reconstruction, prepared) if _PREPARING.get() else prepared.run()
 
 
-class _Target:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A search before it begins: what it was given, and what follows from it.
+
+    Attributes
+    ----------
+    seen, distance, num_images, labels, seed, dtype, scale, total_variation, coordinates, optimizer,
+    restarts, keep_every, update_of, unknowns, resume
+        Of ``reconstruct``.
+    rule
+        When it ends.
+    """
+
+    seen: Observation
+    distance: Callable[..., torch.Tensor]
+    num_images: int
+    labels: str | torch.Tensor
+    seed: int
+    dtype: torch.dtype
+    scale: float | Trained
+    total_variation: float
+    coordinates: Callable[..., Any]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    restarts: int
+    keep_every: int | None
+    update_of: Callable[..., Tensors]
+    unknowns: Mapping[str, float]
+    resume: Mapping[str, torch.Tensor]
+    rule: StopRule
+
+    def run(self) -> Reconstruction:
+        """Search, by itself."""
+        began = time.perf_counter()
+        with for_network(self.seen.model):
+            problem, searches = self.problem, []
+            for restart in range(self.restarts):
+                variables, to_images = self.start(restart)
+                objective = partial(problem.evaluate, to_images=to_images)
+                search = _Search(variables, objective, self.trace(), self.keep_every, problem)
+                search.run(self.optimizer)
+                searches.append((search.trace, to_images))
+                if search.trace.status is Status.CONVERGED:
+                    break
+            return self.result(searches, time.perf_counter() - began)
+
+    @cached_property
+    def known(self) -> torch.Tensor | None:
+        """The labels [B], None where they are optimised."""
+        return known_labels(self.seen, self.labels, self.num_images)
+
+    @cached_property
+    def target(self) -> "Target":
+        """What is to be met."""
+        return Target.of(self.seen, self.distance, self.scale, self.dtype)
+
+    @cached_property
+    def problem(self) -> "Problem":
+        """The objective, with a copy of the network in the attacker's precision."""
+        known, target = self.known, self.target
+        model = copy.deepcopy(self.seen.model).to(self.dtype)
+        names = tuple(self.unknowns)
+        return Problem(model, target, known, self.update_of, names, self.total_variation)
+
+    def start(self, restart: int) -> tuple[dict[str, torch.Tensor], Callable]:
+        """(variables at the start, the map from coordinates to images)."""
+        generator = torch.Generator().manual_seed(self.seed + 10_007 * restart)
+        seen, like = self.seen, self.target.update[0]
+        shape = (self.num_images, *seen.image_shape)
+        start, to_images = self.coordinates(shape, like, generator)
+        variables = {"images": start}
+        if self.known is None:
+            shape = (self.num_images, seen.num_classes)
+            logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+            variables["logits"] = logits.to(like)
+        numbers = {**self.unknowns, **self.target.unknowns}
+        variables |= {name: torch.full_like(like.sum(), value) for name, value in numbers.items()}
+        variables |= {name: tensor.clone() for name, tensor in self.resume.items()}
+        return variables, to_images
+
+    def trace(self) -> "Trace":
+        """An empty one."""
+        descent = math.inf if self.resume else DESCENT
+        return Trace(self.rule, self.seen.rounding_share, descent)
+
+    def result(
+        self, searches: Sequence[tuple["Trace", Callable]], seconds: float
+    ) -> Reconstruction:
+        """The best of searches that have ended, with the maps from coordinates to images."""
+        trace, to_images = min(searches, key=lambda each: each[0].loss)
+        k = self.target.k_at(trace.best)
+        # A factor that has not settled, or collapsed to nothing, is no learning rate.
+        settled = trace.status is Status.CONVERGED
+        rate = 1 / k if settled and k is not None and k > 0 else None
+        images = to_images(trace.best["images"])
+        evidence = SearchEvidence(
+            losses=trace.losses,
+            loss=trace.loss,
+            k=k,
+            ks=trace.ks,
+            history=trace.history,
+            point=trace.best,
+        )
+        labels = trace.best["logits"].argmax(1) if self.known is None else self.known
+        return Reconstruction(
+            images=images,
+            labels=labels,
+            status=trace.status,
+            vouched=torch.zeros(len(images), dtype=torch.bool, device=images.device),
+            evidence=evidence,
+            client=ClientEstimate(learning_rate=rate),
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Target:
     """scale · Δ in the attacker's precision, and the unit in which distances are counted.
 
     Attributes
     ----------
+    distance
+        Of ``reconstruct``.
+    update
+        Δ times a scale that is told, one tensor per layer.
+    unit
+        The distance at which g is as far from Δ as Δ is long.
+    start
+        A trained scale's first value, else 1.
+    factor
+        A trained scale over its variable, None for a scale that is told.
     unknowns
         {name: start} of the variable that a trained scale adds to the search.
     """
 
-    def __init__(
-        self, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
-    ) -> None:
-        self.trained = scale if isinstance(scale, Trained) else None
-        self.unknowns = {"growth": scale.variable} if isinstance(scale, Trained) else {}
-        self.start = scale.start if isinstance(scale, Trained) else 1.0
-        factor = 1.0 if isinstance(scale, Trained) else scale
-        self.update = [factor * layer.to(dtype) for layer in seen.delta]
-        self.distance = distance
+    distance: Callable[..., torch.Tensor]
+    update: Tensors
+    unit: float
+    start: float = 1.0
+    factor: float | None = None
+    unknowns: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, seen: Observation, distance: Callable, scale: float | Trained, dtype: torch.dtype
+    ) -> "Target":
+        """The target of a search."""
+        if isinstance(scale, Trained):
+            update = [layer.to(dtype) for layer in seen.delta]
+            trained = (scale.start, scale.factor, {"growth": scale.variable})
+            target = cls(distance, update, math.nan, *trained)
+        else:
+            target = cls(distance, [scale * layer.to(dtype) for layer in seen.delta], math.nan)
         # distance(-d, d)/4 is where g is as far from d as d is long, for all: ‖d‖² for the squares,
         # 1/2 for the cosine, whose small angles count as θ²/2
-        one = torch.ones_like(self.update[0].sum())
-        first = {name: one * value for name, value in self.unknowns.items()}
-        opposite = [-layer * self.start for layer in self.update]
-        self.unit = float(self._distance_from(opposite, first)) / 4
+        one = torch.ones_like(target.update[0].sum())
+        first = {name: one * value for name, value in target.unknowns.items()}
+        opposite = [-layer * target.start for layer in target.update]
+        return replace(target, unit=float(target._distance_from(opposite, first)) / 4)
 
     def scale(self, variables: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """A trained scale at ``variables``, else None."""
-        return self.trained.factor * variables["growth"] if self.trained else None
+        return None if self.factor is None else self.factor * variables["growth"]
 
     def k_at(self, variables: Mapping[str, torch.Tensor]) -> float | None:
         """The same as a number for the trace."""
@@ -245,139 +460,112 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The objective as a function of the search's variables."""
+class Problem:
+    """The objective as a function of the search's variables.
+
+    Attributes
+    ----------
+    model
+        With the weights W_t, in the attacker's precision.
+    target
+        What its update is to meet.
+    known
+        The labels [B], None where the variables have their logits.
+    update_of
+        Of ``reconstruct``.
+    of_client
+        Names of the client's unknowns among the variables.
+    total_variation
+        Weight of that prior.
+    """
 
     model: nn.Module
-    target: _Target
+    target: Target
     known: torch.Tensor | None
     update_of: Callable
     of_client: tuple[str, ...]
     total_variation: float
 
-    def evaluate(self, variables: Mapping[str, torch.Tensor], to_images: Callable):
+    def evaluate(
+        self, variables: Mapping[str, torch.Tensor], to_images: Callable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(relative misfit, loss, images) at ``variables``."""
         images = to_images(variables["images"])
         labels = variables["logits"].softmax(1) if self.known is None else self.known
         client = {name: variables[name] for name in self.of_client}
         g = self.update_of(self.model, training_loss, images, labels, **client)
+        return *self.compare(g, variables, images), images
+
+    def compare(
+        self, g: Tensors, variables: Mapping[str, torch.Tensor], images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(relative misfit, loss) of images whose update is ``g``."""
         misfit, relative = self.target.misfit(g, variables)
-        return relative, misfit + self.total_variation * objectives.total_variation(images), images
+        return relative, misfit + self.total_variation * objectives.total_variation(images)
 
 
-def _start(seen, coordinates, target, known, num_images, numbers, generator):
-    """(variables at the start, the map from coordinates to images)."""
-    like = target.update[0]
-    start, to_images = coordinates((num_images, *seen.image_shape), like, generator)
-    variables = {"images": start}
-    if known is None:
-        logits = torch.randn(num_images, seen.num_classes, generator=generator, dtype=torch.float64)
-        variables["logits"] = logits.to(like)
-    variables |= {name: torch.full_like(like.sum(), value) for name, value in numbers.items()}
-    return variables, to_images
+class Trace:
+    """What a search has met, its best point, and the verdict on where it stands.
 
+    Parameters
+    ----------
+    rule
+        When it ends.
+    floor
+        The misfit below which nothing is explained any better.
+    descent
+        The part of the start's misfit that it has to fall to.
 
-def _result(search: "_Search", to_images, target: _Target, known, seconds: float) -> Reconstruction:
-    scale = target.scale(search.best)
-    k = None if scale is None else float(scale)
-    # A factor that has not settled, or collapsed to nothing, is no learning rate.
-    settled = search.status is Status.CONVERGED
-    rate = 1 / k if settled and k is not None and k > 0 else None
-    images = to_images(search.best["images"])
-    evidence = SearchEvidence(
-        losses=search.losses,
-        loss=search.loss,
-        k=k,
-        ks=search.ks,
-        history=search.history,
-        point=search.best,
-    )
-    return Reconstruction(
-        images=images,
-        labels=search.best["logits"].argmax(1) if known is None else known,
-        status=search.status,
-        vouched=torch.zeros(len(images), dtype=torch.bool, device=images.device),
-        evidence=evidence,
-        client=ClientEstimate(learning_rate=rate),
-        seconds=seconds,
-    )
-
-
-class _Finished(Exception):
-    """Raised inside the optimizer's closure to leave its loop at once."""
-
-
-class _Search:
-    """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit,
-    loss, images).
+    Attributes
+    ----------
+    losses, ks, history
+        Of ``SearchEvidence``.
+    loss, best
+        The lowest one, and the variables that have it.
+    status
+        The verdict once it has ended.
     """
 
-    def __init__(
-        self,
-        variables,
-        objective,
-        rule: StopRule,
-        floor: float,
-        descent: float,
-        keep_every: int | None,
-        k_of: Callable[[Mapping[str, torch.Tensor]], float | None],
-    ):
-        self.variables = {name: start.requires_grad_() for name, start in variables.items()}
-        self.objective = objective
+    def __init__(self, rule: StopRule, floor: float, descent: float) -> None:
         self.rule = rule
         self.floor, self.descent = floor, descent
         # misfit at which it has converged, known from the first evaluation on
         self.enough: float | None = None
-        self.keep_every = keep_every
-        self.k_of = k_of
         self.losses: list[float] = []
         self.lowest: list[float] = []
         self.history: list[tuple[int, torch.Tensor]] = []
         self.ks: list[float] = []
-        self.loss, self.best = math.inf, self._copy()
+        self.loss = math.inf
+        self.best: dict[str, torch.Tensor] = {}
         self.status = Status.WHOLE if rule.whole_budget else Status.BUDGET
 
-    def run(self, optimizer) -> None:
-        """Descend until the verdict falls."""
-        stepper = optimizer(list(self.variables.values()), self.rule.max_evaluations)
-        steps = itertools.repeat(None, self.rule.max_iterations or self.rule.max_evaluations)
-        try:
-            for _ in steps:
-                stepper.step(self._closure)
-        except _Finished:
-            pass
-        if self.rule.whole_budget:
-            self.loss, self.best = self._last(), self._copy()
+    def add(self, loss: float, misfit: float, finite: bool, here: Callable[[], dict]) -> bool:
+        """Note an evaluation.
 
-    def _last(self) -> float:
-        """The loss where the search has ended: its optimizer's last step is not evaluated."""
-        _, loss, _ = self.objective(self.variables)
-        return float(loss.detach())
+        Parameters
+        ----------
+        loss, misfit
+            What it came to.
+        finite
+            Whether the gradient is.
+        here
+            A copy of the variables.
 
-    def _closure(self):
-        misfit, loss, images = self.objective(self.variables)
-        gradients = torch.autograd.grad(loss, list(self.variables.values()))
-        for variable, gradient in zip(self.variables.values(), gradients):
-            variable.grad = gradient
+        Returns
+        -------
+        bool
+            Whether the search has ended; ``status`` says how.
+        """
         if self.enough is None:
-            start = self.descent * float(misfit)
-            self.enough = max(self.floor, min(self.rule.tolerance, start))
-        number = float(loss.detach())
-        finite = math.isfinite(number) and all(gradient.isfinite().all() for gradient in gradients)
-        if self.keep_every and len(self.losses) % self.keep_every == 0:
-            self.history.append((len(self.losses), images.detach().clone()))
-        k = self.k_of(self.variables)
-        if k is not None:
-            self.ks.append(k)
-        if finite and number < self.loss:
-            self.loss, self.best = number, self._copy()
-        self.losses.append(number)
+            self.enough = max(self.floor, min(self.rule.tolerance, self.descent * misfit))
+        finite = finite and math.isfinite(loss)
+        if finite and loss < self.loss:
+            self.loss, self.best = loss, here()
+        self.losses.append(loss)
         self.lowest.append(self.loss)
-        verdict = self._verdict(finite, float(misfit))
-        if verdict:
-            self.status = verdict
-            raise _Finished
-        return loss.detach()
+        verdict = self._verdict(finite, misfit)
+        self.status = verdict or self.status
+        return verdict is not None
 
     def _verdict(self, finite: bool, misfit: float) -> Status | None:
         """The reason to stop now, or None."""
@@ -393,6 +581,58 @@ class _Search:
             far = statistics.median(self.losses[-patience:]) > 10 * self.loss
             return Status.DIVERGED if far else Status.STALLED
         return Status.BUDGET if len(self.losses) >= self.rule.max_evaluations else None
+
+
+class _Finished(Exception):
+    """Raised inside the optimizer's closure to leave its loop at once."""
+
+
+class _Search:
+    """One descent over a dict of variables; ``objective(variables)`` returns (relative misfit,
+    loss, images).
+    """
+
+    def __init__(self, variables, objective, trace: Trace, keep_every: int | None, problem):
+        self.variables = {name: start.requires_grad_() for name, start in variables.items()}
+        self.objective = objective
+        self.trace = trace
+        self.keep_every = keep_every
+        self.k_of = problem.target.k_at
+        trace.best = self._copy()
+
+    def run(self, optimizer) -> None:
+        """Descend until the verdict falls."""
+        rule = self.trace.rule
+        stepper = optimizer(list(self.variables.values()), rule.max_evaluations)
+        steps = itertools.repeat(None, rule.max_iterations or rule.max_evaluations)
+        try:
+            for _ in steps:
+                stepper.step(self._closure)
+        except _Finished:
+            pass
+        if rule.whole_budget:
+            self.trace.loss, self.trace.best = self._last(), self._copy()
+
+    def _last(self) -> float:
+        """The loss where the search has ended: its optimizer's last step is not evaluated."""
+        _, loss, _ = self.objective(self.variables)
+        return float(loss.detach())
+
+    def _closure(self):
+        misfit, loss, images = self.objective(self.variables)
+        gradients = torch.autograd.grad(loss, list(self.variables.values()))
+        for variable, gradient in zip(self.variables.values(), gradients):
+            variable.grad = gradient
+        trace = self.trace
+        if self.keep_every and len(trace.losses) % self.keep_every == 0:
+            trace.history.append((len(trace.losses), images.detach().clone()))
+        k = self.k_of(self.variables)
+        if k is not None:
+            trace.ks.append(k)
+        finite = all(gradient.isfinite().all() for gradient in gradients)
+        if trace.add(float(loss.detach()), float(misfit), finite, self._copy):
+            raise _Finished
+        return loss.detach()
 
     def _copy(self):
         return {name: variable.detach().clone() for name, variable in self.variables.items()}

@@ -32,7 +32,7 @@ def private_folders(tmp_path, monkeypatch):
     """No test reads or writes the user's store and figures."""
     monkeypatch.setenv("DLM_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("DLM_FIGURES", str(tmp_path / "figures"))
-    for name in ("SCHEDULER", "DLM_JOBS", "DLM_PROGRESS"):
+    for name in ("SCHEDULER", "DLM_JOBS", "DLM_PROGRESS", "DLM_DEVICE"):
         monkeypatch.delenv(name, raising=False)
 
 

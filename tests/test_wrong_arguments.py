@@ -53,6 +53,7 @@ INNER = {
 def scene():
     """What valid calls are made of: digits of 8x8 pixels, networks, Observations."""
     from dlm_core import data, defenses, federated, models
+    from dlm_core.beyond import starts
     from dlm_core.harness import kept, options, thresholds
     from dlm_core.harness.trials import Trial
 
@@ -95,6 +96,7 @@ def scene():
         judged=pandas.DataFrame({"dataset": "digits", "index": [0, 1], "psnr": [10.0, 30.0]}),
         guessed=thresholds.guesses("digits", [0], reserved=1790, source="bundled"),
         search={"max_evaluations": 2, "num_images": 1, "seed": 0},
+        ends=starts.survey(seen, starts=2, max_evaluations=1),
     )
 
 
@@ -253,6 +255,9 @@ VALID: dict[str, Callable] = {
     "adaptive.combined": lambda s: {
         **{"rounds": [s.defended, s.defended], "defence": s.noise, **s.search}
     },
+    "starts.survey": lambda s: {
+        **{"seen": s.seen, "starts": 2, "seed": 0, "alike": 25.0, "max_evaluations": 1}
+    },
     "signlike.interval_dlm": lambda s: {"seen": s.of_adam, **s.search},
     "signlike.read": lambda s: {"seen": s.of_adam},
     "signlike.sign_dlm": lambda s: {"seen": s.of_adam, "total_variation": 0.0, **s.search},
@@ -330,6 +335,8 @@ VALID: dict[str, Callable] = {
     "figures.medians": lambda s: {"axis": Figure().subplots(), "x": [1.0], "rows": s.medians},
     "figures.strip": lambda s: {"axis": Figure().subplots(), "place": 0.0, "values": [1.0]},
     "figures.legend": lambda s: {"figure": Figure(), "ncols": 2},
+    "clusters.sentence": lambda s: {"ends": s.ends},
+    "clusters.show": lambda s: {"ends": s.ends, "most": 2},
     "figures.show_images": lambda s: {"rows": [[s.images[0]]], "row_names": ["digit"]},
     "audit.audit": lambda s: {
         **{"before": s.sent, "after": s.seen.weights_after, "model": s.model, "attack": "exact"},
@@ -370,11 +377,13 @@ VALID: dict[str, Callable] = {
     "preprocessing.normalised": lambda s: {"model": s.model, "normalise": "half"},
     "kinds.make": lambda s: {"kind": "MLP", "index": 0},
     "calibration.Case": lambda s: {"kind": "MLP", "index": 0, "compared": False},
+    "bounds.Bound": lambda s: {"trial": s.trial},
+    "bounds.Noise": lambda s: {"trial": s.trial, "psnr": 20.0, "prior": "smooth"},
     "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
     "weighted.weighted": lambda s: {
-        **{"seen": s.seen, "seed": 0, "max_steps": 1, "coordinates": 8}
+        **{"seen": s.seen, "seed": 0, "max_steps": 1, "num_coordinates": 8, "far": True}
     },
     "leading.features": lambda s: {"seen": s.seen},
     "leading.leading": lambda s: {"seen": s.seen},
@@ -536,6 +545,10 @@ FINE = {
     ("figures.strip", "values", "[]"),
     # no defence is told as None or as nothing
     ("adaptive.combined", "defence", "{}"),
+    # many starts at once
+    *((key, "seed", "[1]") for key in ("attacks.d", "attacks.i", "search.", "signlike.")),
+    *((key, "seed", "[1]") for key in ("adaptive.dlm", "adaptive.unr", "adaptive.comb")),
+    *((key, "seed", "[1]") for key in ("ablation.", "normalisation.", "surrogate.s")),
     # a folder that is made
     ("sweeps.sweep", "store", "'x'"),
     # the name that an argument goes by
@@ -632,6 +645,7 @@ UNTRIED = {
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
     *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
     "flower.keeping",  # tests/harness/with_flower.py
+    "search.preparing",
 }
 
 

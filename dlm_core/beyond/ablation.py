@@ -5,6 +5,7 @@ once. Here each is an argument of its own. The defaults are ``attacks.dlm_plus``
 of "noise" without box and smoothness is ``coordinates.pixels``, as released.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ SLOPE = 0.25  # of the sigmoid at mid-grey
     client="one step of SGD, with momentum or not",
 )
 @records.passes_on_to(search.reconstruct, fixed=["scale", "coordinates"])
+@search.in_lanes
 @check.arguments
 def ablated(
     seen: Observation,
@@ -114,6 +116,7 @@ _DISTANCES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@functools.cache
 def _coordinates(start: str, box: bool, smooth: bool) -> Callable[..., Start]:
     """Start and map of the images, as ``search.reconstruct`` asks for them."""
     if (start, box, smooth) == ("grey", True, True):

@@ -21,7 +21,7 @@ from dlm_core.beyond import clients, exact
 from dlm_core.defenses import Setting
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
-from dlm_core.search import reconstruct
+from dlm_core.search import in_lanes, reconstruct
 
 # Mean difference of neighbouring pixels in natural images: the scale of the total-variation prior.
 CONTRAST = 0.05
@@ -70,6 +70,7 @@ def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstructi
     client="one step of SGD, with momentum or not, defended",
 )
 @records.passes_on_to(reconstruct, fixed=["distance"])
+@in_lanes
 @check.arguments
 def dlm_plus(
     seen: Observation,
@@ -100,7 +101,7 @@ def dlm_plus(
     weights = _weights(variances)
     if total_variation is None:
         total_variation = _prior(seen, weights)
-    distance = objectives.weighted(objectives.normalised_distance, weights)
+    distance = partial(attacks.weighted_distance, weights)
     return reconstruct(seen, distance, total_variation=total_variation, **options)
 
 
@@ -114,6 +115,7 @@ def dlm_plus(
 )
 @check.renamed(steps="local_steps")
 @records.passes_on_to(dlm_plus, fixed=["update_of"])
+@in_lanes
 @check.arguments
 def unrolled_dlm(
     seen: Observation,

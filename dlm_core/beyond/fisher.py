@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ from dlm_core.weights import rounded
 Prior = Literal["white", "smooth"]
 
 PRIOR_PSNR = -20 * math.log10(priors.STD)  # in dB, what a prior allows without an update
+AbovePrior = Annotated[float, check.Range(PRIOR_PSNR, open_low=True)]
 HALF_GREY = 0.5 / 255  # half a grey level of 8-bit images
 # Numbers of a matrix up to which it is formed: in float64 (0.8 GB), else in float32 (1.1 GB). To
 # float32 its singular values are as true as the eigenvalues of its square would be in float64.
@@ -149,6 +150,21 @@ class Information:
         prior's is hidden.
         """
         return self.posterior(self.prior).variance.sqrt()
+
+    @check.arguments
+    def map(self, prior: Prior = "smooth") -> torch.Tensor:
+        """[N, 1, H, W] from 0, where a pixel is as unknown as before, to 1, where it is exposed.
+
+        Parameters
+        ----------
+        prior
+            "white" or "smooth".
+        """
+        variance = self.posterior(prior).variance
+        shape = variance.shape[1:]
+        unit = torch.eye(shape.numel()).to(variance).reshape(-1, *shape)
+        before = priors.root(prior, shape)[0](unit).square().sum(0).mean(0)
+        return 1 - (variance.mean(1, keepdim=True) / before).sqrt().clamp(0, 1)
 
     @property
     def layers(self) -> dict[str, float]:
@@ -261,7 +277,7 @@ def noise_for(
     labels: Labels,
     *,
     learning_rate: check.Positive,
-    psnr: check.Finite = 20.0,
+    psnr: AbovePrior = 20.0,
     prior: Prior = "smooth",
     clip: check.Positive | None = None,
     local_steps: check.Count = 1,
@@ -302,10 +318,6 @@ def noise_for(
     -----
     Rounding of the weights is left out: where it counts beside the noise, less of that is enough.
     """
-    if psnr <= PRIOR_PSNR:
-        raise ValueError(
-            f"psnr is {psnr:g}; without an update the prior allows {PRIOR_PSNR:.2f} dB already"
-        )
     steps = (learning_rate, local_steps, batch_size)
     jacobian = _jacobian(
         copy.deepcopy(model), images, labels, client_optimizer, optimizer_options, loss, steps

@@ -120,6 +120,7 @@ from functools import partial
 import torch
 from torch.func import vmap
 
+from dlm_core.beyond.at_once import at_once
 from dlm_core.beyond.recursion import (
     PRIOR_VARIANCE,
     Tensors,
@@ -132,7 +133,8 @@ from dlm_core.beyond.recursion import (
 from dlm_core.beyond.stacks import Layer, times
 
 LARGEST = 5000  # entries of a layer: a square matrix of more (0.2 GB) is applied, never formed
-CHUNK = 64  # unit vectors sent through a network at once; more costs memory and gains no time
+CHUNK = 64  # unit vectors sent through a network at once on a CPU; more gains no time
+TENSORS = 16  # of the size of all layers' δ and u, that each of them takes on a GPU
 CG_STEPS = 200  # of conjugate gradients, where the matrix is not formed
 CG_ENOUGH = 1e-20  # squared residual, relative to the right-hand side's
 
@@ -196,7 +198,9 @@ def curvature(
     if len(x) > LARGEST:
         return Curvature(partial(_conjugate_gradients, information), None)
     if max(d.numel() for d in deltas) > LARGEST:
-        matrix = vmap(information, chunk_size=CHUNK)(torch.eye(len(x)).to(x))
+        size = TENSORS * x.element_size() * sum(each.numel() for each in (*deltas, *inputs))
+        chunk = at_once(size, x.device, CHUNK)
+        matrix = vmap(information, chunk_size=chunk)(torch.eye(len(x)).to(x))
     else:
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
     factor, ridge = cholesky(matrix)

@@ -20,12 +20,17 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, vjp, vmap
 
+from dlm_core.beyond.at_once import at_once
+from dlm_core.beyond.attention import plain_attention
 from dlm_core.beyond.clients import Step
 from dlm_core.observation import scores
 from dlm_core.threads import own_generator
 
-AT_ONCE = 64  # products side by side: more cost memory and gain no time
-LARGEST = 2**24  # numbers that products side by side may have
+AT_ONCE = 64  # products side by side on a CPU: more cost memory and gain no time
+LARGEST = 2**24  # numbers that they may have
+# Tensors of a product on a GPU, each of the size of the vector and the images: the client's passes
+# keep values and slopes.
+TENSORS = 16
 SAME = 1e-9  # relative difference up to which a gradient is that of its factors
 
 Tensors = dict[str, torch.Tensor]
@@ -198,7 +203,9 @@ class Client:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         held = {**{name: tensor.detach() for name, tensor in named}, **weights}
         held = {n: t.to(precision) if t.is_floating_point() else t for n, t in held.items()}
-        return self.loss(scores(functional_call(self.model, held, images.to(precision))), labels)
+        with plain_attention():
+            given = functional_call(self.model, held, images.to(precision))
+        return self.loss(scores(given), labels)
 
     def _listening(
         self, layers: Any, hear: Callable[[str, Any, torch.Tensor], torch.Tensor]
@@ -287,6 +294,7 @@ class Jacobian:
     def _chunks(
         self, product: Callable[[torch.Tensor], torch.Tensor], each: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        at_once = max(1, min(AT_ONCE, LARGEST // self.height))
-        for some in each.split(at_once):
+        on_cpu = max(1, min(AT_ONCE, LARGEST // self.height))
+        size = each.element_size() * TENSORS * (self.height + self.size)
+        for some in each.split(at_once(size, each.device, on_cpu)):
             yield vmap(product, randomness="same")(some).detach()

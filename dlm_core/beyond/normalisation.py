@@ -194,6 +194,7 @@ def matched(
     },
 )
 @records.passes_on_to(search.reconstruct, fixed=["update_of"])
+@search.in_lanes
 @check.arguments
 def reconstruct(
     seen: Observation,

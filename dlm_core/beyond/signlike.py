@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from dlm_core import check, objectives, records
 from dlm_core.beyond.reading import Reading, read
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
-from dlm_core.search import reconstruct
+from dlm_core.search import in_lanes, reconstruct
 
 __all__ = ["Reading", "distance_outside", "interval_dlm", "read", "sign_distance", "sign_dlm"]
 
@@ -31,6 +32,7 @@ Tensors = Sequence[torch.Tensor]
     scene={"dataset": "fashion_mnist", "client_optimizer": "adam", "learning_rate": 1e-3},
 )
 @records.passes_on_to(reconstruct)
+@in_lanes
 @check.arguments
 def interval_dlm(seen: Observation, **options: Any) -> Reconstruction:
     """DLM on bounds: an image whose gradient lies where ``read`` says it does.
@@ -66,6 +68,7 @@ def interval_dlm(seen: Observation, **options: Any) -> Reconstruction:
     scene={"dataset": "fashion_mnist", "client_optimizer": "adam", "learning_rate": 1e-3},
 )
 @records.passes_on_to(reconstruct)
+@in_lanes
 @check.arguments
 def sign_dlm(
     seen: Observation, *, total_variation: check.NonNegative = 0.1, **options: Any
@@ -83,13 +86,14 @@ def sign_dlm(
         Of ``search.reconstruct``.
     """
     below = [name not in seen.head.names for name in seen.parameter_names]
-
-    def distance(g: Tensors, d: Tensors) -> torch.Tensor:
-        g_below = [layer for layer, counts in zip(g, below) if counts]
-        d_below = [layer for layer, counts in zip(d, below) if counts]
-        return sign_distance(g_below, d_below)
-
+    distance = partial(_signs_of, below)
     return reconstruct(seen, distance, total_variation=total_variation, **options)
+
+
+def _signs_of(below: Sequence[bool], g: Tensors, d: Tensors) -> torch.Tensor:
+    g_below = [layer for layer, counts in zip(g, below) if counts]
+    d_below = [layer for layer, counts in zip(d, below) if counts]
+    return sign_distance(g_below, d_below)
 
 
 def distance_outside(low: Tensors, high: Tensors) -> Callable[[Tensors, Any], torch.Tensor]:
@@ -107,13 +111,13 @@ def distance_outside(low: Tensors, high: Tensors) -> Callable[[Tensors, Any], to
         the bounds were read from, and not looked at.
     """
     nearest = [torch.zeros_like(lo).clamp(lo, hi) for lo, hi in zip(low, high)]
-    size = sum(layer.square().sum() for layer in nearest)
+    size = sum((layer.square().sum() for layer in nearest), nearest[0].new_zeros(()))
+    return partial(_outside, list(low), list(high), size)
 
-    def between(g: Tensors, d: Any) -> torch.Tensor:
-        within = [layer.clamp(lo, hi).detach() for layer, lo, hi in zip(g, low, high)]
-        return objectives.squared_distance(g, within) / size
 
-    return between
+def _outside(low: Tensors, high: Tensors, size: torch.Tensor, g: Tensors, d: Any) -> torch.Tensor:
+    within = [layer.clamp(lo, hi).detach() for layer, lo, hi in zip(g, low, high)]
+    return objectives.squared_distance(g, within) / size
 
 
 def sign_distance(g: Tensors, d: Tensors, softness: float = 0.1) -> torch.Tensor:

@@ -23,7 +23,7 @@ from dlm_core.coordinates import pixels
 from dlm_core.observation import Observation
 from dlm_core.optimizers import BoxedAdam, Variables
 from dlm_core.results import Reconstruction
-from dlm_core.search import known_labels, reconstruct
+from dlm_core.search import in_lanes, known_labels, reconstruct
 
 # Standard deviation of natural images' pixels in [0, 1]: SME's authors normalise by it, so that in
 # their units a step is as much longer, and a difference of neighbours as much larger.
@@ -144,6 +144,7 @@ class PublishedAdam(BoxedAdam):
     client="many steps of SGD on batches in any order",
 )
 @records.passes_on_to(reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale"])
+@in_lanes
 @check.arguments
 def sme(
     seen: Observation,
@@ -200,6 +201,7 @@ def sme(
     client="several steps of SGD on batches in any order",
 )
 @records.passes_on_to(reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale"])
+@in_lanes
 @check.arguments
 def surrogate_dlm(
     seen: Observation,

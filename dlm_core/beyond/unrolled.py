@@ -51,7 +51,7 @@ Search = Callable[..., Reconstruction]
     marker="X",
     assumes=("the kind of optimizer and its options", "the batch size, where it is not all images"),
     client="several local steps; takes a minute or more",
-    audited=5,
+    audited=6,
 )
 @check.renamed(
     steps="local_steps",
@@ -71,6 +71,7 @@ def unrolled_dlm(
     batch_size: check.Count | None = None,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
+    seed: check.Whole = 0,
     max_evaluations: check.Count = 400,
     **options: Any,
 ) -> Reconstruction:
@@ -91,7 +92,7 @@ def unrolled_dlm(
         Largest E that is tried, at least 1.
     batch_size
         Images per local step, at least 1, taken in order; None takes all in each.
-    num_images, labels
+    num_images, labels, seed
         Of ``search.reconstruct``.
     max_evaluations
         Of each search at the E that fits best, at least 1; the searches for E take forty each.
@@ -117,7 +118,7 @@ def unrolled_dlm(
     head_steps = 1 if local_steps == 1 else HEAD_STEPS
     known = known_labels(seen, labels, num_images, local_steps=head_steps)
     told = {"num_images": num_images, "labels": labels if known is None else known}
-    settings = {"tolerance": TOLERANCE, **options, **told}
+    settings = {"tolerance": TOLERANCE, **options, **told, "seed": seed}
     simulated = _Client(step, optimizer_options, batch_size)
 
     def search(

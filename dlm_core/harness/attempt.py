@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from dlm_core import records
+from dlm_core.beyond.attention import plain_attention
 from dlm_core.coordinates import cosines
 from dlm_core.harness.belief import twice
 from dlm_core.harness.foretell import SEARCHES, foretold
@@ -76,9 +75,8 @@ def attempt(
         What the attack raises.
     """
     watch = Watch(record.key, until)
-    # searches side by side on several threads each slow down tenfold; the fused kernels of
-    # attention have no second derivative
-    with one_thread(), sdpa_kernel(SDPBackend.MATH):
+    # searches side by side on several threads each slow down tenfold
+    with one_thread(), plain_attention():
         try:
             search, sentences = foretold(run, record, until)
             for sentence in sentences:

@@ -20,6 +20,7 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs, preprocessing
+from dlm_core.beyond.weighted import Told, affordable
 from dlm_core.harness import (
     brightness,
     clues,
@@ -34,7 +35,7 @@ from dlm_core.harness import (
 from dlm_core.harness.about import About, of
 from dlm_core.harness.attempt import attempt
 from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
-from dlm_core.harness.foretell import SEARCHES, Budget, NoTime
+from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
@@ -73,7 +74,7 @@ def audit(
     client: str | None = None,
     normalise: preprocessing.Told | None = None,
     out: str | Path = "reconstruction.png",
-    minutes: check.Positive | None = None,
+    minutes: check.Positive | None = MINUTES,
 ) -> Audit:
     """Print what two snapshots of a client show, and write the picture.
 
@@ -101,8 +102,8 @@ def audit(
     out
         Picture to write, enlarged; its suffix says in which format.
     minutes
-        That the audit may take, above 0: searches are shortened or left out, and it is said. None
-        for as many as they need.
+        That the audit may take, above 0: searches are shortened or left out where it is too little,
+        and it is said. None for as many as they need.
 
     Returns
     -------
@@ -127,16 +128,16 @@ def audit(
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged as why:
-        return _told(_unchanged(read, why), about)
+        return _told(_unchanged(read, why), about, read)
     except ValueError as why:
-        return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about)
+        return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about, read)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
     invented = _untrained_head(seen)
     if invented is not None:
-        return _told(_without_head(invented, read, image_shape, out), about)
+        return _told(_without_head(invented, read, image_shape, out), about, read)
     look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
     label = leaks.of_label(seen, look)
@@ -157,14 +158,17 @@ def audit(
     else:
         none = "no attack came to a result" if ran_out else "no attack applies"
         print(f"{none}, which is no proof that nothing leaks")
-    return _told(found, about)
+    return _told(found, about, read)
 
 
-def _told(found: Audit, about: About) -> Audit:
-    """Print the verdict; the audit with what was asked."""
+def _told(found: Audit, about: About, read: "_Read") -> Audit:
+    """Print the verdict; the audit with what was asked, and what may hide more."""
+    found = replace(found, about=about, caution=levels.HIDES if read.lost else None)
+    if found.sentence != found.verdict.sentence:
+        print(found.caution)
     kinds = f"{len(found.untried)} kinds of attack"
     print(f"verdict: {found.verdict}; {kinds} were not tried (--json, --report, .untried say why)")
-    return replace(found, about=about)
+    return found
 
 
 Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
@@ -183,15 +187,16 @@ def _tried_in_turn(
         key = name if name not in found else f"{name}, {images}"
         asked = name if count == told else f"{name}, {images}"
         many = f"; {images}" if count != told else ""
-        decided = settled(found, count) if name in SEARCHES else None
+        decided = settled(found, count) if name in (*SEARCHES, *STEPPED) else None
         if interrupted or decided:
             found.untried.append(Untried(asked, decided or "the audit was interrupted"))
             print(f"not tried: {found.untried[-1]}")
             continue
         until = budget.until(name, (other for other, _, _ in runs[place + 1 :]))
         print(f"{name} ({record.client}{many}) ...", flush=True)
+        times: list[str] = []
         try:
-            went = attempt(run, record, until, _indented)
+            went = attempt(run, record, until, partial(_noted, times))
         except NoTime as why:
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
@@ -204,6 +209,7 @@ def _tried_in_turn(
             found.untried.append(Untried(key, f"does not apply: {sentence(why)}"))
             continue
         interrupted = went.interrupted
+        found.notes.extend(f"{asked}: {limit}" for limit in times[1:])  # behind how long it takes
         if went.stopped:
             _indented(went.stopped)
             found.notes.append(f"{asked} was {went.stopped}")
@@ -236,6 +242,11 @@ def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | No
 
 def _indented(line: str) -> None:
     print(f"    {line}", flush=True)
+
+
+def _noted(lines: list[str], line: str) -> None:
+    lines.append(line)
+    _indented(line)
 
 
 def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
@@ -325,7 +336,7 @@ def _not_asked(why: str) -> list[Untried]:
 def _suitable(num_images: int, look: Look) -> list[str]:
     if look.num_classes == 1:
         return ["division"] if num_images == 1 else ["exact_batch"]
-    left_out = {"exact_batch"} if num_images == 1 else {"division", "exact"}
+    left_out = {"exact_batch"} if num_images == 1 else {"division", "exact", "weighted"}
     if look.last_alone:
         left_out |= {"exact", "exact_batch", "unrolled_dlm"}
     if look.kin != "adam" or look.optimizer == "several steps":
@@ -371,6 +382,7 @@ def _options(
             "transmitted": read.coarse,
             "weight_decay": look.optimizer == "sgd with decay",
         },
+        "weighted": {"restarts": max(1, affordable(image_shape) // STARTS)},
         "dlm_plus": {"restarts": 2},
         "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
@@ -542,7 +554,10 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
             f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; "
             f"{found.status.sentence}"
         )
-        yield _agreed(agreement)
+        if agreement is not None or not isinstance(found.evidence, Told):
+            yield _agreed(agreement)
+    if isinstance(found.evidence, Told) and belief.grade is not Explains.LITTLE:
+        yield _worth(found, belief)
     if (found.labels >= 0).all():
         yield f"labels {found.labels.tolist()}"
     simulated = searched and found.local_steps is not None
@@ -582,6 +597,15 @@ def _agreed(agreement: float | None) -> str:
     which = "the same" if agreement >= AGREED else "another"
     between = f"({agreement:.0f} dB between the two)"
     return f"a search from another start ends at {which} picture {between}"
+
+
+def _worth(found: Reconstruction, belief: Belief) -> str:
+    """What a picture is worth that the update tells in part."""
+    return (
+        f"the update tells about {found.directions:,.0f} of the {found.images.numel():,} "
+        "directions of an image there, smooth images' mean fills in the rest: about "
+        f"{belief.expected:.0f} dB are expected of its picture"
+    )
 
 
 def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,13 +20,14 @@ from dlm_core import metrics, records
 from dlm_core.beyond.batches import Reason, Traces
 from dlm_core.beyond.exact import Fit
 from dlm_core.beyond.inputs import Ratio
+from dlm_core.beyond.weighted import Told, affordable
 from dlm_core.coordinates import Start, cosines
 from dlm_core.harness.about import About
 from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
 from dlm_core.harness.tables import counted
 from dlm_core.harness.watch import Watch
-from dlm_core.results import Explains, Reconstruction, SearchEvidence
+from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
 EXPLAINED, PARTLY = 1e-3, 0.1
@@ -91,6 +93,9 @@ class Belief:
     agreement
         PSNR in dB between a search's images and those of a second one from another start; None
         where there was none.
+    expected
+        PSNR in dB that a search's picture should have, by what the update tells of it; None where
+        the search does not say.
     """
 
     grade: Explains
@@ -98,13 +103,15 @@ class Belief:
     judged: bool
     loss: float
     agreement: float | None = None
+    expected: float | None = None
 
     def __lt__(self, other: "Belief") -> bool:
         return self._place < other._place
 
     @property
-    def _place(self) -> tuple[int, bool, float]:
-        return self.grade, self.judged and self.grade > Explains.LITTLE, -self.loss
+    def _place(self) -> tuple[int, bool, bool, float]:
+        some = self.grade > Explains.LITTLE
+        return self.grade, self.judged and some, self.expected is not None and some, -self.loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # a mapping's equality is its own
@@ -132,6 +139,8 @@ class Audit(Mapping[str, Reconstruction]):
         Whether the user ended it.
     about
         What was asked, of which files, with which software; None where that is not known.
+    caution
+        What may hide a leak, in a sentence; None for nothing that is known.
     """
 
     results: dict[str, Reconstruction] = field(repr=False)
@@ -143,6 +152,7 @@ class Audit(Mapping[str, Reconstruction]):
     unchanged: bool = False
     interrupted: bool = False
     about: About | None = field(repr=False, default=None)
+    caution: str | None = None
 
     def __getitem__(self, attack: str) -> Reconstruction:
         return self.results[attack]
@@ -157,6 +167,12 @@ class Audit(Mapping[str, Reconstruction]):
     def exit_status(self) -> int:
         """Of ``python -m dlm_core attack``: 0 to 3 by the verdict, 130 where it was interrupted."""
         return 130 if self.interrupted else self.verdict.exit_status
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words, with what may hide more."""
+        unsure = self.verdict in (Verdict.PARTLY, Verdict.NOT_SHOWN) and self.caution
+        return f"{self.verdict.sentence} {unsure}" if unsure else self.verdict.sentence
 
     @property
     def tried(self) -> list[str]:
@@ -212,6 +228,8 @@ def _error(found: Reconstruction, belief: Belief) -> tuple[float, str]:
         return float(found.evidence.image_error.max()), "its own standard error"
     if isinstance(found.evidence, Fit):
         return 10 ** (-found.evidence.bound_psnr / 20), "the Cramér-Rao bound"
+    if belief.expected is not None:
+        return 10 ** (-belief.expected / 20), "what the update leaves open, expected"
     if belief.agreement is not None:
         return 10 ** (-belief.agreement / 20), "the distance between two searches"
     return math.nan, ""
@@ -230,11 +248,32 @@ def twice(
     if found.local_steps is not None:
         run = partial(run, local_steps=found.local_steps, **CLOSER)
         found = watch.keep(run())
-    if not record.seeded:
+    if not record.seeded or not _worth_another(found):
         return found, None
-    start = {"coordinates": watch.noting(far)} if "coordinates" in record.options else {}
-    again = run(seed=1, **start)
-    return found, likeness(found.images, again.images)
+    again = run(seed=1, **_far(record, watch))
+    if isinstance(found.evidence, Told) and again.evidence.loss < found.evidence.loss:
+        found, again = again, found
+    alone = _converged(found) and not _converged(again)  # what stalls says nothing against it
+    return found, None if alone else likeness(found.images, again.images)
+
+
+def _worth_another(found: Reconstruction) -> bool:
+    """Whether a second search is made: of large images not where the first says what its picture is
+    worth, and is not believed whatever a second finds.
+    """
+    told = isinstance(found.evidence, Told) and affordable(found.images.shape[1:]) == 1
+    return not told or found.evidence.loss <= EXPLAINED
+
+
+def _converged(found: Reconstruction) -> bool:
+    return isinstance(found.evidence, Told) and found.status is Status.CONVERGED
+
+
+def _far(record: records.Attack, watch: Watch) -> dict[str, Any]:
+    """What makes an attack begin far from where it began first."""
+    if "coordinates" in record.options:
+        return {"coordinates": watch.noting(far)}
+    return {"far": True} if "far" in record.options else {}
 
 
 def likeness(images: torch.Tensor, others: torch.Tensor) -> float:
@@ -266,7 +305,14 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
         doubt = _doubt(found, look)
     judged = found.evidence.explains is not None
     grade = Explains.PARTLY if doubt else grade
-    return Belief(grade, doubt, judged, found.evidence.loss, agreement)
+    return Belief(grade, doubt, judged, found.evidence.loss, agreement, _expected(found, agreement))
+
+
+def _expected(found: Reconstruction, agreement: float | None) -> float | None:
+    """What a picture should have by its search, and no more than a second one leaves it."""
+    if not isinstance(found.evidence, Told):
+        return None
+    return min(found.evidence.expected_psnr, math.inf if agreement is None else agreement)
 
 
 def settled(found: Audit, count: int) -> str | None:
@@ -297,6 +343,9 @@ def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
     if found.evidence.explains is not None:
         return found.evidence.explains
     agreed = agreement is not None and agreement >= AGREED
+    expected = _expected(found, agreement)
+    if expected is not None:  # what is left open is alike in both of its searches
+        agreed = (agreed or _converged(found)) and expected >= AGREED
     if found.evidence.loss <= EXPLAINED and agreed:
         return Explains.FULLY
     return Explains.PARTLY if found.evidence.loss <= PARTLY or agreed else Explains.LITTLE

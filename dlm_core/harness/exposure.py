@@ -15,7 +15,7 @@ from torch import nn
 
 from dlm_core import check, records
 from dlm_core.arrays import Images, Labels, Precision
-from dlm_core.beyond import fisher, preprocessing, priors
+from dlm_core.beyond import fisher, preprocessing
 from dlm_core.beyond.fisher import Information, Prior
 from dlm_core.defenses import Setting
 from dlm_core.harness import (
@@ -49,16 +49,14 @@ class Exposure:
     notes: Sequence[str] = ()
 
     def map(self, prior: Prior = "smooth") -> torch.Tensor:
-        """[N, 1, H, W] from 0, where a pixel is as unknown as before, to 1, where it is exposed.
+        """[N, 1, H, W] where the images are exposed, as ``Information.map`` has it.
 
         Parameters
         ----------
         prior
             "white" or "smooth".
         """
-        root, _ = priors.root(prior, self.information.image_shape[1:])
-        variance = self.information.posterior(prior).variance
-        return 1 - (variance.mean(1, keepdim=True) / _of_prior(root, variance)).sqrt().clamp(0, 1)
+        return self.information.map(prior)
 
     @property
     def lines(self) -> list[str]:
@@ -113,13 +111,6 @@ def _of_posterior(found: Information, prior: Prior) -> dict[str, Any]:
 
 def _sorted(posterior: fisher.Posterior) -> list[tuple[str, float]]:
     return sorted(posterior.known.items(), key=lambda each: -each[1])
-
-
-def _of_prior(root: priors.Map, variance: torch.Tensor) -> torch.Tensor:
-    """[1, 1, H, W] the prior's own variance of a pixel, the mean over channels."""
-    shape = variance.shape[1:]
-    unit = torch.eye(shape.numel()).to(variance).reshape(-1, *shape)
-    return root(unit).square().sum(0).mean(0)[None, None]
 
 
 @check.arguments

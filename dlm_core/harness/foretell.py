@@ -15,10 +15,15 @@ from dlm_core.search import StopRule
 # The attacks whose time is foretold. They begin in the coordinates of ``search.reconstruct``.
 SEARCHES = ("interval_dlm", "dlm_plus", "unrolled_dlm")
 STARTS = 2
-# Evaluations from each start with fewer of which a search is left out.
-FEWEST = 10
+# Those that go by few long steps.
+STEPPED = ("weighted",)
+# Evaluations from each start with fewer of which a search is left out; steps.
+FEWEST, FEWEST_STEPS = 10, 4
 # Evaluations of a search from one start, at most.
 BUDGET = StopRule().max_evaluations
+# That an audit takes in all, unless told.
+MINUTES = 5.0
+MORE = "--minutes (minutes) gives more"
 UNITS = {"day": 86400, "hour": 3600, "minute": 60}
 
 
@@ -42,7 +47,8 @@ class Budget:
         """When an attack has to end, on the clock ``time.monotonic``; infinite for no limit. A
         search leaves half of the time to ``later`` ones.
         """
-        shared = attack in SEARCHES and any(each in SEARCHES for each in later)
+        every = (*SEARCHES, *STEPPED)
+        shared = attack in every and any(each in every for each in later)
         return (time.monotonic() + self.end) / 2 if shared else self.end
 
 
@@ -67,6 +73,8 @@ def foretold(
     Exception
         What the attack raises.
     """
+    if record.key in STEPPED:
+        return _by_steps(run, record, until)
     if record.key not in SEARCHES:
         return run, []
     simulated = record.key == "unrolled_dlm"
@@ -75,7 +83,7 @@ def foretold(
     if STARTS * FEWEST * each > left:
         raise NoTime(
             f"{FEWEST} evaluations from each of {STARTS} starts would take "
-            f"about {in_words(STARTS * FEWEST * each)}, and it has {in_words(left)}"
+            f"about {in_words(STARTS * FEWEST * each)}, and it has {in_words(left)}: {MORE}"
         )
     if simulated:
         few, many = (_simulated_steps(steps) * each / unrolled.FIRST for steps in (2, _most()))
@@ -89,12 +97,46 @@ def foretold(
     if most * each <= left:
         return run, [said]
     fitting = min(BUDGET, int(left / each / STARTS))
-    shorter = f"shortened to {fitting} evaluations from each of {STARTS} starts, to end in time"
+    shorter = (
+        f"shortened to {fitting} evaluations from each of {STARTS} starts, to end in time: {MORE}"
+    )
     return partial(run, max_evaluations=fitting, restarts=1), [said, shorter]
 
 
+def _by_steps(
+    run: partial[Reconstruction], record: records.Attack, until: float
+) -> tuple[partial[Reconstruction], list[str]]:
+    """``foretold`` of a search by steps, each of which takes about as long."""
+    began = time.monotonic()
+    try:
+        with Watch("a first step", until):
+            run(max_steps=1, restarts=1)
+    except OutOfTime:
+        raise NoTime(_none("step", began, until)) from None
+    each, left = time.monotonic() - began, max(0.0, until - time.monotonic())
+    steps = record.parameters["max_steps"].default
+    most = run.keywords.get("restarts", 1) * steps
+    said = f"up to about {in_words(most * each)}, for {most} steps; a second start takes as long"
+    if most * each <= left:
+        return run, [said]
+    fitting = min(steps, int(left / each))  # what is found first is kept
+    if fitting < FEWEST_STEPS:
+        raise NoTime(
+            f"{FEWEST_STEPS} steps would take about {in_words(FEWEST_STEPS * each)}, and it has "
+            f"{in_words(left)}: {MORE}"
+        )
+    shorter = f"shortened to {fitting} steps, to end in time: {MORE}"
+    return partial(run, max_steps=fitting, restarts=1), [said, shorter]
+
+
+def _none(what: str, began: float, until: float) -> str:
+    return f"no {what} ended in {in_words(max(0.0, until - began))}: {MORE}"
+
+
 def _ends(seconds: float, left: float) -> list[str]:
-    return [f"cut off after {in_words(left)} if it has not ended"] if seconds > left else []
+    if seconds <= left:
+        return []
+    return [f"cut off after {in_words(left)} if it has not ended: {MORE}"]
 
 
 def _one_evaluation(run: partial[Reconstruction], simulated: bool, until: float) -> float:
@@ -107,7 +149,7 @@ def _one_evaluation(run: partial[Reconstruction], simulated: bool, until: float)
         with Watch("a first evaluation", until) as watch:
             run(max_evaluations=2, restarts=1, **steps)  # the first may have to warm up
     except OutOfTime:
-        raise NoTime(f"no evaluation ended in {in_words(max(0.0, until - began))}") from None
+        raise NoTime(_none("evaluation", began, until)) from None
     return min(watch.taken)
 
 

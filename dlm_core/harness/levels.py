@@ -16,6 +16,11 @@ from dlm_core.results import Explains, Reconstruction
 
 LEVELS = 127  # of 8 bits, on either side of 0
 FEW = 8  # numbers below which any may lie on levels by chance, or be round ones
+HIDES = (
+    "The weights before the round (W_t) are rounded, more coarsely than those that the client may "
+    "have trained from: that may hide a leak, and an audit of the weights that it was really sent "
+    "may show more."
+)
 WHOLE = 0.01  # how nearly they are whole multiples, in steps
 
 

@@ -80,7 +80,7 @@ def page(found: Audit) -> str:
     body = [
         "<h1>Does this client leak?</h1>",
         f'<p class="verdict {kind}"><strong>{_text(str(found.verdict).capitalize())}</strong>'
-        f"{_text(found.verdict.sentence)}</p>",
+        f"{_text(found.sentence)}</p>",
         *(["<p>The audit was interrupted; this is what it had found.</p>"] * found.interrupted),
         *_section("What leaked, and how exactly", _leaks(found)),
         *_section("What was looked at", _looked(found)),
@@ -144,6 +144,8 @@ def _tried(found: Audit) -> Iterator[str]:
         counted = [(key, _number(value)) for key, value in numbers(result).items()]
         if belief.agreement is not None:
             counted.append(("dB between two searches", _number(belief.agreement)))
+        if belief.expected is not None:
+            counted.append(("dB expected of the picture", _number(belief.expected)))
         yield f"<details><summary>Its numbers</summary>{_table(('', ''), counted)}</details>"
 
 

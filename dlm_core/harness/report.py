@@ -21,7 +21,15 @@ from typing import Any, Literal
 import numpy
 
 from dlm_core import check, data, records
-from dlm_core.harness import figures, machine, settings, tables
+from dlm_core.harness import (
+    devices,
+    figures,
+    machine,
+    published,
+    settings,
+    sweeps,
+    tables,
+)
 from dlm_core.harness.cells import parameters
 from dlm_core.harness.evidence import Finding, Verdict
 from dlm_core.harness.paths import (
@@ -151,6 +159,7 @@ class Report:
         self.claims: list[dict[str, Any]] = []
         self.folder = folder()
         self.sentence = ""
+        self._swept = len(sweeps.FINISHED)  # by others, before this notebook
 
     @check.arguments
     def figure(self, figure: Any, alt: str, suffix: str = "") -> None:
@@ -278,7 +287,9 @@ class Report:
         return Markdown(self.sentence)
 
     def finish(self) -> None:
-        """Write the verdicts into claims.json and claims.md, beside those of other notebooks."""
+        """Write the verdicts into claims.json and claims.md, beside those of other notebooks, and
+        the numbers of all trials into records/.
+        """
         profile = profile_of(self.notebook, self.parameters)
         entry: dict[str, Any] = {"profile": profile, "claims": self.claims}
         if self.sentence:
@@ -286,11 +297,16 @@ class Report:
         with shared(self.folder / "claims.json") as everything:
             everything[self.notebook] = entry
             write_atomically(self.folder / "claims.md", _claims_page(everything))
+        if finished := sweeps.FINISHED[self._swept :]:
+            (self.folder / "records").mkdir(exist_ok=True)
+            about = f"The trials of notebook {self.notebook[:2]}, one row each."
+            self._keep({f"records/{self.notebook}.csv.gz": published.table(finished)}, about)
 
     def provenance(self) -> dict[str, Any]:
         """What the results depend on beside the code: parameters, revision, data digests, versions,
-        machine.
+        machine, and the device of the trials where one is named.
         """
+        device = devices.named()
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -303,6 +319,7 @@ class Report:
             },
             "machine": platform.machine(),
             **machine.description(),
+            **({} if device is None else {"device": devices.description(device)}),
         }
 
     def _stem(self, suffix: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,15 +25,18 @@ from typing import Any, NamedTuple
 import torch
 
 from dlm_core import check, data
-from dlm_core.harness import keys, registry, tables
+from dlm_core.harness import devices, keys, registry, tables
 from dlm_core.harness.interrupts import kept_from_workers
 from dlm_core.harness.paths import home, probe, write_atomically
+from dlm_core.harness.trials import Trial
 from dlm_core.records import plain
 
 PATIENCE = "10s"  # with a Dask scheduler that does not answer
 # In a process: a trial's one torch thread, and a network's seed, are the whole process's.
 ONE_AT_A_TIME = threading.RLock()
 PROCESS = uuid.uuid4().hex  # this one; a worker has another
+# {trial: its record, arrays aside} of each sweep that this process has finished.
+FINISHED: list[dict[Any, dict[str, Any]]] = []
 
 
 class Default(enum.Enum):
@@ -128,7 +132,7 @@ class Store:
 
         key = key or trial.key
         path = self.path(key)
-        numbers = {name: value for name, value in record.items() if name != "arrays"}
+        numbers = _numbers(record)
         tensors = record["arrays"] or {"empty": torch.zeros(1)}
         about = {"key": key, "record": json.dumps(numbers), "trial": _text(trial)}
         content = save(tensors, metadata={**about, "digest": _digest(about, tensors)})
@@ -183,6 +187,7 @@ def sweep(
     jobs: check.Count | None = None,
     store: str | Path | None | Default = Default.STORE,
     scheduler: str | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run the trials that the store lacks, and return their records in the trials' order.
 
@@ -199,6 +204,10 @@ def sweep(
         nothing.
     scheduler
         Address of a Dask scheduler (tcp://…) to use instead of local processes; default SCHEDULER.
+    device
+        "cuda" or "cpu": trials run there in this process, many at once (``harness.devices``), and
+        records say so; default DLM_DEVICE. Without either they run one by one on the CPU, to the
+        bit the same.
 
     Raises
     ------
@@ -225,14 +234,17 @@ def sweep(
         store = os.environ.get("DLM_STORE") or home() / ".store"
     shelf = None if store is None else Store(store)
     scheduler = scheduler or os.environ.get("SCHEDULER")
+    on = devices.named(device)
     with keys.at_once():
-        names = {trial: trial.key if shelf else "" for trial in trials}
+        names = {trial: _name(trial, on) if shelf else "" for trial in trials}
         records: dict[Any, Any] = {
             trial: shelf.get(trial, key) if shelf else None for trial, key in names.items()
         }
         missing = [trial for trial, record in records.items() if record is None]
+        together = [trial for trial in missing if on is not None and isinstance(trial, Trial)]
+        alone = [trial for trial in missing if not (on is not None and isinstance(trial, Trial))]
         apart = bool(scheduler) or jobs > 1
-        shipment = registry.shipped() if apart and missing else b""
+        shipment = registry.shipped() if apart and alone else b""
         parent = None if scheduler else os.getpid()
         plan = _Plan(uuid.uuid4().hex, PROCESS, parent, shipment)
         with (
@@ -240,13 +252,32 @@ def sweep(
             _said(len(missing), shelf),
             engine(scheduler, jobs) as finished,
         ):
-            calls = ((i, trial, plan) for i, trial in enumerate(missing))
-            for i, record in finished(_numbered, calls):
+            calls = ((i, trial, plan) for i, trial in enumerate(alone))
+            one_by_one = ((alone[i], record) for i, record in finished(_numbered, calls))
+            for trial, record in itertools.chain(one_by_one, _together(together, on)):
                 if shelf:
-                    shelf.put(missing[i], record, names[missing[i]])
-                records[missing[i]] = record
+                    shelf.put(trial, record, names[trial])
+                records[trial] = record
                 bar.update()
+    FINISHED.append({trial: _numbers(record) for trial, record in records.items()})
     return [records[trial] for trial in trials]
+
+
+def _name(trial: Any, on: torch.device | None) -> str:
+    """The name of a trial's record, on a device where one is named."""
+    return devices.key_on(trial.key, on) if on and isinstance(trial, Trial) else trial.key
+
+
+def _together(trials: Sequence[Trial], on: torch.device | None) -> Iterator[tuple[Trial, Any]]:
+    """(trial, record) of those that run on a device, many at once."""
+    if on is None or not trials:
+        return
+    with ONE_AT_A_TIME:
+        try:
+            yield from ((trials[i], record) for i, record in devices.play(trials, on))
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Failed(f"trials on {on} failed: {why}") from error
 
 
 def _jobs() -> int:
@@ -290,9 +321,12 @@ def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
 
     rows = []
     for trial, record in zip(trials, records, strict=True):
-        numbers = {name: value for name, value in record.items() if name != "arrays"}
-        rows.append({**_flat(trial), **numbers})
+        rows.append({**_flat(trial), **_numbers(record)})
     return pandas.DataFrame(rows)
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "arrays"}
 
 
 def _flat(trial: Any) -> dict[str, Any]:

@@ -195,6 +195,12 @@ class Trial:
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
         record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
+        several = self.protocol is not None and self.protocol.name == "rounds"
+        if several and getattr(record.function, "in_lanes", False):
+            raise ValueError(
+                f"protocol 'rounds' shows an Observation a round, and attack {self.attack!r} "
+                "reconstructs from one: aware_combined takes several"
+            )
 
     @property
     def named(self) -> list[Record]:

@@ -35,9 +35,11 @@ def figures(
     out: str | None,
     scheduler: str | None,
     in_place: bool,
+    device: str | None,
 ) -> int:
     """Run notebooks; 1 where one failed."""
     checkout("figures")
+    _compute_on(device)
     from dlm_core.project import reproduce
     from dlm_core.project.parameters import given
 
@@ -54,6 +56,14 @@ def figures(
     return 1 if failed else 0
 
 
+def _compute_on(device: str | None) -> None:
+    """Hand the device to the notebooks through the environment."""
+    from dlm_core.harness import devices
+
+    if devices.named(device) is not None and device is not None:
+        os.environ[devices.VARIABLE] = device
+
+
 def verify(
     profile: str,
     only: str | None,
@@ -62,9 +72,11 @@ def verify(
     against: str | None,
     out: str | None,
     run: bool,
+    device: str | None,
 ) -> int:
     """Run notebooks once more and compare; 1 where a result differs or a notebook failed."""
     checkout("verify")
+    _compute_on(device)
     from dlm_core.project import verify
 
     passed = verify.verify(
@@ -110,14 +122,16 @@ def test(pytest: Sequence[str]) -> int:
     return max(codes)
 
 
-def lab() -> int:
-    """Start JupyterLab on the notebooks."""
+def lab(jupyter: Sequence[str]) -> int:
+    """Start JupyterLab on the notebooks, with these arguments."""
     checkout("lab")
     from dlm_core.project import kernel
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels side by side
+    # Without this Jupyter refuses to serve root, the only user of many containers.
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with kernel.own():
-        return _run("-m", "jupyter", "lab", "notebooks")
+        return _run("-m", "jupyter", "lab", "notebooks", *root, *jupyter)
 
 
 def site(out: str | None) -> int:
@@ -131,8 +145,18 @@ def site(out: str | None) -> int:
     return code
 
 
+def animation(out: str | None) -> None:
+    """Write a reconstruction in the making, as the site's first page shows it."""
+    repository = checkout("animation")
+    from dlm_core.project import animation
+
+    folder = animation.PLACE.parent if out is None else _folder("animation", out)
+    path = animation.write(folder / animation.PLACE.name)
+    print(path.relative_to(repository) if path.is_relative_to(repository) else path)
+
+
 def assignment(out: str | None) -> None:
-    """Write the students' versions into the folder ``out``."""
+    """Write the lessons, for teachers and for students, into the folder ``out``."""
     folder = _folder("assignment", out)
     from dlm_core.project import lessons
 
@@ -166,12 +190,15 @@ def refresh_lessons(only: str | None) -> None:
     lessons.refresh(only)
 
 
-def bench(num_images: int, peer_images: int) -> None:
-    """Measure the attacks."""
+def bench(num_images: int, peer_images: int, device: str | None) -> None:
+    """Measure the attacks, on a device where one is named many at once."""
     checkout("bench")
-    from dlm_core.project import bench
+    from dlm_core.project import bench, bench_lanes
 
-    bench.run(num_images, peer_images)
+    if device is not None:
+        bench_lanes.run(device)
+    else:
+        bench.run(num_images, peer_images)
 
 
 def flower(profile: str) -> int:
@@ -256,7 +283,8 @@ def attack(
     for name, path in given.items():
         written.check_writable(name, path)
     asked["model"] = network(model, shape, num_classes) if ":" in model else model
-    found = audit(before, after, **asked, out=out, minutes=minutes)
+    budget = {} if minutes is None else {"minutes": minutes}
+    found = audit(before, after, **asked, out=out, **budget)
     for name, path in given.items():
         if written.keep(name, path, partial(writers[name][1], found)):
             print(f"{path} has all of it")

@@ -27,8 +27,9 @@ def strategies(python: Path) -> int:
     repository = checkout("flower")
     settings = {**os.environ, **federation.QUIET, "PYTHONPATH": str(repository)}
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no")
-    file = repository / "tests" / "harness" / "with_flower.py"
-    return subprocess.run([python, *tests, file], cwd=repository, env=settings).returncode
+    here = repository / "tests" / "harness"
+    files = (here / "with_flower.py", here / "with_secagg.py")
+    return subprocess.run([python, *tests, *files], cwd=repository, env=settings).returncode
 
 
 def run(python: Path, *, smoke: bool, minutes: float = 10.0) -> bool:

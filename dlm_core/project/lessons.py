@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 FOLDERS = ("teaching", "howto")
+GLOSSARY = "docs/glossary.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -128,48 +130,68 @@ def blank(notebook: "NotebookNode") -> "NotebookNode":
     return _preprocess(notebook, steps.ClearSolutions)
 
 
+def zeros(notebook: "NotebookNode") -> "NotebookNode":
+    """A copy whose solutions return 0, with the tests that students see: none of them may pass."""
+    from nbgrader import preprocessors as steps
+
+    zero = partial(steps.ClearSolutions, code_stub={"python": "return 0"})
+    return _preprocess(notebook, zero, steps.ClearHiddenTests)
+
+
 def marks(notebook: "NotebookNode") -> dict[str, tuple[float, float]]:
     """{test cell: (points reached, points possible)} of an executed notebook, as nbgrader counts
-    them.
+    them. Questions that a person marks are left out.
     """
     from nbgrader import utils
 
-    cells = [cell for cell in notebook.cells if utils.is_grade(cell)]
+    cells = [c for c in notebook.cells if utils.is_grade(c) and not utils.is_solution(c)]
     return {cell.metadata.nbgrader.grade_id: utils.determine_grade(cell)[:2] for cell in cells}
 
 
 def release(folder: str | Path) -> list[Path]:
-    """Write the students' versions of the lessons, and return their paths.
+    """Write the lessons for teachers and for students, and return the students' versions.
 
     Parameters
     ----------
     folder
-        Where.
+        Where: ``source/LESSON/`` as an nbgrader course has it, with solutions and hidden tests, and
+        ``students/LESSON/`` without them. Each has the glossary beside it.
     """
     import nbformat
 
     folder = writable(Path(folder))
+    glossary = _relinked((REPOSITORY / GLOSSARY).read_text(encoding="utf-8"), Path(GLOSSARY).parent)
     written = []
     for path in paths("teaching"):
-        written.append(folder / path.name)
-        notebook = students(_read(path))
-        for cell in notebook.cells:
-            cell.source = _without_answers(_relinked(cell.source, path.parent, folder))
-        nbformat.write(notebook, written[-1])
+        lesson = _read(path)
+        for cell in lesson.cells:
+            if cell.cell_type == "code":
+                cell.source = _without_answers(cell.source)
+            else:
+                cell.source = _relinked(cell.source, path.parent.relative_to(REPOSITORY))
+        for kind, notebook in (("source", lesson), ("students", students(lesson))):
+            target = folder / kind / path.stem / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, target)
+            report.write_atomically(target.parent / Path(GLOSSARY).name, glossary)
+        written.append(target)
     return written
 
 
-def _relinked(text: str, origin: Path, folder: Path) -> str:
-    """Markdown whose links to files of the repository lead there from ``folder`` too.
-
-    Lessons link to each other as they are.
+def _relinked(text: str, origin: Path) -> str:
+    """Markdown, which lay in the repository's folder ``origin``, whose links are alive in a course:
+    to the glossary beside it and to other lessons. Other files of the repository are named.
     """
 
     def link(match: re.Match[str]) -> str:
-        target = (origin / match[1]).resolve()
-        return f"]({Path(os.path.relpath(target, folder.resolve())).as_posix()})"
+        target = Path(os.path.normpath(origin / match[2]))
+        if target == Path(GLOSSARY):
+            return f"[{match[1]}]({target.name}{match[3] or ''})"
+        if target.parent.name == "teaching":
+            return f"[{match[1]}](../{target.stem}/{target.name})"
+        return f"{match[1]} (`{target.as_posix()}`)"
 
-    return re.sub(r"\]\((\.\./[^)#]+)\)", link, text)
+    return re.sub(r"\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)", link, text)
 
 
 def _without_answers(code: str) -> str:
@@ -181,8 +203,8 @@ def _without_answers(code: str) -> str:
 
 
 def check() -> list[str]:
-    """Run each lesson solved and untouched; return what is wrong: a solved test that fails, an
-    untouched one that passes.
+    """Run each lesson solved, untouched, and with 0 for every answer; return what is wrong: a
+    solved test that fails, another that passes.
     """
     wrong = []
     for path in paths("teaching"):
@@ -194,14 +216,19 @@ def check() -> list[str]:
 def problems(lesson: "NotebookNode") -> list[str]:
     """The same for one lesson, as a list of sentences."""
     solved = marks(run(copy.deepcopy(lesson), allow_errors=True))
+    if not solved:
+        return ["it has no test"]
     untouched = marks(run(blank(lesson), allow_errors=True))
-    found = [] if solved else ["it has no test"]
+    found = []
     for name, (points, most) in solved.items():
         if points < most:
             found.append(f"{name} fails although solved")
     for name, (points, _) in untouched.items():
         if points:
             found.append(f"{name} passes although nothing was done")
+    for name, (points, _) in marks(run(zeros(lesson), allow_errors=True)).items():
+        if points:
+            found.append(f"what students see of {name} passes although every answer is 0")
     return found
 
 

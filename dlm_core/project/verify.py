@@ -202,8 +202,11 @@ def outcome(found: Sequence[Difference], count: int, other: Sequence[str]) -> tu
 
 
 def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What of MACHINE two runs do not have in common, or have not recorded."""
-    return [name for name in MACHINE if name not in one or one[name] != other.get(name)]
+    """What of MACHINE two runs do not have in common, or have not recorded, and the device that one
+    of them names.
+    """
+    found = [name for name in MACHINE if name not in one or one[name] != other.get(name)]
+    return found + ["device"] * (one.get("device") != other.get("device"))
 
 
 def _rows(folder: Path, name: str) -> list[Mapping[str, str]]:
@@ -231,6 +234,8 @@ def _described(about: Mapping[str, Any]) -> str:
             f"{about['processor']}, {about['cores']} cores, {about['threads']} threads; "
             f"{about['blas']}"
         )
+    if "device" in about:
+        machine += f"; trials on {about['device']}"
     versions = ", ".join(f"{key} {value}" for key, value in about.get("versions", {}).items())
     revision, dash, dirty = about.get("revision", "unknown").partition("-")
     return (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlm_core import models, registry
+from dlm_core import attacks, data, federated, models, registry
 
 assert registry  # which puts them into the table
 
@@ -34,3 +34,10 @@ def test_of_oblong_images(name):
 def test_sizes_that_do_not_fit(name, shape, options, said):
     with pytest.raises(ValueError, match=said):
         models.build(name, shape, 10, **options)
+
+
+def test_attacks_can_differentiate_a_transformer_s_gradients():
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("vit", (1, 8, 8), 10, seed=0, patch=4, width=8, blocks=1, heads=2)
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    assert attacks.dlm_plus(seen, max_evaluations=3).images.shape == images.shape

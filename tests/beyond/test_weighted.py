@@ -159,5 +159,5 @@ def test_another_network_is_refused_in_a_sentence(build, words):
 
 def test_several_images_are_refused_in_a_sentence():
     seen = federated.train_locally(pooled(), IMAGES, LABELS, learning_rate=0.01)
-    with pytest.raises(ValueError, match="several"):
+    with pytest.raises(ValueError, match="as that of one image does"):
         weighted(seen)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import subprocess
@@ -82,6 +83,19 @@ def test_a_search_that_does_not_fit_is_shortened_and_the_last_cut_off(tmp_path, 
     assert any(each.startswith("unrolled_dlm") for each in cut)
     assert found["unrolled_dlm"].status is Status.BUDGET
     assert (tmp_path / "found.png").is_file()
+
+
+@pytest.mark.parametrize("told, bounded", [({}, True), ({"minutes": None}, False)])
+def test_an_audit_takes_a_few_minutes_unless_told(tmp_path, capsys, monkeypatch, told, bounded):
+    """On a clock that goes 20 seconds on each time that it is looked at."""
+    sent = client(local_steps=1)
+    clock = itertools.count(step=20)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    found = asked(sent, tmp_path, attack="dlm_plus", **told)
+    more = "--minutes (minutes) gives more"
+    assert (more in capsys.readouterr().out) == bounded
+    said = [*found.notes, *(each.why for each in found.untried)]
+    assert any(more in each for each in said) == bounded
 
 
 def test_what_cannot_begin_in_its_time_is_left_out_and_said(tmp_path, capsys, slow):

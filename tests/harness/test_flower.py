@@ -1,5 +1,5 @@
-"""Snapshots kept of a federation and their audits. What needs Flower is in with_flower.py, and run
-where Flower's environment was made.
+"""Snapshots kept of a federation and their audits. What needs Flower is in with_flower.py and
+with_secagg.py, and run where Flower's environment was made.
 """
 
 import dataclasses
@@ -189,7 +189,7 @@ def test_flower_s_own_strategies(tmp_path):
     settings = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": str(REPOSITORY)}
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
     done = subprocess.run(
-        [python, *tests, HERE / "with_flower.py"],
+        [python, *tests, HERE / "with_flower.py", HERE / "with_secagg.py"],
         cwd=REPOSITORY,
         env=settings,
         capture_output=True,

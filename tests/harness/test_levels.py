@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dlm_core import metrics
-from dlm_core.harness import levels
+from dlm_core.harness import account, levels
 from tests.harness.audited import IMAGES, LABELS, asked, linear, network, snapshots
 
 NETWORK = network(linear(64, 32), nn.ReLU, linear(32, 10))
@@ -53,6 +53,21 @@ def test_of_two_images_none_is_believed(tmp_path):
     before, after = snapshots(NETWORK, IMAGES[:2], LABELS[:2])
     sent = rounded(before, torch.bfloat16), after
     assert asked(NETWORK, sent, tmp_path, attack="exact").verdict != "leaked"
+
+
+@pytest.mark.parametrize("rounding", [in_eight_bits, lambda w: rounded(w, torch.bfloat16)])
+def test_where_no_image_is_shown_the_rounding_is_said_to_hide_one_perhaps(
+    rounding, tmp_path, capsys
+):
+    """A step far smaller than what was rounded away."""
+    model = network(linear(64, 32), nn.Sigmoid, linear(32, 10))
+    before, after = snapshots(model)
+    after = {name: before[name] + 0.001 * (after[name] - before[name]) for name in after}
+    sent = rounding(before), after
+    found = asked(model, sent, tmp_path, attack="exact")
+    assert found.verdict != "leaked" and "may hide a leak" in found.sentence
+    assert "may hide a leak" in capsys.readouterr().out
+    assert "may hide a leak" in account.account(found)["sentence"]
 
 
 def by_tensor(w):

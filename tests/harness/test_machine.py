@@ -30,3 +30,10 @@ def test_the_manifest_names_the_machine():
     assert about.items() >= machine.description().items()
     assert about["threads"] == torch.get_num_threads() and about["cores"] >= 1
     assert about["blas"].startswith("torch ") and ", numpy " in about["blas"]
+
+
+def test_the_manifest_names_the_device_of_trials_where_there_is_one(monkeypatch):
+    assert "device" not in report.Report("00_quickstart").provenance()
+    monkeypatch.setenv("DLM_DEVICE", "cpu")
+    about = report.Report("00_quickstart").provenance()
+    assert about["device"] == f"cpu {machine.processor()}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlm_core.project import environment
+from dlm_core.project import commands, environment
 
 REPOSITORY = Path(__file__).parents[2]
 TARGETS = ["figures", "verify", "test", "site", "assignment", "assignment-check", "lab", "bench"]
@@ -113,6 +113,23 @@ def test_every_target_works_in_a_folder_whose_name_has_a_space(elsewhere, target
     done = make(elsewhere, target)
     assert done.returncode == 0, done.stderr
     assert json.loads((elsewhere / "called").read_text())[:3] == ["-m", "dlm_core", target]
+
+
+def test_make_lab_hands_arguments_on_to_jupyter(elsewhere):
+    assert make(elsewhere, "lab", "ARGS=--no-browser --port=9999").returncode == 0
+    called = json.loads((elsewhere / "called").read_text())
+    assert called == ["-m", "dlm_core", "lab", "--", "--no-browser", "--port=9999"]
+
+
+@pytest.mark.parametrize(("user", "more"), [(0, ["--allow-root"]), (1000, [])])
+def test_lab_works_as_root_and_hands_arguments_on(monkeypatch, user, more):
+    from dlm_core.__main__ import main
+
+    started = []
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(commands, "_run", lambda *given: started.extend(given) or 0)
+    assert main(["lab", "--", "--port=9999"]) == 0
+    assert started == ["-m", "jupyter", "lab", "notebooks", *more, "--port=9999"]
 
 
 def test_make_hands_on_what_it_is_given_whatever_is_in_it(elsewhere):

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dlm_core.project import lessons
@@ -25,15 +26,22 @@ def cells(path):
 
 
 def kind(cell):
-    """ "solution", "test" or None."""
+    """ "solution", "test", "answer" (marked by a person) or None."""
     about = cell.metadata.get("nbgrader", {})
-    return "solution" if about.get("solution") else "test" if about.get("grade") else None
+    if about.get("solution"):
+        return "answer" if about.get("grade") else "solution"
+    return "test" if about.get("grade") else None
+
+
+def part(cell, of):
+    """What stands between a cell's ### BEGIN and ### END of SOLUTION or HIDDEN TESTS."""
+    return re.search(f"### BEGIN {of}\n(.*?)### END {of}", cell.source, re.DOTALL)[1]
 
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 def test_each_exercise_has_a_solution_and_then_a_test_with_a_hidden_part(path):
     kinds = [(kind(cell), cell) for cell in cells(path)]
-    marked = [(which, cell) for which, cell in kinds if which]
+    marked = [(which, cell) for which, cell in kinds if which in ("solution", "test")]
     assert len(marked) >= 6 and [which for which, _ in marked] == ["solution", "test"] * (
         len(marked) // 2
     )
@@ -41,15 +49,104 @@ def test_each_exercise_has_a_solution_and_then_a_test_with_a_hidden_part(path):
         markers = "SOLUTION" if which == "solution" else "HIDDEN TESTS"
         assert f"### BEGIN {markers}" in cell.source and f"### END {markers}" in cell.source
         assert which == "solution" or cell.metadata.nbgrader.points > 0
-    assert (
-        sum("**Predict.**" in cell.source or "**Predict**" in cell.source for _, cell in kinds) >= 3
-    )
+    assert sum("**Predict.**" in cell.source for _, cell in kinds) >= 3
     assert sum("interact(" in cell.source for _, cell in kinds) == 1
+    # One exercise is long, one question is marked by a person.
+    long = [len(part(c, "SOLUTION").strip().splitlines()) > 3 for w, c in marked if w == "solution"]
+    said = "".join(cell.source for _, cell in kinds)
+    assert any(long) and said.count("(the long one)") == 1
+    [answer] = [cell for which, cell in kinds if which == "answer"]
+    assert f"**Question** ({answer.metadata.nbgrader.points} points)" in said
+    assert "1 point" in part(answer, "SOLUTION")
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_each_prediction_has_its_cell_and_is_compared_afterwards(path):
+    found = cells(path)
+    asked = [place for place, cell in enumerate(found) if "**Predict.**" in cell.source]
+    for place in asked:
+        questions = re.findall(r'^predicted\["(.+)"\] = \.\.\.', found[place + 1].source, re.M)
+        assert questions, found[place].source
+        later = "".join(cell.source for cell in found[place + 2 :])
+        assert all(question in later for question in questions)
+    assert "predicted.table()" in found[-1].source
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_the_minutes_of_the_sections_are_those_of_the_lesson_and_of_the_instructors_table(path):
+    said = "\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown")
+    parts = re.findall(r"^## .*\((\d+) minutes\)$", said, re.M)
+    (whole,) = re.findall(r"^About (\d+) minutes", said, re.M)
+    assert sum(map(int, parts)) == int(whole)
+    guide = (lessons.REPOSITORY / "docs" / "instructor.md").read_text()
+    (row,) = [line for line in guide.splitlines() if path.name in line and line.startswith("|")]
+    assert f"| {' + '.join(parts)} |" in row
+    points = sum(cell.metadata.get("nbgrader", {}).get("points", 0) for cell in cells(path))
+    assert f"| {points} |" in row
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_no_test_of_an_exercise_asks_for_exact_floats(path):
+    for cell in cells(path):
+        if kind(cell) == "test":
+            assert not re.search(r"torch\.equal|[=!]= -?\d+\.\d", cell.source), cell.source
+
+
+def mean_of_layers(own):
+    return lambda layers, *rest: sum(own([layer], *rest) for layer in layers) / len(layers)
+
+
+def rms(layers):
+    entries = torch.cat([layer.flatten().double() for layer in layers])
+    return float(entries.square().mean().sqrt())
+
+
+A_MEAN_OVER_LAYERS = {
+    "test_relative_noise": lambda delta, std: std / mean_of_layers(rms)(delta),
+    "test_best_k": lambda g, delta: float(
+        sum((a * b).sum() / b.square().sum() for a, b in zip(g, delta)) / len(g)
+    ),
+    "test_cosine": lambda g, delta: float(
+        sum((a * b).sum() / a.norm() / b.norm() for a, b in zip(g, delta)) / len(g)
+    ),
+    "test_relative_rounding": lambda delta, g, rate: float(
+        sum((d - rate * each).norm() / d.norm() for d, each in zip(delta, g)) / len(g)
+    ),
+    "test_dlm_plus_distance": lambda g, delta: sum(
+        (a / a.norm() - b / b.norm()).square().sum() for a, b in zip(g, delta)
+    ),
+    "test_mean_norm": lambda layers: torch.cat([each.flatten() for each in layers]).norm() / 2,
+    "test_bound": lambda jacobian, noise, prior=0.25: float(
+        -10 * (1 / (jacobian.square().sum(0) / noise**2 + prior**-2)).mean().log10()
+    ),
+}
+
+
+@pytest.mark.parametrize("test", A_MEAN_OVER_LAYERS)
+def test_what_students_see_refuses_a_mean_over_layers_and_what_ignores_directions(test):
+    (cell,) = [
+        cell
+        for path in COURSE
+        for cell in cells(path)
+        if cell.metadata.get("nbgrader", {}).get("grade_id") == test
+    ]
+    visible = cell.source.split("### BEGIN HIDDEN TESTS")[0]
+    draw = torch.Generator().manual_seed(0)
+    gradient = [torch.rand(size, generator=draw, dtype=torch.float64) for size in (4, 3)]
+    given = {
+        "torch": torch,
+        "learning_rate": 0.1,
+        "true_gradient": gradient,
+        "delta": [0.1 * layer for layer in gradient],
+        "g": [torch.tensor([3.0, 4.0]), torch.tensor([1.0])],
+    }
+    with pytest.raises(AssertionError):
+        exec(visible, {**given, test.removeprefix("test_"): A_MEAN_OVER_LAYERS[test]})
 
 
 def test_students_get_neither_solutions_nor_hidden_tests_nor_outputs(tmp_path):
     written = lessons.release(tmp_path)
-    assert [path.name for path in written] == [path.name for path in COURSE] and len(written) == 4
+    assert [path.name for path in written] == [path.name for path in COURSE] and len(written) == 5
     for path, origin in zip(written, COURSE):
         text = path.read_text()
         assert not any(mark in text for mark in ("SOLUTION", "HIDDEN", "NBVAL"))
@@ -61,6 +158,16 @@ def test_students_get_neither_solutions_nor_hidden_tests_nor_outputs(tmp_path):
                 assert "raise NotImplementedError()" in cell.source
             if kind(cell) == "test":
                 assert "assert" in cell.source and cell.metadata.editable is False
+            if kind(cell) == "answer":
+                assert cell.source == "YOUR ANSWER HERE"
+
+
+def test_the_course_lies_as_nbgrader_looks_for_it_with_solutions_and_hidden_tests(tmp_path):
+    lessons.release(tmp_path / "a course")
+    for path in COURSE:
+        source = tmp_path / "a course" / "source" / path.stem / path.name
+        assert "### BEGIN HIDDEN TESTS" in source.read_text()
+        assert "SOLUTION" in source.read_text() and (source.parent / "glossary.md").exists()
 
 
 def test_students_links_lead_somewhere_and_descriptions_tell_no_answers(tmp_path):
@@ -68,12 +175,13 @@ def test_students_links_lead_somewhere_and_descriptions_tell_no_answers(tmp_path
         text = "\n".join(cell.source for cell in cells(path))
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         assert links and all((path.parent / link).exists() for link in links)
+        assert "](glossary.md)" in text
         described = re.findall(r'figures\.show\(\s*figure,\s*((?:"[^"]*"\s*)+)', text)
         assert described and not any(":" in each for each in described)
 
 
-def lesson(test):
-    """A notebook with one exercise and its test."""
+def lesson(**tests):
+    """A notebook with one exercise and its tests, by name."""
     about = {"schema_version": 3, "task": False}
     solution = new_code_cell(
         "def one():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION"
@@ -85,26 +193,34 @@ def lesson(test):
         "locked": False,
         "solution": True,
     }
-    graded = new_code_cell(test)
-    graded.metadata["nbgrader"] = {
-        **about,
-        "grade": True,
-        "grade_id": "test_one",
-        "locked": True,
-        "points": 1,
-        "solution": False,
-    }
-    return new_notebook(cells=[solution, graded])
+    graded = [new_code_cell(test) for test in tests.values()]
+    for name, cell in zip(tests, graded):
+        cell.metadata["nbgrader"] = {
+            **about,
+            "grade": True,
+            "grade_id": name,
+            "locked": True,
+            "points": 1,
+            "solution": False,
+        }
+    return new_notebook(cells=[solution, *graded])
 
 
 def test_the_check_finds_tests_that_cannot_pass_or_cannot_fail():
     hidden = "{}\n### BEGIN HIDDEN TESTS\n{}\n### END HIDDEN TESTS"
-    assert (
-        lessons.problems(lesson(hidden.format("assert callable(one)", "assert one() == 1"))) == []
+    found = lessons.problems(
+        lesson(
+            good=hidden.format("assert one() > 0", "assert one() == 1"),
+            wrong="assert one() == 2",
+            idle="assert callable(one)",
+            weak=hidden.format("assert one() < 2", "assert one() == 1"),
+        )
     )
-    assert lessons.problems(lesson("assert one() == 2")) == ["test_one fails although solved"]
-    assert lessons.problems(lesson("assert callable(one)")) == [
-        "test_one passes although nothing was done"
+    assert found == [
+        "wrong fails although solved",
+        "idle passes although nothing was done",
+        "what students see of idle passes although every answer is 0",
+        "what students see of weak passes although every answer is 0",
     ]
     assert lessons.problems(new_notebook(cells=[new_code_cell("1")])) == ["it has no test"]
 

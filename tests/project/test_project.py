@@ -215,6 +215,9 @@ def test_every_figure_is_in_the_manifest_with_its_provenance():
     files = {
         path.name for path in folder.glob("*.*") if path.suffix in (".png", ".pdf", ".csv", ".md")
     } - {"claims.md"}
+    records = [*folder.glob("records/*.csv.gz")]
+    assert sum(path.stat().st_size for path in records) < 4e6
+    files |= {f"records/{path.name}" for path in records}
     assert files == set(manifest)
     for name, entry in manifest.items():
         assert entry["notebook"] in name and entry["profile"] in reproduce.PROFILES

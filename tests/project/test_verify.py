@@ -53,6 +53,9 @@ def test_another_machine_has_tolerances_and_verdicts_have_none(tmp_path, capsys)
     near = write(now, TABLE.replace("41.7116", "41.7216"), processor="another")
     line = ["verify", "--no-run", "--only", "00", "--against", str(reference), "--out", str(near)]
     assert main(line) == 0 and "00_quickstart: within tolerance, 1 of 8" in capsys.readouterr().out
+    write(now, TABLE.replace("41.7116", "41.7216"), device="cuda one card")
+    assert main(line) == 0
+    assert "mkl; trials on cuda one card; revision" in capsys.readouterr().out
     write(now, verdict="does not hold", processor="another")
     assert main(line) == 1
     said = capsys.readouterr().out
@@ -68,6 +71,9 @@ def test_what_is_not_recorded_is_not_the_same_machine():
     assert verify.unlike({}, {}) == list(verify.MACHINE)
     assert verify.unlike({**MACHINE, "cores": 64}, MACHINE) == []  # they change no digit
     assert verify.unlike(MACHINE, {**MACHINE, "versions": {"torch": "3"}}) == ["versions"]
+    on_card = {**MACHINE, "device": "cuda one card"}
+    assert verify.unlike(MACHINE, on_card) == verify.unlike(on_card, MACHINE) == ["device"]
+    assert verify.unlike(on_card, on_card) == []
 
 
 CELL = """

@@ -19,6 +19,7 @@ from dlm_core.project import bench, environment, kernel, lessons
 HUGE = "1" + 400 * "0"
 NO_NUMBER = ["", "x", "1.5", "nan", "1e3", "0x1"]
 NO_COUNT = [*NO_NUMBER, "0", "-1"]
+NO_DEVICE = ["", "gpu", *([] if torch.cuda.is_available() else ["cuda"])]
 NO_FOLDER = ["", "a file", "a file/below", str(REPOSITORY), "/proc/none"]
 NO_FOLDER += [str(REPOSITORY / name) for name in ("notebooks", "dlm_core/harness", ".git")]
 FILES = ["before.pt", "after.pt"]
@@ -33,6 +34,7 @@ WRONG = {
             "--only": ["", ",", "77", "01_attack_compared", "01,77", "../00_quickstart", "dlm"],
             "--set": ["", "papers", "01"],
             "--jobs": [*NO_COUNT, "5000", HUGE],
+            "--device": NO_DEVICE,
             "--out": NO_FOLDER,
             "--scheduler": ["", "nowhere", "tcp://", "tcp://127.0.0.1:9", "http://127.0.0.1:9"],
         },
@@ -65,6 +67,7 @@ WRONG = {
             "--only": ["", ",", "77", "01,77"],
             "--set": ["", "papers"],
             "--jobs": [*NO_COUNT, "5000", HUGE],
+            "--device": NO_DEVICE,
             "--against": ["", "absent", "a file", "folder.png", str(REPOSITORY / "figures")],
             "--out": [*NO_FOLDER, str(REPOSITORY / "figures")],
             "--parameter": ["seeds=1"],
@@ -78,7 +81,8 @@ WRONG = {
     "assignment": ([], {"--out": NO_FOLDER}),
     "assignment-check": ([], {"--only": ["01"], "": ["01"]}),
     "lessons": ([], {"--only": ["", "zzz", "01_gradients_remember_their_data.ipynb", "/"]}),
-    "lab": ([], {"--port": ["1"], "": ["notebooks"]}),
+    "lab": ([], {"--port": ["1"]}),  # what Jupyter is to have stands after --
+    "animation": ([], {"--out": NO_FOLDER, "": ["x"]}),
     "env": ([], {"--force": ["x"], "": ["x"]}),
     "bench": (
         [],
@@ -86,6 +90,7 @@ WRONG = {
             "--num-images": [*NO_NUMBER, "-1", "21", HUGE],
             "--images": ["-1", "21"],
             "--peer-images": [*NO_NUMBER, "-1"],
+            "--device": NO_DEVICE,
         },
     ),
     "clean": ([], {"--al": [], "--a": [], "--everything": [], "": ["build"]}),
