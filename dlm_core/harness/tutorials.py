@@ -121,7 +121,7 @@ class Watched:
             with contextlib.suppress(ValueError):  # the attack does not apply
                 error = _error(*leading.features(seen), model, images)
                 made = leading.leading(seen)
-                found = weighted(made, coordinates=COORDINATES, max_steps=self.max_steps).images
+                found = weighted(made, num_coordinates=COORDINATES, max_steps=self.max_steps).images
             pictures = {"truth": images}
             pictures |= {} if found is None else {"found": found.float()}
             return {

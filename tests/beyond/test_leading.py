@@ -42,7 +42,7 @@ def test_an_attack_on_one_step_sees_a_client_of_several(face):
     seen = client(face, local_steps=3)
     with pytest.raises(ValueError, match="no stack|shows its input"):
         weighted(seen, max_steps=1)
-    found = weighted(leading.leading(seen), max_steps=6, coordinates=250)
+    found = weighted(leading.leading(seen), max_steps=6, num_coordinates=250)
     grey = nearest(face[0], torch.full_like(face[0], 0.5))
     assert int(found.labels) == 3 and nearest(face[0], found.images) > grey + 2
 
