@@ -385,6 +385,10 @@ VALID: dict[str, Callable] = {
     "weighted.weighted": lambda s: {
         **{"seen": s.seen, "seed": 0, "max_steps": 1, "num_coordinates": 8, "far": True}
     },
+    "leading.features": lambda s: {"seen": s.seen},
+    "leading.leading": lambda s: {"seen": s.seen},
+    "tutorials.coloured": lambda s: {"images": s.images},
+    "tutorials.nearest": lambda s: {"images": s.images, "found": s.images[:1]},
     "released.trials": lambda s: {
         **{"script": "DLM_plus", "network": "lenet", "n": 1, "source": "bundled"},
         **{"iterations": 1, "keep_every": 1},
