@@ -262,8 +262,16 @@ def _network(seed: int) -> nn.Module:
 
 @check.arguments
 def coloured(images: Images) -> torch.Tensor:
-    """Images [N, 1, H, W] in [0, 1] as colour images [N, 3, 32, 32], of the network's size."""
-    size = F.interpolate(images[:, :1], SHAPE[1:], mode="bilinear", align_corners=False)
+    """Images [N, 1, H, W] in [0, 1] as colour images [N, 3, 32, 32], of the network's size.
+
+    Raises
+    ------
+    ValueError
+        For images that are not grey.
+    """
+    if images.shape[1] != 1:
+        raise ValueError(f"images has {images.shape[1]} channels; it takes grey ones, of one")
+    size = F.interpolate(images, SHAPE[1:], mode="bilinear", align_corners=False)
     return size.clamp(0, 1).repeat(1, SHAPE[0], 1, 1)
 
 
@@ -277,7 +285,17 @@ def nearest(images: Images, found: Images) -> float:
         [N, C, H, W].
     found
         [1, C, H, W].
+
+    Raises
+    ------
+    ValueError
+        For a picture of another shape.
     """
+    if images.shape[1:] != found.shape[1:]:
+        raise ValueError(
+            f"images are {[*images.shape[1:]]} and found is {[*found.shape[1:]]}; "
+            "they take the same C, H, W"
+        )
     of_each = [metrics.psnr(found[:1], each[None], data_range=1.0) for each in images]
     return max(map(float, of_each))
 

@@ -283,7 +283,7 @@ def attack(
     for name, path in given.items():
         written.check_writable(name, path)
     asked["model"] = network(model, shape, num_classes) if ":" in model else model
-    budget = {} if minutes is None else {"minutes": minutes}
+    budget: dict[str, Any] = {} if minutes is None else {"minutes": minutes}
     found = audit(before, after, **asked, out=out, **budget)
     for name, path in given.items():
         if written.keep(name, path, partial(writers[name][1], found)):
