@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Characters of a list of names that is left out where there are near ones.
+LONG = 400
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,11 @@ def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
     names = [str(name) for name in allowed]
     if value not in names:
         near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        choice = ", ".join(names)
-        raise ValueError(f"{argument} {shown(value)} is unknown: choose from {choice}{hint}")
+        said = [f"choose from {', '.join(names)}"]
+        if near:
+            long = len(said[0]) > LONG  # then the near ones do
+            said = [*([] if long else said), f"did you mean {' or '.join(near)}?"]
+        raise ValueError(f"{argument} {shown(value)} is unknown: {'; '.join(said)}")
 
 
 def at_least(argument: str, value: object, lowest: int) -> None:
