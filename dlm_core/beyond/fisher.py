@@ -44,7 +44,13 @@ from dlm_core.weights import rounded
 Prior = Literal["white", "smooth"]
 
 PRIOR_PSNR = -20 * math.log10(priors.STD)  # in dB, what a prior allows without an update
-AbovePrior = Annotated[float, check.Range(PRIOR_PSNR, open_low=True)]
+AbovePrior = Annotated[
+    check.Finite,
+    check.Must(
+        f"above the {PRIOR_PSNR:.2f} dB that the prior allows without an update",
+        lambda psnr: psnr > PRIOR_PSNR,
+    ),
+]
 HALF_GREY = 0.5 / 255  # half a grey level of 8-bit images
 # Numbers of a matrix up to which it is formed: in float64 (0.8 GB), else in float32 (1.1 GB). To
 # float32 its singular values are as true as the eigenvalues of its square would be in float64.

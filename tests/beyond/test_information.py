@@ -285,7 +285,7 @@ def test_an_update_that_tells_less_needs_no_noise_and_no_noise_tells_less_than_t
     few = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 3))
     given = {"model": few, "images": IMAGES[:1], "labels": LABELS[:1] % 3, "learning_rate": 0.01}
     assert information.noise_for(**given) == 0
-    with pytest.raises(ValueError, match=r"psnr is 12; .*12\.04"):
+    with pytest.raises(ValueError, match="psnr is 12; .* 12.04 dB"):
         information.noise_for(**given, psnr=12)
 
 
