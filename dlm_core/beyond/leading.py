@@ -34,6 +34,12 @@ def features(seen: Observation) -> tuple[str, torch.Tensor]:
         Where no linear layer with a bias moved, or others than convolutions, activations and pools
         stand in front of it.
     """
+    front, h = _led(seen)
+    return front.name, h
+
+
+def _led(seen: Observation) -> tuple[Front, torch.Tensor]:
+    """(what stands in front of the first linear layer, [n] its input)."""
     network, _ = bare(seen)
     name = next(iter(Traced(network.model, seen.image_shape).layers), "")
     weight, bias = (seen.delta_by_name.get(f"{name}.{each}") for each in ("weight", "bias"))
@@ -45,7 +51,7 @@ def features(seen: Observation) -> tuple[str, torch.Tensor]:
         raise ValueError(f"the bias of layer {name!r} did not move along its weight's update")
     h = size[0] * right[0] / scale
     front = Front(network.model, seen.image_shape, name)
-    return name, h.clamp(min=0) if front.rectified else h
+    return front, h.clamp(min=0) if front.rectified else h
 
 
 @check.arguments
@@ -67,17 +73,12 @@ def leading(seen: Observation) -> Observation:
     An attack on one step, such as ``weighted``, takes what is returned. It knows nothing of the
     noise, and takes what it cannot explain for noise.
     """
-    name, h = features(seen)
-    model = copy.deepcopy(seen.model).cpu().double()
-    hook = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, given: (h.reshape(given[0].shape),)
-    )
+    front, h = _led(seen)
     label = label_inference.infer(seen).cpu()
+    named = dict(front.model.requires_grad_().named_parameters())
     with torch.enable_grad():
-        loss = F.cross_entropy(model(torch.full((1, *seen.image_shape), 0.5).double()), label)
-        named = dict(model.named_parameters())
+        loss = F.cross_entropy(front.head(h), label)
         slopes = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
-    hook.remove()
     gradient = {n: g for n, g in zip(named, slopes) if g is not None}
     slope, moved = gradient[seen.head.names[1]], seen.head.delta_bias.double().cpu()
     rate = float(slope @ moved / (slope @ slope))
@@ -85,4 +86,5 @@ def leading(seen: Observation) -> Observation:
         raise ValueError("the last bias moved against its gradient: no step of SGD on one image")
     after = {n: w.double().cpu() for n, w in seen.weights_after.items()}
     after |= {n: named[n].detach() - rate * g for n, g in gradient.items()}
+    model = copy.deepcopy(seen.model).cpu().double()
     return replace(seen, model=model, weights_after=after)
