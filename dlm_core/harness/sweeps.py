@@ -241,8 +241,8 @@ def sweep(
             trial: shelf.get(trial, key) if shelf else None for trial, key in names.items()
         }
         missing = [trial for trial, record in records.items() if record is None]
-        together = [trial for trial in missing if on is not None and isinstance(trial, Trial)]
-        alone = [trial for trial in missing if not (on is not None and isinstance(trial, Trial))]
+        together = [] if on is None else [each for each in missing if isinstance(each, Trial)]
+        alone = missing if on is None else [e for e in missing if not isinstance(e, Trial)]
         apart = bool(scheduler) or jobs > 1
         shipment = registry.shipped() if apart and alone else b""
         parent = None if scheduler else os.getpid()

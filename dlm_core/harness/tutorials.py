@@ -114,7 +114,7 @@ class Watched:
         began = time.process_time()
         with one_thread():
             images, labels, others = self.faces()
-            model = preprocessing.normalised(_network(self.index), NORMALISE)
+            model = _network(self.index)
             seen = self._seen(model, images, labels)
             found: torch.Tensor | None = None
             error = math.inf
@@ -179,7 +179,7 @@ class Enough:
         began = time.process_time()
         with one_thread():
             images, labels, _ = Watched(index=self.index).faces()
-            model = preprocessing.normalised(_network(self.index), NORMALISE)
+            model = _network(self.index)
             rate = SGD["learning_rate"]  # of one step: momentum has no part in it
             noise = fisher.noise_for(model, images, labels, learning_rate=rate)
         return {"noise": noise, "seconds": time.process_time() - began, "arrays": {}}
@@ -233,7 +233,7 @@ class Trained:
         parts = [rest[n::CLIENTS] for n in range(CLIENTS)]
         steps = self.change.local_steps * math.ceil(len(parts[0]) / BATCH)
         for model, _ in federated.rounds(
-            preprocessing.normalised(_network(self.seed), NORMALISE),
+            _network(self.seed),
             [(images[part], labels[part]) for part in parts],
             num_rounds=self.num_rounds,
             defend=self._sent,
@@ -257,7 +257,8 @@ def _key(value: Any, dataset: str) -> str:
 
 
 def _network(seed: int) -> nn.Module:
-    return models.build(NETWORK, SHAPE, CLASSES, seed=seed, init="default")
+    network = models.build(NETWORK, SHAPE, CLASSES, seed=seed, init="default")
+    return preprocessing.normalised(network, NORMALISE)
 
 
 @check.arguments

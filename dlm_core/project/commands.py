@@ -60,7 +60,8 @@ def _compute_on(device: str | None) -> None:
     """Hand the device to the notebooks through the environment."""
     from dlm_core.harness import devices
 
-    if devices.named(device) is not None and device is not None:
+    devices.named(device)  # which refuses what is not here
+    if device is not None:
         os.environ[devices.VARIABLE] = device
 
 
