@@ -45,10 +45,10 @@ Prior = Literal["white", "smooth"]
 
 PRIOR_PSNR = -20 * math.log10(priors.STD)  # in dB, what a prior allows without an update
 AbovePrior = Annotated[
-    check.Finite,
+    float,
     check.Must(
         f"above the {PRIOR_PSNR:.2f} dB that the prior allows without an update",
-        lambda psnr: psnr > PRIOR_PSNR,
+        lambda psnr: PRIOR_PSNR < psnr < math.inf,
     ),
 ]
 HALF_GREY = 0.5 / 255  # half a grey level of 8-bit images
