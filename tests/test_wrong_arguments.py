@@ -643,7 +643,8 @@ UNTRIED = {
     *("normalisation.gradient_and_statistics", "normalisation.matched", "options.accuracies"),
     "options.over_rounds",  # tests/harness/test_options.py
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
-    *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
+    *("tables.per_image", "tables.over_networks"),  # tests/harness/test_tables.py
+    *("unrolled.find_steps", "kept.audits", "federation.run"),
     "flower.keeping",  # tests/harness/with_flower.py
     "search.preparing",
 }
