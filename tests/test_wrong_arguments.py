@@ -387,6 +387,7 @@ VALID: dict[str, Callable] = {
     },
     "leading.features": lambda s: {"seen": s.seen},
     "leading.leading": lambda s: {"seen": s.seen},
+    "noisy.noisy_inputs": lambda s: {"seen": s.seen, "layers": []},
     "tutorials.coloured": lambda s: {"images": s.images},
     "tutorials.nearest": lambda s: {"images": s.images, "found": s.images[:1]},
     "released.trials": lambda s: {

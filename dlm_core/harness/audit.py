@@ -34,7 +34,16 @@ from dlm_core.harness import (
 )
 from dlm_core.harness.about import About, of
 from dlm_core.harness.attempt import attempt
-from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
+from dlm_core.harness.belief import (
+    AGREED,
+    EXPLAINED,
+    PARTLY,
+    Audit,
+    Belief,
+    believe,
+    doubts,
+    settled,
+)
 from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
@@ -196,7 +205,7 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(run, record, until, partial(_noted, times))
+            went = attempt(run, record, until, partial(_noted, times), partial(_doubted, look))
         except NoTime as why:
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
@@ -230,6 +239,10 @@ def _tried_in_turn(
         if belief.grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
+
+
+def _doubted(look: Look, found: Reconstruction) -> bool:
+    return doubts(found, look) is not None
 
 
 def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | None:
