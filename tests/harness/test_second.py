@@ -81,7 +81,8 @@ MEETS, OVER = (1e-6, 0.51, Status.BUDGET), (math.nan, 0.0, Status.BUDGET)
     ],
 )
 def test_it_goes_on_until_it_rests_or_agrees_or_its_time_is_over(ends, doubted, calls, agrees):
-    search, said = Search(ends), []
+    said: list[str] = []
+    search = Search(ends)
     watch = Watch("a search", time.monotonic() + 3600)
     record = records.ATTACKS["dlm_plus"]
     found, agreement = twice(search, record, watch, said.append, lambda found: doubted)
