@@ -20,13 +20,16 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs, preprocessing
+from dlm_core.beyond.starts import Ends
 from dlm_core.beyond.weighted import Told, affordable
 from dlm_core.harness import (
     brightness,
     clues,
+    clusters,
     files,
     leaks,
     levels,
+    many_starts,
     networks,
     pictures,
     registry,  # noqa: F401, it fills the tables
@@ -226,9 +229,14 @@ def _tried_in_turn(
             found.untried.append(Untried(asked, went.stopped or ""))
             continue
         belief = believe(went.result, went.agreement, look)
+        ends = None if went.stopped else _many_starts(run, record, went.result, until)
+        belief = belief if ends is None else many_starts.doubted(belief, ends)
         found.results[key], found.beliefs[key] = went.result, belief
         for line in _lines(went.result, went.agreement, belief):
             _indented(line)
+        if ends is not None:
+            _indented(clusters.sentence(ends))
+            found.notes.append(f"{key}: {clusters.sentence(ends)}")
         try:
             said = None if went.stopped else _brightness(name, seen, went.result)
         except KeyboardInterrupt:
@@ -243,6 +251,16 @@ def _tried_in_turn(
 
 def _doubted(look: Look, found: Reconstruction) -> bool:
     return doubts(found, look) is not None
+
+
+def _many_starts(
+    run: partial[Reconstruction], record: records.Attack, found: Reconstruction, until: float
+) -> Ends | None:
+    """What ``many_starts.survey_where_fast`` finds; None where the network fails."""
+    try:
+        return many_starts.survey_where_fast(run, record, found, until)
+    except Exception:  # whatever a user's network raises
+        return None
 
 
 def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | None:
