@@ -7,6 +7,7 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
 from dlm_core.beyond import inputs, preprocessing
-from dlm_core.beyond.starts import Ends
 from dlm_core.beyond.weighted import Told, affordable
 from dlm_core.harness import (
     brightness,
@@ -229,22 +229,16 @@ def _tried_in_turn(
             found.untried.append(Untried(asked, went.stopped or ""))
             continue
         belief = believe(went.result, went.agreement, look)
-        ends = None if went.stopped else _many_starts(run, record, went.result, until)
-        belief = belief if ends is None else many_starts.doubted(belief, ends)
         found.results[key], found.beliefs[key] = went.result, belief
         for line in _lines(went.result, went.agreement, belief):
             _indented(line)
-        if ends is not None:
-            _indented(clusters.sentence(ends))
-            found.notes.append(f"{key}: {clusters.sentence(ends)}")
         try:
-            said = None if went.stopped else _brightness(name, seen, went.result)
+            for said in () if went.stopped else _further(found, key, record, run, seen, until):
+                _indented(said)
+                found.notes.append(f"{key}: {said}")
         except KeyboardInterrupt:
-            said, interrupted = None, True
-        if said:
-            _indented(said)
-            found.notes.append(f"{key}: {said}")
-        if belief.grade is Explains.FULLY:
+            interrupted = True
+        if found.beliefs[key].grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
 
@@ -253,22 +247,27 @@ def _doubted(look: Look, found: Reconstruction) -> bool:
     return doubts(found, look) is not None
 
 
-def _many_starts(
-    run: partial[Reconstruction], record: records.Attack, found: Reconstruction, until: float
-) -> Ends | None:
-    """What ``many_starts.survey_where_fast`` finds; None where the network fails."""
-    try:
-        return many_starts.survey_where_fast(run, record, found, until)
-    except Exception:  # whatever a user's network raises
-        return None
-
-
-def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | None:
-    """What ``brightness.unfixed`` says of a search; None where the network fails."""
-    try:
-        return brightness.unfixed(name, seen, found)
-    except Exception:  # whatever a user's network raises
-        return None
+def _further(
+    found: Audit,
+    key: str,
+    record: records.Attack,
+    run: partial[Reconstruction],
+    seen: Observation,
+    until: float,
+) -> Iterator[str]:
+    """What many starts say of a search where a GPU runs them, which may take belief in it away, and
+    what stays open of its brightness.
+    """
+    result = found.results[key]
+    with contextlib.suppress(Exception):  # whatever a user's network raises
+        ends = many_starts.survey_where_fast(run, record, result, until)
+        if ends is not None:
+            found.beliefs[key] = many_starts.doubted(found.beliefs[key], ends)
+            yield clusters.sentence(ends)
+    with contextlib.suppress(Exception):
+        said = brightness.unfixed(record.key, seen, result)
+        if said:
+            yield said
 
 
 def _indented(line: str) -> None:

@@ -42,12 +42,12 @@ def survey_where_fast(
     until
         When it has to end, on the clock ``time.monotonic``; infinite for no limit.
     """
-    seen = run.args[0]
-    starts = STARTS.get(next(seen.model.parameters()).device.type, 0)
     in_lanes = getattr(record.function, "in_lanes", False) and "coordinates" in record.options
     searched = isinstance(found.evidence, SearchEvidence) and found.evidence.loss <= PARTLY
-    if not (starts and in_lanes and searched):
+    if not (in_lanes and searched):
         return None
+    seen = run.args[0]
+    starts = STARTS.get(next(seen.model.parameters()).device.type, 0)
     options = {name: each for name, each in run.keywords.items() if name != "restarts"}
     options |= {"coordinates": far, "alike": AGREED}
     while starts > 1 and time.monotonic() + ROOM * found.seconds < until:
