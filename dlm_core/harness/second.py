@@ -7,6 +7,7 @@ began, however long it goes on.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,7 +88,7 @@ def _gone_on(
     """
     if likeness(found.images, again.images) >= AGREED:
         return found, again
-    each = min(watch.taken, default=0.0)
+    each = statistics.median(watch.taken or [0.0])
     most = in_words(each * (FIRST + sum(LONGER)))
     say(f"the second search has not come to rest, and both go on: up to about {most}")
     try:
