@@ -50,7 +50,7 @@ STARTS = 200  # of the descent, in each round
 WIDTHS = [0.1 * 0.9**i for i in range(44)] + [10.0**-i for i in range(4, 11)]
 NARROW = WIDTHS[-12:]  # they leave a start where it is
 SHIFT = 1e-15  # of a matrix that is inverted, in its traces
-AGREES = 0.75  # share of units, of an image that no step confirms; mixtures have about a half
+AGREES = 0.8  # share of units, of images that no step confirms; mixtures have about two thirds
 MOVES = 4  # of the images by their errors, to see what these do to g
 DEPENDENT = 1e-3  # length of a unit vector's part outside the others' span
 MOST_COPIES = 100  # of one image in a batch
@@ -75,8 +75,9 @@ class Traces(Evidence):
     Attributes
     ----------
     recovered
-        [B] whether the attack shows the image: the zeros of the traces settle it and one step
-        explains the update, or its own ReLU pattern agrees with the units in which it left a trace.
+        [B] whether the attack shows the image: the zeros of the traces settle it, and either one
+        step explains the update or each image's own ReLU pattern agrees with the units in which it
+        left a trace. Where they do not settle it, its own pattern agrees wholly.
     agreement
         [B] the share of units in which it does; 0 for an image that was not found at all.
     image_error
@@ -590,6 +591,8 @@ def _explain(
     reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
     if not (one_step and tested):
         reason = Reason.NOT_ONE_STEP if tested else Reason.UNTESTED
+    # where one image is a mixture, the others may be
+    trusted = (one_step and tested) or bool((agreement > AGREES).all())
     # an image without a trace has its share in the client's mean loss
     rate = step.rate * (total / len(each))
     return _Outcome(
@@ -599,7 +602,7 @@ def _explain(
         units=units,
         found=_Found(
             images=images[each],
-            shown=(agreement[each] > AGREES) | (one_step and tested),
+            shown=torch.full_like(each, trusted, dtype=torch.bool),
             agreement=agreement[each],
             error=error[each],
             labels=labels[each],
