@@ -379,6 +379,7 @@ VALID: dict[str, Callable] = {
     "calibration.Case": lambda s: {"kind": "MLP", "index": 0, "compared": False},
     "bounds.Bound": lambda s: {"trial": s.trial},
     "bounds.Noise": lambda s: {"trial": s.trial, "psnr": 20.0, "prior": "smooth"},
+    "timed.Timed": lambda s: {"trial": s.trial},
     "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
