@@ -1,5 +1,4 @@
-"""What belongs to the whole process: how many threads an attack computes on, and the global random
-generator.
+"""What belongs to the whole process: how an attack computes, and the global random generator.
 
 Networks as small as the paper's are slowed down by several threads, tenfold on a busy machine.
 """
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.backends import cudnn
 
 # Weights up to which one thread is the fastest: LeNet has 85,036, ResNet-18 eleven million.
 SMALL = 1_000_000
@@ -29,10 +29,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def for_network(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """``one_thread`` where the network is small, else no change."""
-    small = sum(p.numel() for p in model.parameters()) <= SMALL
-    return one_thread() if small else contextlib.nullcontext()
+@contextlib.contextmanager
+def for_network(model: nn.Module) -> Iterator[None]:
+    """What suits a network: ``one_thread`` where it is small; on a GPU float32 as it is on a CPU,
+    where PyTorch would have convolutions round to TF32, ten bits, and sum in any order.
+    """
+    parameters = list(model.parameters())
+    with contextlib.ExitStack() as stack:
+        if sum(p.numel() for p in parameters) <= SMALL:
+            stack.enter_context(one_thread())
+        if any(p.is_cuda for p in parameters):
+            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark}
+            stack.enter_context(cudnn.flags(**kept, deterministic=True, allow_tf32=False))
+        yield
 
 
 @contextlib.contextmanager

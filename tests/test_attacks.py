@@ -204,7 +204,7 @@ def test_dlm_s_own_variable_is_k_over_k0_and_the_released_one_is_k(seen, digit):
     for relative in (True, False):
         found = attacks.dlm(seen, relative=relative, optimizer=optimizers.lbfgs, **options)
         assert found.ks[0] == 30.0 and found.k == pytest.approx(
-            found.point["growth"] * (30 if relative else 1)
+            float(found.point["growth"]) * (30 if relative else 1)
         )
     one_step = attacks.dlm(seen, relative=False, optimizer=optimizers.adam, **options)
     assert abs(one_step.ks[1] - 30.0) == pytest.approx(0.1, rel=1e-3)
@@ -212,9 +212,9 @@ def test_dlm_s_own_variable_is_k_over_k0_and_the_released_one_is_k(seen, digit):
 
 def test_a_factor_on_the_dummy_gradient_is_found_along_with_the_image(seen, digit):
     found = attacks.dlg_factor(seen, learning_rate=0.05, k0=1.1, labels="inferred", seed=1)
-    assert psnr(found, digit[0]) > 20 and found.point["k"] == pytest.approx(1.0, rel=0.02)
+    assert psnr(found, digit[0]) > 20 and float(found.point["k"]) == pytest.approx(1.0, rel=0.02)
     halved = attacks.dlg_factor(seen, learning_rate=0.1, k0=1.1, labels="inferred", seed=1)
-    assert halved.point["k"] == pytest.approx(0.5, rel=0.02)
+    assert float(halved.point["k"]) == pytest.approx(0.5, rel=0.02)
 
 
 def test_history_on_request(seen):

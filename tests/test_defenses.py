@@ -667,7 +667,7 @@ def test_sparsification_is_void_against_a_server_that_leaves_zeros_out(seen, dig
 
 def test_a_weight_that_a_black_pixel_leaves_alone_is_no_zeroed_one(digit):
     """Such coordinates were once left out with the zeroed ones: a prior then greyed the pixel."""
-    model = models.build("mlp", (1, 8, 8), 10)
+    model = models.build("mlp", (1, 8, 8), 10).to(digit[0].device)
     assert (digit[0] == 0).any()
     found = aware(
         federated.train_locally(model, *digit, learning_rate=0.1),

@@ -388,6 +388,7 @@ VALID: dict[str, Callable] = {
     },
     "leading.features": lambda s: {"seen": s.seen},
     "leading.leading": lambda s: {"seen": s.seen},
+    "noisy.noisy_inputs": lambda s: {"seen": s.seen, "layers": []},
     "tutorials.coloured": lambda s: {"images": s.images},
     "tutorials.nearest": lambda s: {"images": s.images, "found": s.images[:1]},
     "released.trials": lambda s: {
@@ -644,7 +645,8 @@ UNTRIED = {
     *("normalisation.gradient_and_statistics", "normalisation.matched", "options.accuracies"),
     "options.over_rounds",  # tests/harness/test_options.py
     *("protocols.data_parallel", "report.locked", "report.shared", "sweeps.engine"),
-    *("tables.per_image", "unrolled.find_steps", "kept.audits", "federation.run"),
+    *("tables.per_image", "tables.over_networks"),  # tests/harness/test_tables.py
+    *("unrolled.find_steps", "kept.audits", "federation.run"),
     "flower.keeping",  # tests/harness/with_flower.py
     "search.preparing",
 }

@@ -418,7 +418,7 @@ def _of_others(
             fixed=False,
             values=values,
             error=error,
-            signs=_even(values, error),
+            signs=even(values, error),
             image=traced.image_of(name, values) if pixels else None,
         )
     return list(found.values())
@@ -555,7 +555,7 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     error = math.hypot(error, beside, of_unit if scaled else 0.0)
     image = traced.image_of(name, values) if scaled and about["pixels"] else None
     about |= _still(weight) | {"odd": _odd(left, hidden)}
-    signs = _even(values, error)
+    signs = even(values, error)
     alone = rank == 1 and scaled and not signs and traced.tells_apart(name, values, left, hidden)
     return LayerInput(**about, values=values, error=error, alone=alone, signs=signs, image=image)
 
@@ -587,7 +587,7 @@ def _moving(delta: torch.Tensor) -> int:
     return int(min(moved.any(0).sum(), moved.any(1).sum()))
 
 
-def _even(values: torch.Tensor, error: float) -> bool:
+def even(values: torch.Tensor, error: float) -> bool:
     """Whether an input's numbers but for zeros are of one size, as where Adam's kin made several
     steps: then they may be signs. Of black and white images they are so, too.
     """

@@ -57,6 +57,8 @@ class _Products(TorchFunctionMode):
 
     By itself, one of many networks is a convolution in groups, whose second derivative goes from
     group to group: on a GPU a launch for each lane. On a CPU that is the faster of the two.
+    ``torch.nn.functional.unfold`` would launch once for each lane as well; ``Tensor.unfold`` is a
+    view.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -79,9 +81,14 @@ def convolution(
     """
     if groups != 1 or isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    pairs = [(each,) * 2 if isinstance(each, int) else each for each in (stride, padding, dilation)]
-    sizes = zip(input.shape[2:], weight.shape[2:], *pairs)
-    shape = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-    patches = F.unfold(input, weight.shape[2:], dilation, padding, stride)
+    strides, paddings, dilations = (
+        (each,) * 2 if isinstance(each, int) else each for each in (stride, padding, dilation)
+    )
+    windows = F.pad(input, [each for each in reversed(paddings) for _ in range(2)])
+    for axis, size in enumerate(weight.shape[2:]):
+        reach = dilations[axis] * (size - 1) + 1
+        windows = windows.unfold(2 + axis, reach, strides[axis])[..., :: dilations[axis]]
+    shape = windows.shape[2:4]
+    patches = windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
     out = weight.flatten(1) @ patches
     return (out if bias is None else out + bias[:, None]).unflatten(2, shape)

@@ -5,6 +5,7 @@ many. All starts are one batch (``beyond.lanes``). That most end at one picture 
 finds it easily; that no other picture explains the update is what speaks for it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,13 +64,12 @@ class Ends:
 
     @property
     def explaining(self) -> int:
-        """At how many pictures a search converged: where there are several, the update does not
-        tell which is the client's.
+        """How many pictures explain the update as well as one at which a search converged: where
+        there are several, the update does not tell which is the client's.
         """
-        return sum(
-            any(each.status is Status.CONVERGED for each in self._of(number))
-            for number in range(len(self.counts))
-        )
+        converged = (each for each in self.found if each.status is Status.CONVERGED)
+        enough = max(map(_loss, converged), default=-math.inf)
+        return sum(_loss(each) <= enough for each in self.clusters)
 
     def ordered(self, found: Reconstruction) -> torch.Tensor:
         """A result's images, each in the place of the best one's that it is the most like."""

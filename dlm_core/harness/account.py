@@ -64,7 +64,9 @@ def _look(found: Audit) -> dict[str, Any]:
     look = found.look
     counted = {"images": look.images, "directions": look.directions}
     layers = [{**_fields(each), "sentence": each.sentence} for each in look.layers]
-    return {**_fields(look), **counted, "layers": layers, "sentences": list(look.sentences)}
+    noisy = [{**_fields(each), "sentence": str(each)} for each in look.noisy]
+    read = {"layers": layers, "noisy": noisy, "sentences": list(look.sentences)}
+    return {**_fields(look), **counted, **read}
 
 
 def _result(found: Audit, attack: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from functools import partial
 from dlm_core import records
 from dlm_core.beyond.attention import plain_attention
 from dlm_core.coordinates import cosines
-from dlm_core.harness.belief import twice
 from dlm_core.harness.foretell import SEARCHES, foretold
+from dlm_core.harness.second import twice
 from dlm_core.harness.tables import counted
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import Reconstruction
@@ -24,7 +24,7 @@ class Attempt:
     result
         What it found; None where it was cut off before it had anything.
     agreement
-        As ``belief.twice`` returns it; None where that search did not end.
+        As ``second.twice`` returns it; None where that search did not end.
     evaluations
         Of all its searches, the second included.
     cut_off
@@ -53,6 +53,7 @@ def attempt(
     record: records.Attack,
     until: float,
     say: Callable[[str], None],
+    doubted: Callable[[Reconstruction], bool],
 ) -> Attempt:
     """Run an attack, and a second time if it searches.
 
@@ -66,6 +67,8 @@ def attempt(
         When it has to end, on the clock ``time.monotonic``; infinite for no limit.
     say
         Takes the sentences of how long it will take, before it begins.
+    doubted
+        Of a result, whether something speaks against it whatever a second search finds.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def attempt(
                 coordinates = search.keywords.get("coordinates", cosines)
                 search = partial(search, coordinates=watch.noting(coordinates))
             with watch:
-                result, agreement = twice(search, record, watch)
+                result, agreement = twice(search, record, watch, say, doubted)
         except (OutOfTime, KeyboardInterrupt) as stop:
             interrupted = isinstance(stop, KeyboardInterrupt)
             return Attempt(

@@ -7,6 +7,7 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,9 +25,11 @@ from dlm_core.beyond.weighted import Told, affordable
 from dlm_core.harness import (
     brightness,
     clues,
+    clusters,
     files,
     leaks,
     levels,
+    many_starts,
     networks,
     pictures,
     registry,  # noqa: F401, it fills the tables
@@ -34,7 +37,16 @@ from dlm_core.harness import (
 )
 from dlm_core.harness.about import About, of
 from dlm_core.harness.attempt import attempt
-from dlm_core.harness.belief import AGREED, EXPLAINED, PARTLY, Audit, Belief, believe, settled
+from dlm_core.harness.belief import (
+    AGREED,
+    EXPLAINED,
+    PARTLY,
+    Audit,
+    Belief,
+    believe,
+    doubts,
+    settled,
+)
 from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
@@ -196,7 +208,7 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(run, record, until, partial(_noted, times))
+            went = attempt(run, record, until, partial(_noted, times), partial(_doubted, look))
         except NoTime as why:
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
@@ -221,23 +233,41 @@ def _tried_in_turn(
         for line in _lines(went.result, went.agreement, belief):
             _indented(line)
         try:
-            said = None if went.stopped else _brightness(name, seen, went.result)
+            for said in () if went.stopped else _further(found, key, record, run, seen, until):
+                _indented(said)
+                found.notes.append(f"{key}: {said}")
         except KeyboardInterrupt:
-            said, interrupted = None, True
-        if said:
-            _indented(said)
-            found.notes.append(f"{key}: {said}")
-        if belief.grade is Explains.FULLY:
+            interrupted = True
+        if found.beliefs[key].grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
 
 
-def _brightness(name: str, seen: Observation, found: Reconstruction) -> str | None:
-    """What ``brightness.unfixed`` says of a search; None where the network fails."""
-    try:
-        return brightness.unfixed(name, seen, found)
-    except Exception:  # whatever a user's network raises
-        return None
+def _doubted(look: Look, found: Reconstruction) -> bool:
+    return doubts(found, look) is not None
+
+
+def _further(
+    found: Audit,
+    key: str,
+    record: records.Attack,
+    run: partial[Reconstruction],
+    seen: Observation,
+    until: float,
+) -> Iterator[str]:
+    """What many starts say of a search where a GPU runs them, which may take belief in it away, and
+    what stays open of its brightness.
+    """
+    result = found.results[key]
+    with contextlib.suppress(Exception):  # whatever a user's network raises
+        ends = many_starts.survey_where_fast(run, record, result, until)
+        if ends is not None:
+            found.beliefs[key] = many_starts.doubted(found.beliefs[key], ends)
+            yield clusters.sentence(ends)
+    with contextlib.suppress(Exception):
+        said = brightness.unfixed(record.key, seen, result)
+        if said:
+            yield said
 
 
 def _indented(line: str) -> None:

@@ -8,26 +8,23 @@ or where the update has too few numbers for the image.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
-from typing import Any
 
 import torch
 
-from dlm_core import metrics, records
+from dlm_core import metrics
 from dlm_core.beyond.batches import Reason, Traces
 from dlm_core.beyond.exact import Fit
 from dlm_core.beyond.inputs import Ratio
-from dlm_core.beyond.weighted import Told, affordable
+from dlm_core.beyond.weighted import Told
 from dlm_core.coordinates import Start, cosines
 from dlm_core.harness.about import About
 from dlm_core.harness.leaks import Leak, Untried, of_layers
 from dlm_core.harness.look import Look
 from dlm_core.harness.tables import counted
-from dlm_core.harness.watch import Watch
-from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
+from dlm_core.results import Explains, Reconstruction, Status
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
 EXPLAINED, PARTLY = 1e-3, 0.1
@@ -235,53 +232,19 @@ def _error(found: Reconstruction, belief: Belief) -> tuple[float, str]:
     return math.nan, ""
 
 
-def twice(
-    run: Callable[..., Reconstruction], record: records.Attack, watch: Watch
-) -> tuple[Reconstruction, float | None]:
-    """(the result, PSNR in dB between its images and those of a search from another start, far
-    away, so that what the update leaves open differs; None for exact attacks, and for those that
-    have one start).
-    """
-    found = watch.keep(run())
-    if not isinstance(found.evidence, SearchEvidence):
-        return found, None
-    if found.local_steps is not None:
-        run = partial(run, local_steps=found.local_steps, **CLOSER)
-        found = watch.keep(run())
-    if not record.seeded or not _worth_another(found):
-        return found, None
-    again = run(seed=1, **_far(record, watch))
-    if isinstance(found.evidence, Told) and again.evidence.loss < found.evidence.loss:
-        found, again = again, found
-    alone = _converged(found) and not _converged(again)  # what stalls says nothing against it
-    return found, None if alone else likeness(found.images, again.images)
-
-
-def _worth_another(found: Reconstruction) -> bool:
-    """Whether a second search is made: of large images not where the first says what its picture is
-    worth, and is not believed whatever a second finds.
-    """
-    told = isinstance(found.evidence, Told) and affordable(found.images.shape[1:]) == 1
-    return not told or found.evidence.loss <= EXPLAINED
-
-
-def _converged(found: Reconstruction) -> bool:
+def converged(found: Reconstruction) -> bool:
+    """Whether a search that says what the update tells it met all of that."""
     return isinstance(found.evidence, Told) and found.status is Status.CONVERGED
 
 
-def _far(record: records.Attack, watch: Watch) -> dict[str, Any]:
-    """What makes an attack begin far from where it began first."""
-    if "coordinates" in record.options:
-        return {"coordinates": watch.noting(far)}
-    return {"far": True} if "far" in record.options else {}
-
-
 def likeness(images: torch.Tensor, others: torch.Tensor) -> float:
-    """PSNR in dB between two searches' images, [N, C, H, W] each: the median of the best pairs."""
+    """PSNR in dB between two searches' images, [N, C, H, W] each: the worst of the best pairs, as
+    all of them are believed together.
+    """
     images, others = images.double().cpu(), others.double().cpu()
     matched = images[metrics.match(images, others)]
     errors = (matched - others).square().flatten(1).mean(1)
-    return float((-10 * errors.clamp(min=1e-30).log10()).median())
+    return float(-10 * errors.max().clamp(min=1e-30).log10())
 
 
 def far(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> Start:
@@ -296,13 +259,13 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
     Parameters
     ----------
     found, agreement
-        As ``twice`` returns them.
+        As ``second.twice`` returns them.
     look
         The first look at the update.
     """
     grade, doubt = _by_itself(found, agreement), None
     if grade is Explains.FULLY and not isinstance(found.evidence, Ratio):
-        doubt = _doubt(found, look)
+        doubt = doubts(found, look)
     judged = found.evidence.explains is not None
     grade = Explains.PARTLY if doubt else grade
     return Belief(grade, doubt, judged, found.evidence.loss, agreement, _expected(found, agreement))
@@ -345,14 +308,22 @@ def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
     agreed = agreement is not None and agreement >= AGREED
     expected = _expected(found, agreement)
     if expected is not None:  # what is left open is alike in both of its searches
-        agreed = (agreed or _converged(found)) and expected >= AGREED
+        agreed = (agreed or converged(found)) and expected >= AGREED
     if found.evidence.loss <= EXPLAINED and agreed:
         return Explains.FULLY
     return Explains.PARTLY if found.evidence.loss <= PARTLY or agreed else Explains.LITTLE
 
 
-def _doubt(found: Reconstruction, look: Look) -> str | None:
-    """What else than these images may have left the update; None for nothing that is known."""
+def doubts(found: Reconstruction, look: Look) -> str | None:
+    """What else than these images may have left the update; None for nothing that is known.
+
+    Parameters
+    ----------
+    found
+        A result.
+    look
+        The first look at the update.
+    """
     count, pixels = len(found.images), found.images.numel()
     steps = found.local_steps or 1
     if look.directions > count * steps:

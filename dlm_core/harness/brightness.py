@@ -35,6 +35,14 @@ def unfixed(attack: str, seen: Observation, found: Reconstruction) -> str | None
     ------
     Exception
         Whatever a user's network raises.
+
+    Notes
+    -----
+    Measured with DLM+ on 37 clients of 13 kinds (``kinds``), by the truth: of 15 it was said, and
+    the factor that brings the picture nearest to the client's image was off by more than 10 % for
+    9 of them (0.33 to 0.82), by less for 6. Of the 22 of whom it was not said it was off for 2,
+    whose pictures showed nothing (4 and 5 dB). With ``WORSE`` at 1.5 it would have been said of 9,
+    rightly of 7, and missed for 4: a warning too much is the smaller harm.
     """
     if attack not in _LOSSES:
         return None

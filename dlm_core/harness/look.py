@@ -12,6 +12,7 @@ from torch import nn
 
 from dlm_core.beyond import inputs, preprocessing, recognise
 from dlm_core.beyond.inputs import LayerInput
+from dlm_core.beyond.noisy import NoisyInput, noisy_inputs
 from dlm_core.harness import pictures
 from dlm_core.observation import Observation
 
@@ -36,6 +37,8 @@ class Look:
         Whether nothing but the last layer moved.
     layers
         What the linear layers say.
+    noisy
+        What those say whose update is one direction and noise.
     invented
         What may have been made up to fit the network, in sentences.
     numbers
@@ -59,6 +62,7 @@ class Look:
     unmoved: list[str] = field(default_factory=list)
     last_alone: bool = False
     layers: list[LayerInput] = field(repr=False, default_factory=list)
+    noisy: list[NoisyInput] = field(repr=False, default_factory=list)
     invented: list[str] = field(default_factory=list)
     numbers: int = 0
     num_parameters: int = 0
@@ -97,7 +101,8 @@ class Look:
     @property
     def shown(self) -> list[str]:
         """The layers' inputs that stand in the update, in sentences."""
-        return [each.sentence or "" for each in self.layers if each.values is not None]
+        exact = [each.sentence or "" for each in self.layers if each.values is not None]
+        return [*exact, *map(str, self.noisy)]
 
     @property
     def leaked(self) -> list[str]:
@@ -136,6 +141,7 @@ class Look:
             )
         yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
+        yield from map(str, self.noisy)
         yield from filter(None, [self.suspicion])
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
@@ -189,13 +195,15 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     }
     try:
         layers = inputs.layer_inputs(seen, coarse)
+        noisy = noisy_inputs(seen, layers)
         found = recognise.recognise(seen)
     except Exception as why:
         return Look(**about, unread=sentence(why))
     linear = any(each.linear for each in layers)  # entries changed one by one leave full rank
     kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
     about |= {"kin": kin, "learning_rate": found.learning_rate}
-    look = Look(**about, layers=layers, optimizer=found.optimizer)
+    noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
+    look = Look(**about, layers=layers, noisy=noisy, optimizer=found.optimizer)
     return replace(look, optimizer="several steps") if look.directions > 1 else look
 
 

@@ -3,7 +3,7 @@ sentence.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -154,6 +154,47 @@ def per_image(frame: Frame) -> Any:
     ]
     images = frame.assign(psnrs=each).drop(columns="psnr", errors="ignore")
     return images.rename(columns={"psnrs": "psnr"}).explode("psnr").astype({"psnr": float})
+
+
+@check.arguments
+def over_networks(frame: Frame, columns: Mapping[str, str]) -> tuple[Any, dict[Any, Any]]:
+    """What differs between the networks that each image was attacked on.
+
+    Parameters
+    ----------
+    frame
+        Trials. Those of one image that have a network in common have the hundreds of their seeds in
+        common: 100 and 117 are of one set of networks, 217 is of another.
+    columns
+        {column: its title}: each combination of their values has a row.
+
+    Returns
+    -------
+    tuple
+        A DataFrame: how many images reach 20 dB on all of their networks, on some and on none, and
+        of each image's least and greatest PSNR in dB what the lowest and the median image have.
+        And {the columns' values: a pandas Series of the median over the images, in dB, for each
+        set of networks}, the value itself where there is one column.
+    """
+    import pandas
+
+    for name in columns:
+        check.one_of("column", name, frame.columns)
+    rows, medians = [], {}
+    for values, some in frame.groupby(list(columns), sort=False):
+        psnr = psnrs(some)
+        least, greatest = (psnr.groupby(some["index"]).agg(end) for end in ("min", "max"))
+        of_networks = psnr.groupby(some["seed"] // 100).median()
+        medians[values if len(columns) > 1 else values[0]] = of_networks
+        row = dict(zip(columns.values(), values))
+        row |= {"images": len(least), "networks each": len(of_networks)}
+        row["at 20 dB on all"] = (least >= 20).sum()
+        row["on some"] = ((greatest >= 20) & (least < 20)).sum()
+        row["on none"] = (greatest < 20).sum()
+        row["least PSNR, lowest image"] = least.min()
+        row["least PSNR, median image"] = least.median()
+        rows.append(row | {"greatest PSNR, median image": greatest.median()})
+    return pandas.DataFrame(rows), medians
 
 
 @check.arguments

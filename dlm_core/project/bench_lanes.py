@@ -1,7 +1,7 @@
 """DLM+ on many clients as one batch, against one after the other: on a GPU, or small on the CPU."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ from dlm_core.threads import one_thread
 LEARNING_RATE = 0.01
 # {kind of device: (numbers of lanes, evaluations of each search, races, of which the least seconds
 # count)}
-SIZES = {"cpu": ((1, 16), 30, 3), "cuda": ((1, 16, 256, 1024), 60, 1)}
+SIZES = {"cpu": ((1, 16), 30, 3), "cuda": ((1, 16, 256, 1024), 200, 1)}
 APART = 4  # searches that are run one after the other, at most: their mean stands for all
 # What 16 lanes of LeNet are to gain on a CPU.
 GAIN = 1.3
@@ -53,8 +53,9 @@ def run(device: str = "cpu") -> None:
     )
     print("|---|---|---|---|---|---|")
     for network in ("lenet", "mlp"):
+        seen = _observed(network, max(counts), on)
         for count in counts:
-            alone, together, used = race(network, count, evaluations, races, on)
+            alone, together, used = race(seen[:count], evaluations, races, on)
             cells = f"{alone:.4f} | {together:.4f} | {alone / together:.2f} | {used:.0f}"
             print(f"| {network} | {count} | {cells} |", flush=True)
     if on.type == "cpu":
@@ -75,16 +76,14 @@ def run(device: str = "cpu") -> None:
 
 
 def race(
-    network: str, count: int, evaluations: int, races: int, on: torch.device
+    seen: Sequence[Observation], evaluations: int, races: int, on: torch.device
 ) -> tuple[float, float, float]:
     """(seconds a search one after the other, as lanes, MiB of a GPU that the lanes took).
 
     Parameters
     ----------
-    network
-        "lenet" or "mlp".
-    count
-        Lanes.
+    seen
+        One for each lane.
     evaluations
         Of each search.
     races
@@ -92,7 +91,6 @@ def race(
     on
         The device.
     """
-    seen = _observed(network, count, on)
     options: dict[str, Any] = {
         **{"dtype": torch.float32, "max_evaluations": evaluations},
         **{"tolerance": 0.0, "patience": evaluations},
@@ -105,10 +103,10 @@ def race(
 
     for seed in (0, [0]):  # what begins only once
         attacks.dlm_plus(seen[0], seed=seed, **{**options, "max_evaluations": 2})
-    at_once = partial(attacks.dlm_plus, seen, seed=range(count), **options)
+    at_once = partial(attacks.dlm_plus, seen, seed=range(len(seen)), **options)
     alone, together = zip(*((_measured(apart, on), _measured(at_once, on)) for _ in range(races)))
     used = max(mebibytes for _, mebibytes in together)
-    return min(alone)[0] / len(few), min(together)[0] / count, used
+    return min(alone)[0] / len(few), min(together)[0] / len(seen), used
 
 
 def on_all_cores(network: str, evaluations: int) -> tuple[int, float]:

@@ -35,6 +35,13 @@ def client(model, images, targets, loss=F.cross_entropy, *, steps=1, optimizer="
     return trained.state_dict()
 
 
+@pytest.fixture
+def digit():
+    """On the CPU, as the networks here; the battery runs the attack on a GPU as well."""
+    images, labels, *_ = data.load("digits", n=1)
+    return images, labels
+
+
 def pictures(n, seed=0):
     return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
 

@@ -31,7 +31,9 @@ def test_records_are_those_of_the_trials_by_themselves_to_rounding(kind, monkeyp
     ):
         assert record["device"].startswith(kind) and "device" not in alone
         assert record["stop_reason"] == alone["stop_reason"], trial
-        assert record.get("psnr", 0.0) == pytest.approx(alone.get("psnr", 0.0), abs=0.01)
+        # of pixels: at 119 dB rounding alone moves a PSNR by more than half a decibel
+        errors = [10 ** (-each.get("psnr", 0.0) / 20) for each in (record, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-6)
         assert record.get("evaluations") == alone.get("evaluations")
         assert record["arrays"].keys() == alone["arrays"].keys()
 

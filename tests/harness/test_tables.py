@@ -114,6 +114,27 @@ def test_per_image_gives_each_image_of_a_batch_its_row():
     assert "psnrs" not in images and "psnrs" in trials
 
 
+def test_what_networks_differ_in_is_told_image_by_image():
+    """Image 0 is found on both sets of networks, 1 on one, 2 on none; 2 has no picture once."""
+    trials = pandas.DataFrame(
+        {
+            **{"attack": ["a"] * 6 + ["b"], "index": [0, 1, 2, 0, 1, 2, 0]},
+            **{"seed": [0, 1, 2, 100, 101, 102, 0], "model": ["m"] * 7},
+            "psnr": [30.0, 10.0, 5.0, 20.0, 25.0, math.nan, 21.0],
+        }
+    )
+    found, medians = tables.over_networks(trials, {"attack": "attack"})
+    assert found.columns[:3].tolist() == ["attack", "images", "networks each"]
+    assert found.iloc[0, 1:6].tolist() == [3, 2, 1, 1, 1]
+    assert found.iloc[0, 6:].tolist() == [-math.inf, 10.0, 25.0]
+    assert found.iloc[1, 1:].tolist() == [1, 1, 1, 0, 0, 21.0, 21.0, 21.0]
+    assert medians["a"].to_dict() == {0: 10.0, 1: 20.0} and medians["b"].tolist() == [21.0]
+    both, medians = tables.over_networks(trials, {"model": "network", "attack": "attack"})
+    assert both.network.tolist() == ["m", "m"] and list(medians) == [("m", "a"), ("m", "b")]
+    with pytest.raises(ValueError, match="column 'client' is unknown"):
+        tables.over_networks(trials, {"client": "client"})
+
+
 def test_numbers_texts_and_spreads_are_said_briefly():
     assert tables.brief([0.03, math.nan, 0.123456]) == ["0.03", "", "0.123456"]
     assert tables.brief([0.123456], 2) == ["0.12"]
