@@ -1,6 +1,4 @@
-"""What the repository can do, and attacks on two snapshots of your own. This file parses;
-dlm_core/project/commands.py acts.
-"""
+"""The command line. This file parses; dlm_core/project/commands.py acts."""
 
 from __future__ import annotations
 
@@ -97,7 +95,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(wrong: int) -> argparse.ArgumentParser:
     called = Path(sys.argv[0]).name
     program = "python -m dlm_core" if called == "__main__.py" else called
-    parser = _Parser(prog=program, description=__doc__, wrong=wrong)
+    about = "What the repository can do, and attacks on two snapshots of your own."
+    parser = _Parser(prog=program, description=about, wrong=wrong)
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(

@@ -45,6 +45,7 @@ nb_ipywidgets_js = {}
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+autodoc_preserve_defaults = True  # PLACE, not the path that it is on one machine
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_typehints = "description"  # beside what the docstrings say of shapes and ranges

@@ -40,7 +40,6 @@ INNER = {
         "memory",
         "networks",
         "paths",
-        "photos",
         "precision",
         "priors",
     ),
@@ -69,6 +68,7 @@ def scene():
     seen = federated.train_locally(model, images[:1], labels[:1], **step)
     return SimpleNamespace(
         file=str(data.bundled_file("lpips_alex.safetensors")),
+        photo=str(data.bundled_file("fashion_mnist.png")),
         folder=str(folder),
         images=images,
         labels=labels,
@@ -128,6 +128,8 @@ VALID: dict[str, Callable] = {
         **{"local_steps": 1, "batch_size": 1, "client_optimizer": "sgd", "optimizer_options": {}},
         **{"clear_gradients": True, "transmitted": None},
     },
+    "photos.read": lambda s: {"paths": [s.photo], "image_shape": (1, 28, 560)},
+    "photos.picture": lambda s: {"path": s.photo, "channels": 1, "size": 8},
     "federated.average": lambda s: {"snapshots": [s.sent, s.sent], "sizes": [1, 2]},
     "federated.rounds": lambda s: protocol(s, num_rounds=1),
     "search.StopRule": lambda s: {
@@ -379,6 +381,7 @@ VALID: dict[str, Callable] = {
     "calibration.Case": lambda s: {"kind": "MLP", "index": 0, "compared": False},
     "bounds.Bound": lambda s: {"trial": s.trial},
     "bounds.Noise": lambda s: {"trial": s.trial, "psnr": 20.0, "prior": "smooth"},
+    "timed.Timed": lambda s: {"trial": s.trial},
     "calibration.cases": lambda s: {"n": 1, "of": ["MLP"], "compared": False},
     "inputs.division": lambda s: {"seen": s.of_one, "transmitted": None},
     "inputs.layer_inputs": lambda s: {"seen": s.of_one, "transmitted": None},
@@ -526,6 +529,7 @@ WORDS = {
     "defenses.Setting": {"name": "defence", "options": "told scale"},
     "clients.step_of": {"key": "client "},
     "models.build": {"name": "model"},
+    "photos.read": {"image_shape": "(C, H, W)"},
     "weights.load_weights": {"path": "snapshot"},
 }
 # Of these lists, what a function rightly takes: (start of its key, argument, repr of the value).
@@ -550,6 +554,8 @@ FINE = {
     *((key, "seed", "[1]") for key in ("attacks.d", "attacks.i", "search.", "signlike.")),
     *((key, "seed", "[1]") for key in ("adaptive.dlm", "adaptive.unr", "adaptive.comb")),
     *((key, "seed", "[1]") for key in ("ablation.", "normalisation.", "surrogate.s")),
+    # a picture of one pixel
+    ("photos.picture", "size", "1"),
     # a folder that is made
     ("sweeps.sweep", "store", "'x'"),
     # the name that an argument goes by

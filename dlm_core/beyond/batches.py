@@ -15,8 +15,9 @@ and what is found there is neither of them. One SGD step on what was found then 
 rest of the update, which is what χ² tests.
 
 SPEAR samples rows of U and takes null vectors, in time exponential in r, and is told gradients.
-Here the zeros are found by minimising ``Σ_units |u q|^½``, which goes on where sampling stops. What
-counts as zero is read off the noise of two snapshots.
+Here the zeros are found by minimising ``Σ_units |u q|^½``, which goes on where sampling stops, and
+from the images at hand: what the model shows of which units they leave off says where their traces
+vanish. What counts as zero is read off the noise of two snapshots.
 """
 
 import copy
@@ -46,7 +47,10 @@ MOVED, RANK, ZERO = 3.0, 2.0, 10.0
 MARGIN = 0.05  # of a trace that its zeros settle; combinations of images have 0
 STARTS = 200  # of the descent, in each round
 # Smoothing of the descent's objective; from wider ones all starts end alike.
-WIDTHS = [0.1 * 0.7**i for i in range(14)] + [10.0**-i for i in range(4, 11)]
+WIDTHS = [0.1 * 0.9**i for i in range(44)] + [10.0**-i for i in range(4, 11)]
+NARROW = WIDTHS[-12:]  # they leave a start where it is
+SHIFT = 1e-15  # of a matrix that is inverted, in its traces
+AGREES = 0.8  # share of units, of images that no step confirms; mixtures have about two thirds
 MOVES = 4  # of the images by their errors, to see what these do to g
 DEPENDENT = 1e-3  # length of a unit vector's part outside the others' span
 MOST_COPIES = 100  # of one image in a batch
@@ -71,8 +75,9 @@ class Traces(Evidence):
     Attributes
     ----------
     recovered
-        [B] whether the zeros of the traces settle the image, or else its own ReLU pattern agrees
-        with the units in which it left a trace.
+        [B] whether the attack shows the image: the zeros of the traces settle it, and either one
+        step explains the update or each image's own ReLU pattern agrees with the units in which it
+        left a trace. Where they do not settle it, its own pattern agrees wholly.
     agreement
         [B] the share of units in which it does; 0 for an image that was not found at all.
     image_error
@@ -226,7 +231,7 @@ def _recover(seen: Observation, num_images: int | None, max_rounds: int, seed: i
         total = num_images or max(rank, 1)
         return _Outcome(reason=Reason.TOO_FEW_UNITS, num_images=total, rank=rank, units=units)
     mixture, sigma = _mixture(moved, decomposed, rank)
-    traces, certain = _find_traces(mixture, moved.bias_update, max_rounds, seed)
+    traces, certain = _find_traces(mixture, moved, max_rounds, seed)
     x = torch.linalg.lstsq(traces, moved.update).solution
     agreement, silent_units_fit = _patterns(moved, x, traces)
     if certain and silent_units_fit:
@@ -375,11 +380,11 @@ def _mixture(
 
 
 def _find_traces(
-    mixture: _Mixture, bias_update: torch.Tensor, max_rounds: int, seed: int
+    mixture: _Mixture, moved: _MovedUnits, max_rounds: int, seed: int
 ) -> tuple[torch.Tensor, bool]:
     """(traces [m, r], whether the zeros of every one of them settle it)."""
-    for directions in _sparse_directions(mixture, max_rounds, seed):
-        traces = _traces(mixture, directions, bias_update)
+    for directions in _sparse_directions(mixture, moved, max_rounds, seed):
+        traces = _traces(mixture, directions, moved.bias_update)
         settled = bool((_margins(mixture, traces) > MARGIN).all())
         certain = settled and _differ(traces)
         if certain:
@@ -387,23 +392,31 @@ def _find_traces(
     return traces, certain
 
 
-def _sparse_directions(mixture: _Mixture, max_rounds: int, seed: int) -> Iterator[torch.Tensor]:
+def _sparse_directions(
+    mixture: _Mixture, moved: _MovedUnits, max_rounds: int, seed: int
+) -> Iterator[torch.Tensor]:
     """Yield, round by round, the r independent q [r, r], in columns, with the most zeros so far.
 
     Each round descends Σ |u q|^½ over the sphere from many starts. A combination of images is zero
     only where all of them are off (and where it cancels): taking the most zeros first, and never
-    what depends on those taken, ends with the images alone.
+    what depends on those taken, ends with the images alone. What the images at hand ask for by
+    their own ReLU patterns is tried in each round.
     """
     generator = torch.Generator().manual_seed(seed)
     unit = mixture.unit
     products = (unit[:, :, None] * unit[:, None, :]).flatten(1)
     pool = mixture.basis.new_zeros(mixture.rank, 0)
+    axes = torch.eye(mixture.rank).to(pool)  # where the starts do not end in enough directions
+
+    def best_of(*candidates: torch.Tensor) -> torch.Tensor:
+        found = torch.cat([*candidates, axes], dim=1)
+        zeros = mixture.zeros(found).sum(0)
+        return found[:, _independent(found, zeros.argsort(descending=True, stable=True))]
+
     for _ in range(max_rounds):
-        q = _descend(_starts(pool, generator), unit, products)
-        pool = torch.cat([pool, q.T], dim=1)
-        zeros = mixture.zeros(pool).sum(0)
-        most_zeros_first = zeros.argsort(descending=True, stable=True)
-        pool = pool[:, _independent(pool, most_zeros_first)]
+        pool = best_of(pool, _descend(_starts(pool, generator), unit, products, WIDTHS).T)
+        asked_for = _asked_for(mixture, pool, moved, products)
+        pool = best_of(pool, _descend(asked_for, unit, products, NARROW).T)
         yield pool
 
 
@@ -422,17 +435,39 @@ def _starts(pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(something_is_left, rest, q)
 
 
-def _descend(q: torch.Tensor, unit: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+def _asked_for(
+    mixture: _Mixture, pool: torch.Tensor, moved: _MovedUnits, products: torch.Tensor
+) -> torch.Tensor:
+    """q [r, r], in rows: what vanishes best in the units that each of the pool's images leaves off.
+
+    An image is known as soon as all other traces are: its own need not be.
+    """
+    update = torch.cat([moved.update, moved.bias_update[:, None]], dim=1)
+    images = torch.linalg.solve(pool, mixture.basis.T @ update)
+    scale = images[:, -1:]  # an image's share of Δ_b is 1
+    x = images[:, :-1] / torch.where(scale.abs() < TINY, TINY, scale)
+    off = (x @ moved.weight.T + moved.bias <= 0).to(products)
+    return torch.linalg.eigh((off @ products).view(-1, *pool.shape))[1][:, :, 0]
+
+
+def _descend(
+    q: torch.Tensor, unit: torch.Tensor, products: torch.Tensor, widths: list[float]
+) -> torch.Tensor:
     """Lower Σ |u q|^½ over the sphere, by reweighting; ``unit`` [m, r] are rows u of unit length.
 
-    ``products`` [m, r²] are those of their entries.
+    ``products`` [m, r²] are those of their entries. Two steps of inverse iteration at each width
+    leave a start in its own valley.
     """
     rank = unit.shape[1]
-    for width in WIDTHS:
+    for width in widths:
         q = q / q.norm(dim=1, keepdim=True)
         weights = ((q @ unit.T).square() + width**2) ** -0.75
         moments = (weights @ products).view(-1, rank, rank)
-        q = torch.linalg.eigh(moments)[1][:, :, 0]
+        diagonal = moments.diagonal(dim1=1, dim2=2)
+        diagonal += SHIFT * diagonal.sum(1, keepdim=True)
+        for _ in range(2):
+            q = torch.linalg.solve(moments, q)
+            q = q / q.norm(dim=1, keepdim=True)
     return q
 
 
@@ -556,6 +591,8 @@ def _explain(
     reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
     if not (one_step and tested):
         reason = Reason.NOT_ONE_STEP if tested else Reason.UNTESTED
+    # where one image is a mixture, the others may be
+    trusted = (one_step and tested) or bool((agreement > AGREES).all())
     # an image without a trace has its share in the client's mean loss
     rate = step.rate * (total / len(each))
     return _Outcome(
@@ -565,7 +602,7 @@ def _explain(
         units=units,
         found=_Found(
             images=images[each],
-            shown=torch.ones_like(each, dtype=torch.bool),
+            shown=torch.full_like(each, trusted, dtype=torch.bool),
             agreement=agreement[each],
             error=error[each],
             labels=labels[each],

@@ -4,6 +4,7 @@ The client's images are known here, as no attacker knows them. What it sends is 
 update follows from images, weights and training.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from dlm_core.harness import (
     written,
 )
 from dlm_core.harness.tables import counted
+from dlm_core.observation import scores
+from dlm_core.threads import own_generator
 from dlm_core.weights import StateDict
 
 SCHEMA = "dlm-bound/1"
@@ -42,7 +45,7 @@ class Exposure:
     information
         All of it, as ``information.of_update`` returns it.
     notes
-        What was done to the weights' file.
+        What was done to the weights' file, and whether the network draws at random.
     """
 
     information: Information
@@ -67,13 +70,15 @@ class Exposure:
         white, smooth = (found.posterior(name) for name in PRIORS)
         share = ", ".join(f"{name!r} {count:,.0f}" for name, count in _sorted(white))
         return [
-            f"of {found.size:,} directions of {counted(len(white.variance), 'image')} "
-            f"the update fixes {' and '.join(counts)}",
+            f"of {found.size:,} directions of {counted(len(white.variance), 'image')}, pixels and "
+            f"combinations of them, the update fixes {' and '.join(counts)} of the range",
             f"it tells more than a prior of pixels that are independent of "
             f"{about}{found.better_than_prior:,}",
-            f"reconstructions are bounded by {white.psnr:.1f} dB with that prior, and by "
-            f"{smooth.psnr:.1f} dB with that of smooth images; an attacker with a better prior "
-            "(faces, documents) may do better",
+            f"in the mean over images no attacker passes {white.psnr:.1f} dB where pixels are "
+            f"independent, and {smooth.psnr:.1f} dB where images are as smooth as natural ones; "
+            "from about 20 dB on a picture shows what it is of",
+            "that is no bound for a single image: one that is smoother than most comes back "
+            "better, and so does any to an attacker who knows more of it (faces, documents)",
             f"directions that each layer tells: {share}",
         ]
 
@@ -97,6 +102,21 @@ def _precision(weights: StateDict) -> torch.dtype:
     floating = [w for w in weights.values() if w.is_floating_point()]
     single = all(torch.equal(w.float().double(), w.double()) for w in floating)
     return torch.float32 if single else torch.float64
+
+
+def _of_chance(network: nn.Module, images: torch.Tensor) -> list[str]:
+    """What to say of a network that draws at random."""
+    copied, like = copy.deepcopy(network), next(network.parameters())
+    passed = []
+    for seed in (0, 1):
+        with torch.no_grad(), own_generator(seed=seed, device=like.device):
+            passed.append(scores(copied(images.to(like))))
+    if torch.equal(*passed):
+        return []
+    return [
+        "the network draws at random where it trains (dropout or the like): the numbers are of one "
+        "draw, and another one tells more or less"
+    ]
 
 
 def _of_posterior(found: Information, prior: Prior) -> dict[str, Any]:
@@ -192,8 +212,8 @@ def bound(
         transmitted=transmitted,
         defence=defence,
     )
-    found = Exposure(information, read.notes)
-    print(*found.lines, sep="\n")
+    found = Exposure(information, [*read.notes, *_of_chance(network, images)])
+    print(*found.notes[len(read.notes) :], *found.lines, sep="\n")
     for said in pictures.write(found.map(), out):
         print(said)
     print(f"{out} shows where: white is exposed, black is not")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from dlm_core import data, information
 from dlm_core.__main__ import main
@@ -95,6 +96,24 @@ def test_the_map_is_white_where_the_update_shows_the_pixels(own, tmp_path, capsy
     assert shown[..., :4].min() > 0.9 and shown[..., 4:].max() < 1e-6
     picture = picture_of(tmp_path / "map.png")
     assert picture[:, : picture.shape[1] // 2].mean() > 5 * picture[:, -60:-40].mean()
+
+
+def test_a_network_that_draws_at_random_is_named(own, tmp_path, capsys):
+    """Dropout: another draw tells another part. Without chance, not a word of it."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    told = {"learning_rate": 0.1, "model": model, "out": tmp_path / "map.png"}
+    for mode in (True, False):
+        model.train(mode)
+        found = exposure.bound(model.state_dict(), IMAGES[:1], LABELS[:1], **told)
+        assert any("at random" in note for note in found.notes) == mode
+        assert ("at random" in capsys.readouterr().out) == mode
+
+
+def test_the_bound_is_not_said_of_a_single_image(folder, own, capsys):
+    """It holds in the mean over what a prior draws; a smoother image passes it."""
+    assert bound("both.npz") == 0
+    said = capsys.readouterr().out
+    assert "no bound for a single image" in said and "bounded by" not in said
 
 
 CLIENTS = {

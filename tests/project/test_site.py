@@ -77,6 +77,11 @@ def test_the_front_page_and_every_notebook_are_there(site, pages):
     )
 
 
+def test_no_page_names_a_path_of_the_machine_that_built_it(pages):
+    for path, page in pages.items():
+        assert str(REPOSITORY) not in page.text, path.name
+
+
 def test_every_internal_link_leads_somewhere(site, pages):
     checked = 0
     for path, page in pages.items():
