@@ -52,6 +52,7 @@ NARROW = WIDTHS[-12:]  # they leave a start where it is
 SHIFT = 1e-15  # of a matrix that is inverted, in its traces
 AGREES = 0.8  # share of units, of images that no step confirms; mixtures have about two thirds
 MOVES = 4  # of the images by their errors, to see what these do to g
+EDGE = 4.0  # of an output's error by the images' own, within which a unit is on or off
 DEPENDENT = 1e-3  # length of a unit vector's part outside the others' span
 MOST_COPIES = 100  # of one image in a batch
 
@@ -657,24 +658,43 @@ def _one_step(
 ) -> _Step:
     """Δ against η g by weighted least squares.
 
-    A weight that stayed where it was is censored, and left out.
+    A weight that stayed where it was is censored, and left out; so are a unit's of the first layer
+    that the images' errors leave open whether one of them turned it on.
     """
     g, others = _gradients(seen, images, labels, error)
     update = seen.delta
     length = sum(p.square().sum() for p in g)
     rate = sum((d * p).sum() for d, p in zip(update, g)) / length
+    first, on_the_edge = _on_the_edge(seen, images, error)
     weights = []
-    for i, (d, rounding) in enumerate(zip(update, seen.rounding_variance)):
-        variance = rounding + rate**2 * _spread(g[i], [other[i] for other in others])
-        weights.append((d != 0) / variance.clamp(min=TINY))
+    for i, (name, d) in enumerate(seen.delta_by_name.items()):
+        variance = seen.rounding_variance[i]
+        variance = variance + rate**2 * _spread(g[i], [other[i] for other in others])
+        weight = (d != 0) / variance.clamp(min=TINY)
+        if name in first:
+            weight[on_the_edge] = 0
+        weights.append(weight)
 
     def dot(a, b):
         return sum(float((w * p * q).sum()) for w, p, q in zip(weights, a, b))
 
     rate = dot(update, g) / dot(g, g)
     rest = [d - rate * p for d, p in zip(update, g)]
-    moved = max(1, sum(int((d != 0).sum()) for d in update))
+    moved = max(1, sum(int((weight != 0).sum()) for weight in weights))
     return _Step(rate, dot(rest, rest) / moved, dot(update, update) / moved)
+
+
+def _on_the_edge(
+    seen: Observation, images: torch.Tensor, error: torch.Tensor
+) -> tuple[set[str], torch.Tensor]:
+    """(names of the first layer's parameters, [m] whether a unit is so near zero for an image that
+    this image's error may turn it on or off).
+    """
+    name, layer = _first_layer(seen.model, seen.image_shape)
+    weight, bias = (each.detach().double() for each in (layer.weight, layer.bias))
+    outputs = images.flatten(1).double() @ weight.T + bias
+    near = outputs.abs() < EDGE * error[:, None] * weight.norm(dim=1)
+    return {f"{name}.weight", f"{name}.bias"}, near.any(0)
 
 
 def _gradients(

@@ -10,7 +10,7 @@ from torch import nn
 from dlm_core import metrics, models, records
 from dlm_core.beyond import batches
 from dlm_core.federated import train_locally
-from dlm_core.harness.trials import Trial, run_trial
+from dlm_core.harness.trials import Trial, observe, run_trial
 
 SHAPE, CLASSES = (1, 8, 8), 10
 
@@ -254,6 +254,21 @@ def test_an_image_and_black_share_a_direction_and_are_not_said_to_be_images():
     assert found.verdict.startswith("1 of 1 images shown: ")
     assert "no two images share one" in found.verdict and "settles" not in found.verdict
     assert found.learning_rate is None
+
+
+def test_a_unit_that_an_image_hardly_turns_on_says_nothing_against_one_step():
+    """The image's error, 4e-6, turns one of 200 units off: chi square was 4e5."""
+    trial = Trial(
+        "exact_batch",
+        **{"dataset": "digits", "index": 16, "num_images": 8, "seed": 2, "model": "mlp"},
+        model_options={"hidden": 200, "init": "default"},
+        client={"learning_rate": 0.01},
+    )
+    seen, images, _ = observe(trial)
+    found = batches.recover_batch(seen, num_images=8, seed=2)
+    assert errors(found, images)[1].max() < 1e-5
+    assert found.evidence.reason is batches.Reason.EXPLAINED and found.evidence.chi2 < 3
+    assert found.vouched.all() and found.learning_rate == pytest.approx(0.01, rel=1e-3)
 
 
 def test_chi_square_is_judged_from_both_sides(monkeypatch):
