@@ -630,11 +630,15 @@ def _agreed(agreement: float | None) -> str:
 
 
 def _worth(found: Reconstruction, belief: Belief) -> str:
-    """What a picture is worth that the update tells in part."""
+    """What a picture is worth that the update tells in part: up to 8 dB less where its search had
+    stalled, on 20 images of CIFAR-100 and the tutorials' network.
+    """
+    open_ = found.evidence.loss > EXPLAINED
+    astray = f", less if its search went astray, which a loss above {EXPLAINED:g} leaves open"
     return (
         f"the update tells about {found.directions:,.0f} of the {found.images.numel():,} "
         "directions of an image there, smooth images' mean fills in the rest: about "
-        f"{belief.expected:.0f} dB are expected of its picture"
+        f"{belief.expected:.0f} dB are expected of its picture{astray if open_ else ''}"
     )
 
 

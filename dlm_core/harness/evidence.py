@@ -375,7 +375,9 @@ def _pairs(
     if not both:
         raise ValueError("first and second have no image in common")
     pairs = [(float(reduce(ours[name])), float(reduce(theirs[name]))) for name in both]
-    return pairs, f"{_kind(first)}, {_networks(first)}"
+    names = zip(first["dataset"], first["index"].astype(int))
+    shared = first[[name in theirs for name in names]]
+    return pairs, f"{_kind(shared)}, {_networks(shared)}"
 
 
 def _centre(values: Sequence[float]) -> float:

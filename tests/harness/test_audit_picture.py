@@ -60,6 +60,7 @@ def test_a_picture_that_the_update_tells_in_part_is_shown_and_is_no_leak(k, tmp_
     assert not any(each.what == "image" for each in found.leaks)
     said = capsys.readouterr().out
     assert f"about {belief.expected:.0f} dB are expected of its picture" in said
+    assert ("less if its search went astray" in said) == (belief.loss > 1e-3)
     assert abs(belief.expected - psnr(found, k)) < 6
     page.write(found, tmp_path / "audit.html")
     assert "dB expected of the picture" in (tmp_path / "audit.html").read_text()

@@ -93,6 +93,12 @@ def test_differences_are_taken_image_by_image():
         evidence.difference(ours, frame([1.0], dataset="lfw"), "x")
 
 
+def test_of_a_difference_the_networks_of_the_images_in_common_are_counted():
+    many = frame([30.0] * 20).assign(seed=range(20))  # an image each on a network of its own
+    assert evidence.difference(many, many[:4], "x").units == "images, 4 networks"
+    assert evidence.share_difference(many[:4], many, "x").units == "images, 4 networks"
+
+
 @pytest.mark.parametrize(
     "verdicts, all_hold, one_holds",
     [
