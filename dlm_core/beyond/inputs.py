@@ -295,7 +295,7 @@ def shown(layers: Iterable[LayerInput]) -> Reconstruction:
     found = [each for each in layers if each.image is not None]
     if not found:
         raise ValueError(
-            "no linear layer that the image passes through has an update of rank one, "
+            "no linear layer that takes the image itself has an update of rank one, "
             "from which a division would show it"
         )
     best = min(found, key=lambda each: (not each.alone, not each.confirmed, each.error))

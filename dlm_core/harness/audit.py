@@ -590,7 +590,9 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
         yield _worth(found, belief)
     if (found.labels >= 0).all():
         yield f"labels {found.labels.tolist()}"
-    simulated = searched and found.local_steps is not None
+    # what explains little of the update is no estimate of the client
+    explained = searched and found.evidence.loss <= PARTLY
+    simulated = explained and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:
@@ -652,7 +654,7 @@ def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> Non
     if mixed:
         print(f"what stands in it, of one image or mixed of several: {'; '.join(mixed)}")
     print(
-        "that is no proof of a leak, nor a proof that nothing leaks: look at the picture. "
+        "of an image that is no proof, nor a proof that none leaks: look at the picture. "
         "Each attack is for one kind of client,"
     )
     print(

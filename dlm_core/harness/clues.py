@@ -39,7 +39,7 @@ def of_network(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
         if not torch.equal(first, second):
             said.append(
                 "two forward passes of one image differ in train mode (dropout, noise or the "
-                "like): searches do not know the client's chance, and explain its update in part"
+                "like): searches do not know what the client drew, and explain its update in part"
             )
     if alone:
         said.append(

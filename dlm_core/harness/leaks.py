@@ -156,7 +156,7 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     classes = f"class {towards[0]} is" if len(towards) == 1 else f"classes {_listed(towards)} are"
     said = (
         f"{classes} among the labels, if the loss is cross-entropy of a softmax and labels are not "
-        "smoothed or mixed: the last bias moved towards no other class"
+        "smoothed or mixed (others may be, too): the last bias moved towards no other class"
     )
     return Leak("label", by, unknown, said, tuple(towards))
 

@@ -55,7 +55,7 @@ def test_one_attack_by_name_and_the_hint_where_it_fails(ask):
     failed = ask("adam", "--attack", "dlm_plus")
     assert (
         "explains little" in failed
-        and "a proof that nothing leaks" in failed
+        and "a proof that none leaks" in failed
         and "--attack interval_dlm" in failed
     )
 

@@ -21,7 +21,7 @@ from dlm_core.coordinates import cosines
 from dlm_core.harness.audit import audit
 from dlm_core.harness.foretell import foretold, in_words
 from dlm_core.harness.watch import OutOfTime, Watch
-from dlm_core.results import Status
+from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 
 SHAPE = (1, 8, 8)
 IMAGES, LABELS, *_ = data.load("digits", n=2)
@@ -125,6 +125,31 @@ def test_an_attack_of_one_s_own_ends_with_its_time(tmp_path, capsys):
         records.ATTACKS.update(before)
     assert not found and "time was over" in found.untried[0].why
     assert "no attack applies" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss, estimates", [(5.0, False), (0.05, True)])
+def test_what_explains_little_is_no_estimate_of_the_client(tmp_path, capsys, loss, estimates):
+    before = dict(records.ATTACKS)
+
+    @records.attack("mine", title="Mine", client="any client", audited=0)
+    def mine(seen, *, num_images=1, seed=0, local_steps=1, **search):
+        """It says that it knows the client."""
+        return Reconstruction(
+            images=IMAGES[:1].clone(),
+            labels=LABELS[:1],
+            status=Status.STALLED,
+            vouched=torch.zeros(1, dtype=torch.bool),
+            evidence=SearchEvidence(losses=[loss], loss=loss),
+            client=ClientEstimate(learning_rate=6e-4, local_steps=12),
+        )
+
+    try:
+        asked(client(), tmp_path, attack="mine")
+    finally:
+        records.ATTACKS.clear()
+        records.ATTACKS.update(before)
+    said = capsys.readouterr().out
+    assert ("learning rate 0.0006" in said) == ("local steps 12" in said) == estimates
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), "two"])
