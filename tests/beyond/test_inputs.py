@@ -220,7 +220,7 @@ def test_the_attack_vouches_for_one_image_and_says_where_there_is_none(digit):
     assert (found.images - digit[0]).abs().max() < 1e-4
     lenet = models.build("lenet", SHAPE, 10, seed=0)
     convolved = federated.train_locally(lenet, *digit, learning_rate=0.1)
-    with pytest.raises(ValueError, match="no linear layer that the image passes through"):
+    with pytest.raises(ValueError, match="no linear layer that takes the image itself"):
         inputs.division(convolved)
     two = data.load("digits", n=2)
     batch = observe(model, model.state_dict(), client(model, two.images, two.labels), SHAPE)
