@@ -53,7 +53,7 @@ def attempt(
     record: records.Attack,
     until: float,
     say: Callable[[str], None],
-    doubted: Callable[[Reconstruction], bool],
+    doubted: Callable[[Reconstruction], object],
 ) -> Attempt:
     """Run an attack, and a second time if it searches.
 
@@ -68,7 +68,8 @@ def attempt(
     say
         Takes the sentences of how long it will take, before it begins.
     doubted
-        Of a result, whether something speaks against it whatever a second search finds.
+        Of a result, whether something speaks against it whatever a second search finds: a true
+        value where it does.
 
     Raises
     ------

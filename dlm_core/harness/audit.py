@@ -208,7 +208,7 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(run, record, until, partial(_noted, times), partial(_doubted, look))
+            went = attempt(run, record, until, partial(_noted, times), partial(doubts, look=look))
         except NoTime as why:
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
@@ -241,10 +241,6 @@ def _tried_in_turn(
         if found.beliefs[key].grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
-
-
-def _doubted(look: Look, found: Reconstruction) -> bool:
-    return doubts(found, look) is not None
 
 
 def _further(

@@ -20,6 +20,7 @@ from dlm_core.beyond import fisher, preprocessing
 from dlm_core.beyond.fisher import Information, Prior
 from dlm_core.defenses import Setting
 from dlm_core.harness import (
+    clues,
     files,
     networks,
     pictures,
@@ -27,8 +28,6 @@ from dlm_core.harness import (
     written,
 )
 from dlm_core.harness.tables import counted
-from dlm_core.observation import scores
-from dlm_core.threads import own_generator
 from dlm_core.weights import StateDict
 
 SCHEMA = "dlm-bound/1"
@@ -106,12 +105,7 @@ def _precision(weights: StateDict) -> torch.dtype:
 
 def _of_chance(network: nn.Module, images: torch.Tensor) -> list[str]:
     """What to say of a network that draws at random."""
-    copied, like = copy.deepcopy(network), next(network.parameters())
-    passed = []
-    for seed in (0, 1):
-        with torch.no_grad(), own_generator(seed=seed, device=like.device):
-            passed.append(scores(copied(images.to(like))))
-    if torch.equal(*passed):
+    if not clues.draws(copy.deepcopy(network), images.to(next(network.parameters()))):
         return []
     return [
         "the network draws at random where it trains (dropout or the like): the numbers are of one "
@@ -212,8 +206,9 @@ def bound(
         transmitted=transmitted,
         defence=defence,
     )
-    found = Exposure(information, [*read.notes, *_of_chance(network, images)])
-    print(*found.notes[len(read.notes) :], *found.lines, sep="\n")
+    chance = _of_chance(network, images)
+    found = Exposure(information, [*read.notes, *chance])
+    print(*chance, *found.lines, sep="\n")
     for said in pictures.write(found.map(), out):
         print(said)
     print(f"{out} shows where: white is exposed, black is not")

@@ -36,7 +36,7 @@ def twice(
     record: records.Attack,
     watch: Watch,
     say: Callable[[str], None],
-    doubted: Callable[[Reconstruction], bool],
+    doubted: Callable[[Reconstruction], object],
 ) -> tuple[Reconstruction, float | None]:
     """Run an attack, and where it searches a second time, from far away.
 
@@ -49,7 +49,8 @@ def twice(
     say
         Takes a sentence of how long a second search goes on.
     doubted
-        Of a result, whether something speaks against it whatever a second search finds.
+        Of a result, whether something speaks against it whatever a second search finds: a true
+        value where it does.
 
     Returns
     -------
