@@ -84,14 +84,14 @@ def _gone_on(
     watch: Watch,
     say: Callable[[str], None],
 ) -> tuple[Reconstruction, Reconstruction]:
-    """Both searches once the second one, ``again``, has come to rest or ends at the first one's
+    """Both searches, each gone on, until the second one, ``again``, rests or ends at the first one's
     picture, or their time is over.
     """
     if likeness(found.images, again.images) >= AGREED:
         return found, again
     each = statistics.median(watch.taken or [0.0])
     most = in_words(each * (FIRST + sum(LONGER)))
-    say(f"the second search has not come to rest, and both go on: up to about {most}")
+    say(f"the second search has not found the same picture, and both go on: up to about {most}")
     try:
         found = watch.keep(_further(run, found, FIRST, each, watch))
         for evaluations in LONGER:
