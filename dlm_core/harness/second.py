@@ -84,8 +84,8 @@ def _gone_on(
     watch: Watch,
     say: Callable[[str], None],
 ) -> tuple[Reconstruction, Reconstruction]:
-    """Both searches, each gone on, until the second one, ``again``, rests or ends at the first one's
-    picture, or their time is over.
+    """Both searches, each gone on, until the second one, ``again``, rests or ends at the picture of
+    the first, or their time is over.
     """
     if likeness(found.images, again.images) >= AGREED:
         return found, again
