@@ -291,6 +291,9 @@ def _attack_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         type=float,
         help="that the audit may take (default 5 for two files); each search says what it needs",
     )
+    attack.add_argument(
+        "--device", help="cuda or cpu: attacks compute there (default: where the network lies)"
+    )
     _written(attack)
 
 

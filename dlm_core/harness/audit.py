@@ -26,6 +26,7 @@ from dlm_core.harness import (
     brightness,
     clues,
     clusters,
+    devices,
     files,
     leaks,
     levels,
@@ -36,7 +37,7 @@ from dlm_core.harness import (
     written,
 )
 from dlm_core.harness.about import About, of
-from dlm_core.harness.attempt import attempt
+from dlm_core.harness.attempt import Attempt, attempt
 from dlm_core.harness.belief import (
     AGREED,
     EXPLAINED,
@@ -87,6 +88,7 @@ def audit(
     normalise: preprocessing.Told | None = None,
     out: str | Path = "reconstruction.png",
     minutes: check.Positive | None = MINUTES,
+    device: str | None = None,
 ) -> Audit:
     """Print what two snapshots of a client show, and write the picture.
 
@@ -116,6 +118,8 @@ def audit(
     minutes
         That the audit may take, above 0: searches are shortened or left out where it is too little,
         and it is said. None for as many as they need.
+    device
+        Where attacks compute, "cpu" or "cuda"; None: where the network lies.
 
     Returns
     -------
@@ -129,14 +133,16 @@ def audit(
         Before any attack, for arguments out of range and snapshots that do not fit.
     """
     budget = Budget(minutes)
+    placed = None if device is None else devices.named(device)
     _check_asked(model, image_shape, num_images, attack, client)
     if normalise is not None:
         preprocessing.check_channels(normalise, image_shape[0])
     pictures.check_out(Path(out))
-    read = _read(before, after, model, image_shape, num_classes, normalise)
+    read = _read(before, after, model, image_shape, num_classes, normalise, placed)
     told = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     told |= {"num_images": num_images, "attack": attack, "client": client}
-    about = of(before, after, **told, normalise=normalise, minutes=minutes)
+    told |= {"normalise": normalise, "minutes": minutes, "device": device}
+    about = of(before, after, **told)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged as why:
@@ -190,10 +196,12 @@ def _tried_in_turn(
     runs: Sequence[Run], seen: Observation, look: Look, told: int, budget: Budget, *, only: bool
 ) -> Audit:
     """What attacks find, one after the other until one explains the update or the user ends it;
-    ValueError where the ``only`` one does not apply.
+    what has too little time is tried again in what the others leave. ValueError where the ``only``
+    one does not apply.
     """
     found, interrupted = Audit(results={}, beliefs={}, look=look, notes=[]), False
-    for place, (name, count, run) in enumerate(runs):
+    queue = list(runs)
+    for place, (name, count, run) in enumerate(queue):
         record = records.ATTACKS[name]
         images = counted(count, "image")
         key = name if name not in found else f"{name}, {images}"
@@ -210,6 +218,10 @@ def _tried_in_turn(
         try:
             went = attempt(run, record, until, partial(_noted, times), partial(doubts, look=look))
         except NoTime as why:
+            if place + 1 < len(runs):
+                queue.append((name, count, run))
+                _indented(f"put off: {why}")
+                continue
             _indented(f"left out: {why}")
             found.untried.append(Untried(asked, str(why)))
             continue
@@ -222,16 +234,8 @@ def _tried_in_turn(
             continue
         interrupted = went.interrupted
         found.notes.extend(f"{asked}: {limit}" for limit in times[1:])  # behind how long it takes
-        if went.stopped:
-            _indented(went.stopped)
-            found.notes.append(f"{asked} was {went.stopped}")
-        if went.result is None:
-            found.untried.append(Untried(asked, went.stopped or ""))
+        if not _entered(found, key, asked, went):
             continue
-        belief = believe(went.result, went.agreement, look)
-        found.results[key], found.beliefs[key] = went.result, belief
-        for line in _lines(went.result, went.agreement, belief):
-            _indented(line)
         try:
             for said in () if went.stopped else _further(found, key, record, run, seen, until):
                 _indented(said)
@@ -241,6 +245,21 @@ def _tried_in_turn(
         if found.beliefs[key].grade is Explains.FULLY:
             break
     return replace(found, interrupted=interrupted)
+
+
+def _entered(found: Audit, key: str, asked: str, went: Attempt) -> bool:
+    """Whether an attack came to a result, which is printed and entered in the audit."""
+    if went.stopped:
+        _indented(went.stopped)
+        found.notes.append(f"{asked} was {went.stopped}")
+    if went.result is None:
+        found.untried.append(Untried(asked, went.stopped or ""))
+        return False
+    belief = believe(went.result, went.agreement, found.look)
+    found.results[key], found.beliefs[key] = went.result, belief
+    for line in _lines(went.result, went.agreement, belief):
+        _indented(line)
+    return True
 
 
 def _further(
@@ -434,6 +453,7 @@ def _read(
     image_shape: Sequence[int],
     num_classes: int | None,
     normalise: preprocessing.Normalisation | None,
+    device: torch.device | None,
 ) -> _Read:
     model, before, after, notes, where = networks.fitted(
         before, after, model, image_shape, num_classes
@@ -448,10 +468,10 @@ def _read(
     single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
     dtype = torch.float32 if single else torch.float64
     before, after = (
-        {name: w.to(dtype) if w.is_floating_point() else w for name, w in each.items()}
-        for each in (before, after)
+        {n: w.to(device=device, dtype=dtype if w.is_floating_point() else None) for n, w in each}
+        for each in (before.items(), after.items())
     )
-    network = model.to(dtype)
+    network = model.to(device=device, dtype=dtype)
     network.load_state_dict(before)
     for name, w in network.named_parameters():  # searches leave out what did not move
         w.requires_grad_(w.requires_grad and name in moved)

@@ -241,6 +241,7 @@ def attack(
     normalise: Any,
     out: str | None,
     minutes: float | None,
+    device: str | None,
     json: str | None,
     report: str | None,
 ) -> int:
@@ -268,6 +269,7 @@ def attack(
         "attack": attack,
         "client": client,
         "normalise": normalise,
+        "device": device,
     }
     if whole:
         for said, value in {"--json and --report are": json or report, "--out is": out}.items():

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from dlm_core import attacks, data, federated, models, objectives, records
 from dlm_core.coordinates import cosines
+from dlm_core.harness import attempt
 from dlm_core.harness.audit import audit
-from dlm_core.harness.foretell import foretold, in_words
+from dlm_core.harness.foretell import NoTime, foretold, in_words
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 
@@ -106,6 +107,24 @@ def test_what_cannot_begin_in_its_time_is_left_out_and_said(tmp_path, capsys, sl
     why = next(each.why for each in found.untried if each.what == "dlm_plus")
     assert f"    left out: {why}" in said and " evaluation" in why
     assert "no attack came to a result, which is no proof" in said
+
+
+def test_what_has_too_little_time_has_what_the_others_leave(tmp_path, capsys, monkeypatch):
+    own, ends = attempt.foretold, []
+
+    def hurried(run, record, until):
+        if record.key != "weighted":
+            raise RuntimeError("not here")
+        ends.append(until)
+        if len(ends) == 1:
+            raise NoTime("it has half a minute")
+        return own(run, record, until)
+
+    monkeypatch.setattr(attempt, "foretold", hurried)
+    found = asked(client(local_steps=1), tmp_path, minutes=1)
+    assert "    put off: it has half a minute" in capsys.readouterr().out
+    assert ends[1] - ends[0] > 20 and list(found) == ["weighted"]
+    assert "weighted" not in {each.what for each in found.untried}
 
 
 def test_an_attack_of_one_s_own_ends_with_its_time(tmp_path, capsys):

@@ -31,11 +31,11 @@ def lenet():
     return models.build("lenet", (1, 8, 8), 10, seed=3)
 
 
-def asked(model, digit, tmp_path):
+def asked(model, digit, tmp_path, **options):
     seen = federated.train_locally(model, *digit, learning_rate=0.05)
     out = tmp_path / "picture.png"
     told = {"model": model, "image_shape": (1, 8, 8), "attack": "dlm_plus", "out": out}
-    return audit(model.state_dict(), seen.weights_after, **told)
+    return audit(model.state_dict(), seen.weights_after, **told, **options)
 
 
 def test_an_audit_says_where_many_starts_end(fast, digit, tmp_path, capsys):
@@ -48,6 +48,19 @@ def test_an_audit_says_where_many_starts_end(fast, digit, tmp_path, capsys):
 def test_on_a_cpu_it_does_not(digit, tmp_path, capsys):
     asked(lenet(), digit, tmp_path)
     assert "starts (" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_an_audit_computes_on_the_device_that_is_named(device, fast, digit, tmp_path):
+    found = asked(lenet(), digit, tmp_path, device=device)
+    assert found["dlm_plus"].images.device.type == device
+    assert found.verdict is Verdict.LEAKED and found.about.asked["device"] == device
+
+
+@pytest.mark.parametrize("wrong", ["gpu", *["cuda"] * (not torch.cuda.is_available())])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(wrong):
+    with pytest.raises(ValueError, match=f"DEVICE is '{wrong}'"):
+        audit("absent.pt", "absent.pt", device=wrong)
 
 
 def test_where_different_pictures_explain_the_update_none_is_believed(

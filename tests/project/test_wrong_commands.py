@@ -129,6 +129,7 @@ WRONG = {
             "--num-images": [*NO_COUNT, "1000000000", HUGE],
             "--images": ["0", "x"],
             "--minutes": ["", "0", "-1", "nan", "inf", "two"],
+            "--device": NO_DEVICE,
             "--attack": ["", "dlm_pluss", "grey", "ALL", "exact,dlm_plus"],
             "--client": ["", "adan", "Adam", "3"],
             "--normalise": [
