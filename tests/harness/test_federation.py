@@ -2,6 +2,7 @@
 programs stand for Flower's.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from dlm_core.harness import federation
+from dlm_core.project import flower_environment
 
 REPOSITORY = Path(__file__).parents[2]
 LISTENING = """
@@ -100,18 +102,7 @@ def test_what_fails_or_takes_too_long_is_said_with_the_place_of_its_logs(
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_all_processes_end_with_whoever_started_them(by, python, tmp_path):
-    script = (
-        "from dlm_core.harness import federation; federation.run("
-        f"{str(python)!r}, '.', {str(tmp_path / 'run')!r}, num_clients=2, "
-        "settings={'sleeps': 600, 'fails': 0})"
-    )
-    starter = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    starter = started(python, ".", tmp_path / "run", {"sleeps": 600, "fails": 0})
     seen = tmp_path / "run" / "kept" / "seen.json"
     patiently(lambda: seen.exists() and seen.read_text())
     keeper = psutil.Process(json.loads(seen.read_text())["pid"])
@@ -121,6 +112,43 @@ def test_all_processes_end_with_whoever_started_them(by, python, tmp_path):
     starter.wait(60)
     assert not psutil.wait_procs(family, timeout=60)[1]
     patiently(lambda: not [p for p in psutil.process_iter() if ours(p, tmp_path)])
+
+
+def started(python, app, folder, settings):
+    """A process of its own that runs a federation."""
+    told = f"{str(python)!r}, {str(app)!r}, {str(folder)!r}, num_clients=2, settings={settings}"
+    script = f"from dlm_core.harness import federation; federation.run({told})"
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def test_flower_s_own_processes_end_with_a_killed_starter(tmp_path):
+    """Under Flower's environment, if it was made: `make flower` makes it."""
+    python = flower_environment.made()
+    if python is None:
+        pytest.skip("Flower's environment is not made; `make flower` makes it and runs this")
+    starter = started(python, REPOSITORY / "examples" / "flower", tmp_path / "run", {"many": 20})
+    log = tmp_path / "run" / "logs" / "run.log"
+    patiently(lambda: log.exists() and log.read_text(), seconds=600)
+    assert len(of_flower(tmp_path)) >= 4, "the SuperLink, two SuperNodes, the run"
+    starter.kill()
+    starter.wait(60)
+    patiently(lambda: not of_flower(tmp_path))
+
+
+def of_flower(folder):
+    """The processes whose Flower has its home in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME", "").startswith(str(folder)):
+                found.append(process)
+    return found
 
 
 def patiently(holds, seconds=120):
