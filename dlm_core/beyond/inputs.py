@@ -82,9 +82,14 @@ class LayerInput:
     scaled
         Whether the length of ``values`` is known: the layer has a bias, and it moved by more than
         its rounding.
+    single
+        Whether the layer's update tells one input from several; else ``values`` may be a weighted
+        mean of several that are alike to it.
     alone
-        Whether only one input leaves such an update; else ``values`` may be a weighted mean of
-        several that are alike to this layer.
+        Whether it does, and no other layer speaks against that input.
+    one_row
+        Whether only one of its outputs moved: then any update has rank one, and a change of its
+        entries does not show.
     decay
         What multiple of the weights was taken off the update, as weight decay leaves it: the
         learning rate times λ; 0 where none was found.
@@ -124,7 +129,9 @@ class LayerInput:
     values: torch.Tensor | None = field(repr=False, default=None)
     error: float = math.nan
     scaled: bool = True
+    single: bool = False
     alone: bool = False
+    one_row: bool = False
     decay: float = 0.0
     signs: bool = False
     odd: int | None = None
@@ -170,6 +177,7 @@ class LayerInput:
             f"the input of layer {self.name!r} ({which}{self.features:,} numbers) "
             f"stands in the update{beside}, {known}"
         )
+        mixed = "" if self.single else self._mixed
         if self.untrained:
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: "
@@ -179,20 +187,20 @@ class LayerInput:
                     if self.confirmed
                     else "; or all of it is a multiple of the input, as of two rates"
                 )
+                + mixed
             )
         if self.disputed:
             return (
                 f"{said}, or a multiple or a projection of it: layers' updates do not agree on one "
                 "image, as where the client sets rates or clips tensor by tensor, projects its "
-                "updates, or trains adapters"
+                f"updates, or trains adapters{mixed}"
             )
         if self.scaled and not self.confirmed:
             said += (
                 " (or a multiple of it, if the client's rates for weight and bias differ: nothing "
                 "else in the update fixes its length)"
             )
-        if not self.alone:
-            said += self._mixed
+        said += mixed
         if self.pixels and self.still:
             said += (
                 f". Of these numbers {self.still:,} are 0, as their weights did not move. "
@@ -208,9 +216,13 @@ class LayerInput:
                 ", or only the signs of its numbers, as Adam and its kin leave them; "
                 "and several inputs may have left them"
             )
+        changed = (
+            ", or what noise, quantising or sparsifying made of it, which does not show where only "
+            "one output moved"
+        )
         return (
             ", or a mean of several inputs or a difference between them, "
-            "which this update cannot tell apart"
+            f"which this update cannot tell apart{changed * self.one_row}"
         )
 
     @property
@@ -556,8 +568,11 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     image = traced.image_of(name, values) if scaled and about["pixels"] else None
     about |= _still(weight) | {"odd": _odd(left, hidden)}
     signs = even(values, error)
-    alone = rank == 1 and scaled and not signs and traced.tells_apart(name, values, left, hidden)
-    return LayerInput(**about, values=values, error=error, alone=alone, signs=signs, image=image)
+    one_row = int(delta.any(1).sum()) == 1
+    single = rank == 1 and scaled and not signs and not one_row
+    single = single and traced.tells_apart(name, values, left, hidden)
+    about |= {"single": single, "alone": single, "one_row": one_row, "signs": signs}
+    return LayerInput(**about, values=values, error=error, image=image)
 
 
 def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, float]:

@@ -23,6 +23,7 @@ SIGN_LIKE = 0.2
 ONE_STEP = 0.01
 ROUNDED = 20.0  # the same of a linear step, in multiples of what rounding of the weights leaves
 DECAYS = 1e-5  # λ
+SURELY = 3.0  # standard errors of λ
 BETWEEN = 3e-8  # ε of Adam's 1e-8 and RMSprop's 1e-8/√0.01
 ROUNDS = 3  # of gradient -> decay -> gradient
 
@@ -69,12 +70,15 @@ class LinearStep(NamedTuple):
         relative to either.
     rounding
         The part of Δ_W that rounding of the weights may be.
+    decay_error
+        Standard error of λ by that rounding.
     """
 
     learning_rate: float
     weight_decay: float
     misfit: float
     rounding: float
+    decay_error: float
 
 
 @check.arguments
@@ -93,7 +97,8 @@ def recognise(seen: Observation) -> Recognition:
 
 def _linear(seen: Observation, share: float) -> Recognition:
     step = linear_step(seen)
-    name = "sgd with decay" if abs(step.weight_decay) > DECAYS else "sgd"
+    decays = abs(step.weight_decay) > max(DECAYS, SURELY * step.decay_error)
+    name = "sgd with decay" if decays else "sgd"
     return Recognition(
         optimizer=name if step.misfit < ROUNDED * step.rounding else "several steps",
         learning_rate=step.learning_rate,
@@ -144,7 +149,8 @@ def linear_step(seen: Observation) -> LinearStep:
         slope = head.delta_bias - decay * bias
         across = _beside(weight, slope)
         along = _beside(head.delta_weight, slope)
-        decay = float((across * along).sum() / across.square().sum())
+        of_decay = across.square().sum()
+        decay = float((across * along).sum() / of_decay)
     h = label_inference.features(head.delta_weight - decay * weight, slope)
     one_hot = F.one_hot(label_inference.infer(seen)[0], len(bias)).double()
     expected = F.linear(h, weight, bias).softmax(0) - one_hot
@@ -157,6 +163,7 @@ def linear_step(seen: Observation) -> LinearStep:
         weight_decay=decay / rate,
         misfit=float(max(of_bias, of_weight)),
         rounding=float(head.variance_weight.sum().sqrt() / size),
+        decay_error=float((across.square() * head.variance_weight).sum().sqrt() / of_decay / rate),
     )
 
 

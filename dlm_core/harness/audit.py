@@ -32,6 +32,7 @@ from dlm_core.harness import (
     levels,
     many_starts,
     networks,
+    pairs,
     pictures,
     registry,  # noqa: F401, it fills the tables
     written,
@@ -52,7 +53,7 @@ from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
-from dlm_core.observation import Observation, Unchanged, observe
+from dlm_core.observation import Observation, Unchanged, find_head, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
 from dlm_core.weights import StateDict, rounded
 
@@ -149,6 +150,9 @@ def audit(
         return _told(_unchanged(read, why), about, read)
     except ValueError as why:
         return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about, read)
+    made = _made_head(seen)
+    if made is not None:
+        return _told(_without_head(made, read, image_shape, out), about, read)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
@@ -234,7 +238,7 @@ def _tried_in_turn(
             continue
         interrupted = went.interrupted
         found.notes.extend(f"{asked}: {limit}" for limit in times[1:])  # behind how long it takes
-        if not _entered(found, key, asked, went):
+        if not _entered(found, key, asked, went, seen):
             continue
         try:
             for said in () if went.stopped else _further(found, key, record, run, seen, until):
@@ -247,7 +251,7 @@ def _tried_in_turn(
     return replace(found, interrupted=interrupted)
 
 
-def _entered(found: Audit, key: str, asked: str, went: Attempt) -> bool:
+def _entered(found: Audit, key: str, asked: str, went: Attempt, seen: Observation) -> bool:
     """Whether an attack came to a result, which is printed and entered in the audit."""
     if went.stopped:
         _indented(went.stopped)
@@ -256,6 +260,8 @@ def _entered(found: Audit, key: str, asked: str, went: Attempt) -> bool:
         found.untried.append(Untried(asked, went.stopped or ""))
         return False
     belief = believe(went.result, went.agreement, found.look)
+    if found.look.kin == "sgd":
+        belief = pairs.doubted(belief, seen, went.result)
     found.results[key], found.beliefs[key] = went.result, belief
     for line in _lines(went.result, went.agreement, belief):
         _indented(line)
@@ -343,11 +349,13 @@ def _check_asked(
 
 def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
     """The attacks that suit what was seen at the first look, each with the images it looks for:
-    those told, or the more that passed through the first layer; then as many as a later layer's
-    directions, which may be steps as well, or as few as told.
+    those told, or the more that passed through the first layer, and one first where a layer tells
+    of one input; then as many as a later layer's directions, which may be steps as well, or as few
+    as told.
     """
     told = max(num_images, look.images)
-    plan = [(name, told) for name in _suitable(told, look)]
+    counts = [1, told] if told > 1 and look.one_input else [told]
+    plan = [(name, count) for count in counts for name in _suitable(count, look)]
     others = [look.directions] if told < look.directions <= MOST_IMAGES else []
     # an update whose entries were changed one by one may have more directions than images
     others += [num_images] if told > num_images else []
@@ -366,9 +374,8 @@ def _left_out(plan: Sequence[tuple[str, int]], found: Audit, attack: str) -> Ite
         if attack not in ("all", name):
             yield Untried(name, f"not asked for, but {attack} alone")
         elif name not in planned:
-            yield Untried(
-                name, f"the update does not look like its client: {records.ATTACKS[name].client}"
-            )
+            client = records.ATTACKS[name].client
+            yield Untried(name, f"what was told or seen does not fit its client: {client}")
         elif best and not any(each.split(",")[0] == name for each in met):
             yield Untried(name, f"not needed: {best} explains the update")
     yield from leaks.missing()
@@ -505,6 +512,18 @@ def _unchanged(read: _Read, why: Unchanged) -> Audit:
     return replace(found, unchanged=True)
 
 
+def _made_head(seen: Observation) -> str | None:
+    """What to say where the last layer's weight or bias is no parameter, but made of others."""
+    name, layer = find_head(seen.model, seen.image_shape)
+    own = {id(w) for w in seen.model.parameters()}
+    if id(layer.weight) in own and id(layer.bias) in own:
+        return None
+    return (
+        f"the last layer {name!r} makes its weight or bias of other parameters, as weight norm and "
+        "spectral norm do; attacks here read the labels off its own"
+    )
+
+
 def _untrained_head(seen: Observation) -> str | None:
     """What to say where the last bias, from which attacks read the labels, stood still alone."""
     head = seen.head
@@ -524,7 +543,8 @@ def _check_near(read: _Read, look: Look) -> None:
     told = [each for each in look.layers if each.values is not None or each.directions]
     if any(abs(each.decay - 1) > APART for each in told):
         return
-    pairs = [(w.detach().double(), read.after[n]) for n, w in read.network.named_parameters()]
+    named = read.network.named_parameters()
+    pairs = [(w.detach().double(), read.after[n].to(w.device)) for n, w in named]
     old, new = (torch.cat([each.double().flatten() for each in one]) for one in zip(*pairs))
     cosine = float(nn.functional.cosine_similarity(old, new, 0))
     if abs(cosine) < NEAR and old.any():
@@ -604,9 +624,9 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
             yield _agreed(agreement)
     if isinstance(found.evidence, Told) and belief.grade is not Explains.LITTLE:
         yield _worth(found, belief)
-    if (found.labels >= 0).all():
-        yield f"labels {found.labels.tolist()}"
     # what explains little of the update is no estimate of the client
+    if (found.labels >= 0).all() and belief.grade is not Explains.LITTLE:
+        yield f"labels {found.labels.tolist()}"
     explained = searched and found.evidence.loss <= PARTLY
     simulated = explained and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
@@ -641,7 +661,7 @@ def _decay(weight_decay: float, learning_rate: float | None) -> str:
 
 def _agreed(agreement: float | None) -> str:
     if agreement is None:
-        return "it has one start: no search from another one speaks for its picture"
+        return "no search from another start speaks for its picture"
     which = "the same" if agreement >= AGREED else "another"
     between = f"({agreement:.0f} dB between the two)"
     return f"a search from another start ends at {which} picture {between}"

@@ -17,6 +17,7 @@ from dlm_core.observation import Observation, Unchanged
 # and how much of its size rounding may be, if its sum shall say anything.
 FITS, ROUNDED = 0.01, 0.01
 ARITHMETIC = 4e-6  # of the sum of its sizes: what float32 leaves of a sum that is 0
+ASSUMED = "the loss is cross-entropy of a softmax and labels are not smoothed or mixed"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Leak:
         By which: a key of ``Audit.results``, "division" or "label inference".
     error
         How exactly: root mean square error, of pixels in [0, 1] or relative to a layer's input; of
-        a search the distance between its two ends. NaN where none is known.
+        a search the distance between its two ends, or what is expected. NaN where none is known.
     sentence
         All of it in words.
     classes
@@ -154,9 +155,12 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     if abs(float(delta.sum())) > left or len(towards) > directions:
         return None
     classes = f"class {towards[0]} is" if len(towards) == 1 else f"classes {_listed(towards)} are"
+    # the other way round the update would speak of the other classes as well
+    reversible = int((delta > 0).sum()) <= directions
+    order = ", and if the files have not changed places" * reversible
     said = (
-        f"{classes} among the labels, if the loss is cross-entropy of a softmax and labels are not "
-        "smoothed or mixed (others may be, too): the last bias moved towards no other class"
+        f"{classes} among the labels, if {ASSUMED}{order} (others may be, too): "
+        "the last bias moved towards no other class"
     )
     return Leak("label", by, unknown, said, tuple(towards))
 
@@ -167,8 +171,8 @@ def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
     if last is None or last.odd is None:
         return None
     said = (
-        f"class {last.odd} is the label, or among the labels, if the loss is cross-entropy of a "
-        f"softmax: its row in {f'{last.name}.weight'!r} moved against all others"
+        f"class {last.odd} is the label, or among the labels, if {ASSUMED}: "
+        f"its row in {f'{last.name}.weight'!r} moved against all others"
     )
     return Leak("label", "label inference", math.nan, said, (last.odd,))
 

@@ -128,7 +128,11 @@ class Look:
     def sentences(self) -> Iterator[str]:
         """What to say of it."""
         if self.swapped:
-            yield "have the two files changed places? the last layer moved away from its labels"
+            yield (
+                "have the two files changed places? the last bias moved as cross-entropy would "
+                "move it backwards; if they have, give them the other way round: what follows is "
+                "wrong then"
+            )
         if self.unmoved:
             yield (
                 f"{len(self.unmoved)} of {self.num_parameters} tensors did not change and say "
@@ -136,8 +140,8 @@ class Look:
             )
         if self.last_alone:
             yield (
-                "the last layer alone moved: its update tells its input and the labels, and of an "
-                "image what its input tells"
+                "the last layer alone moved: its update tells no more than its inputs and the "
+                "labels, and of an image no more than what its inputs tell"
             )
         yield from self.invented
         yield from filter(None, (each.sentence for each in self.layers))
@@ -156,9 +160,10 @@ class Look:
                 if self.coarse
                 else "one step whose gradients are too large to read"
             )
-            more = f" or {unread}" if self.coarse or self.kin == "adam" else ""
-            several = f"several steps, several images, or another loss{more}"
-            yield f"the update looks like {self.kin} or its kin: {several}"
+            more = f", or {unread}" if self.coarse or self.kin == "adam" else ""
+            several = "several steps, several images, another loss, another optimizer"
+            changed = "entries that were changed (noise, quantising, sparsifying, clipping)"
+            yield f"the update looks like {self.kin} or its kin: {several}, {changed}{more}"
 
 
 def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype]) -> Look:

@@ -116,7 +116,8 @@ def _leaks(found: Audit) -> Iterator[str]:
         yield (
             "<p>Errors are root mean squares, of pixels in [0, 1] or relative to a layer's input. "
             "No client's images were known to this audit: an error is computed from the rounding "
-            "of the files, or from two searches that ended at the same picture.</p>"
+            "of the files, from two searches that ended at the same picture, or from what the "
+            "update leaves open.</p>"
         )
     elif found.verdict is Verdict.NOTHING_SENT:
         yield "<p>Weights and running statistics are equal in both files.</p>"
@@ -169,13 +170,8 @@ def ruled_out(result: Reconstruction, belief: Belief) -> str:
             "It explains the update in part. Nothing is ruled out: look at the picture, which may "
             "show the image or a mean of several."
         )
-    if belief.judged:
-        return (
-            "It explains little of the update. Ruled out: that just this client sent it, by the "
-            "attack's own test. Not ruled out: that another client's images can be read from it."
-        )
     return (
-        "It explains little of the update. Nothing is ruled out: a search may end in the wrong "
+        "It explains little of the update. Nothing is ruled out: an attack may end in the wrong "
         "place, and other clients send other updates."
     )
 

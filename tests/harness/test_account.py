@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -148,8 +149,8 @@ def test_no_verdict_comforts_in_words(verdict):
 def test_what_is_not_explained_rules_nothing_out(found):
     result = found["division"]
     said = {
-        grade: page.ruled_out(result, Belief(grade, None, judged, 1.0))
-        for grade, judged in ((Explains.LITTLE, False), (Explains.PARTLY, False))
+        (grade, judged): page.ruled_out(result, Belief(grade, None, judged, 1.0))
+        for grade, judged in itertools.product((Explains.LITTLE, Explains.PARTLY), (False, True))
     }
     assert all("othing is ruled out" in each for each in said.values())
     doubted = page.ruled_out(result, Belief(Explains.PARTLY, "two may have left it", True, 1.0))

@@ -169,6 +169,7 @@ def test_what_explains_little_is_no_estimate_of_the_client(tmp_path, capsys, los
         records.ATTACKS.update(before)
     said = capsys.readouterr().out
     assert ("learning rate 0.0006" in said) == ("local steps 12" in said) == estimates
+    assert ("labels [" in said) == estimates
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), "two"])

@@ -1,12 +1,18 @@
 """What an audit says is true of the clients that its words were too wide for."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from dlm_core import models
 from dlm_core.beyond import inputs
 from dlm_core.beyond.preprocessing import KNOWN
 from dlm_core.harness import leaks, pictures
+from dlm_core.harness.look import first_look
+from dlm_core.observation import observe
 from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
 
 MLP = (linear(64, 48), nn.ReLU, linear(48, 10))
@@ -66,3 +72,119 @@ def test_black_pixels_are_said_in_a_sentence_of_their_own():
     assert stands.startswith("the input of layer '1' (the image, 64 numbers) stands in the update")
     assert zeros.endswith("are 0, as their weights did not move")
     assert black == "They are black, unless the client did not train them"
+
+
+def looked(model, sent, num_images=1):
+    """(the Observation, the first look) of two snapshots."""
+    seen = observe(model, *sent, SHAPE)
+    return seen, first_look(seen, num_images, {})
+
+
+def changed(sent, how):
+    """The same two snapshots, the update of each tensor changed on its way."""
+    before, after = sent
+    return before, {name: w + how(after[name] - w) for name, w in before.items()}
+
+
+def noise(update):
+    draw = torch.Generator().manual_seed(0)
+    return update + torch.randn(update.shape, generator=draw) * update.square().mean().sqrt()
+
+
+def largest(update):
+    return update * (update.abs() >= update.abs().flatten().topk(update.numel() // 10).values[-1])
+
+
+def signs(update):
+    return update.sign() * update.abs().mean()
+
+
+def bits(update):
+    step = update.abs().max() / 127
+    return (update / step).round() * step
+
+
+@pytest.mark.parametrize("classes, count", [(3, 2), (10, 8)])
+def test_labels_are_not_claimed_of_files_that_may_have_changed_places(classes, count):
+    model = network(MLP[0], nn.ReLU, linear(48, classes))
+    images = IMAGES.repeat(2, 1, 1, 1)[:count] * torch.linspace(0.5, 1, count)[:, None, None, None]
+    sent = snapshots(model, images, torch.arange(count) // 2)
+    seen, look = looked(model, sent[::-1], count)
+    said = leaks.of_label(seen, look)
+    if said is not None:  # of the classes that are none of the labels
+        assert "if the files have not changed places" in str(said)
+    few = looked(network(*MLP), snapshots(network(*MLP), IMAGES[:2], LABELS[:2]), 2)
+    assert "changed places" not in str(leaks.of_label(*few))
+
+
+def test_a_label_by_rows_is_claimed_only_with_its_assumption():
+    model = network(MLP[0], nn.ReLU, linear(48, 3, bias=False))
+    features = torch.relu(model[1](IMAGES[:1].flatten(1)))[0].detach()
+    scores = torch.tensor([0.95, 0.04, 0.01]).log()  # surer of class 0 than its smoothed label is
+    with torch.no_grad():
+        model[3].weight.copy_(torch.outer(scores, features / features.square().sum()))
+
+    def smoothed(found, labels):
+        return F.cross_entropy(found, labels, label_smoothing=0.1)
+
+    after = snapshots(model, IMAGES[:1], torch.tensor([0]), smoothed)[1]
+    said = leaks.of_rows(inputs.read(model, after, SHAPE))
+    assert said.classes == (2,) and "labels are not smoothed" in str(said)
+
+
+def test_a_last_layer_that_is_made_of_other_weights_ends_in_a_sentence(tmp_path, capsys):
+    model = network(*MLP)
+    nn.utils.parametrizations.weight_norm(model[3])
+    found = asked(model, snapshots(model), tmp_path)
+    assert "makes its weight or bias of other parameters" in capsys.readouterr().out
+    assert "division" in found and found.look.shown
+
+
+def test_signs_of_any_size_are_said_to_be_signs():
+    model = network(*MLP)
+    sent = changed(snapshots(model), signs)
+    read = [each for each in inputs.read(model, sent[1], SHAPE) if each.values is not None]
+    assert read and all("or only the signs of its numbers" in each.sentence for each in read)
+
+
+def test_where_one_output_moved_noise_does_not_show():
+    model = network(MLP[0], nn.ReLU, linear(48, 1))
+
+    def binary(found, _):
+        return F.softplus(found).sum()
+
+    sent = changed(snapshots(model, loss=binary), noise)
+    *_, last = inputs.read(model, sent[1], SHAPE)
+    assert last.values is not None and "does not show where only one output moved" in last.sentence
+
+
+@pytest.mark.parametrize("how", [noise, largest, signs, bits])
+def test_of_entries_that_were_changed_it_is_said_that_they_may_have_been(how):
+    model = network(*MLP)
+    _, look = looked(model, changed(snapshots(model), how))
+    assert "entries that were changed (noise" in " ".join(look.sentences)
+
+
+def test_a_small_step_is_not_said_to_decay():
+    model = network(*MLP)
+    _, look = looked(model, changed(snapshots(model), lambda update: 0.01 * update))
+    assert look.optimizer == "sgd"
+    _, decayed = looked(model, snapshots(model, weight_decay=5e-4))
+    assert decayed.optimizer == "sgd with decay"
+
+
+def test_of_a_last_bias_alone_no_input_is_said_to_be_told():
+    model = network(*MLP)
+    before, after = snapshots(model, IMAGES[:4], LABELS[:4])
+    only = copy.deepcopy(before) | {"3.bias": after["3.bias"]}
+    _, look = looked(model, (before, only), 4)
+    assert "tells no more than its inputs and the labels" in " ".join(look.sentences)
+
+
+@pytest.mark.parametrize("kind", ["division", "exact"])
+def test_one_image_of_which_two_were_told_is_found(kind, tmp_path):
+    model = models.build("lenet", SHAPE, 10, seed=0)
+    model = network(MLP[0], nn.Sigmoid, MLP[2]) if kind == "division" else model
+    found = asked(model, snapshots(model), tmp_path, num_images=2)
+    assert found.verdict == "leaked" and list(found) == [kind]
+    assert all("does not look like" not in each.why for each in found.untried)
