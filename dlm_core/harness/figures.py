@@ -19,7 +19,7 @@ PALETTE = (
     *("#8a5a2b", "#882255", "#767676", "#6b6b00", "#3e9bd6"),
 )
 # Where the colour that a record names means another attack in the same artifact.
-OWN = {"interval_dlm": "#332288", "statistics": "#882255"}
+OWN = {"interval_dlm": "#332288", "statistics": "#882255", "weighted": "#3e9bd6"}
 # A client's learning rates, light to dark; the same colour in every notebook.
 RATES = {1e-4: "#9ccfc0", 1e-3: "#62b6a5", 1e-2: "#2a9089", 1e-1: "#1f4e79", 1.0: "#14142b"}
 # Medians of fewer trials are drawn as points, without line and quartiles.

@@ -65,6 +65,13 @@ def test_the_setting_is_said_from_the_trials():
     said = settings.sentence([defended])
     assert "2 images, 5 steps of Adam" in said and "float16" in said
     assert "defended by noise (released)" in said and "label told" in said
+    shuffled = Trial(
+        num_images=4,
+        client={"learning_rate": 0.01, "batch_size": 2},
+        protocol={"name": "epochs", "num_epochs": 3},
+    )
+    said = settings.sentence([shuffled])
+    assert "4 images, 3 epochs of SGD on mini-batches of 2 at 0.01, float32" in said
     assert settings.sentence([], n="no attack") == "Setting: n = no attack."
 
 
