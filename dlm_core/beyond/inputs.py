@@ -526,13 +526,9 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     whole = _Moved.of_both(weight, bias if scaled else None)
     (delta, variance, _), decayed = _without_decay(whole, scaled)
     spectrum = _spectrum(delta, variance)
-    rank, largest, full = spectrum.rank, spectrum.largest, min(outputs, features)
-    if not weight.delta.any():
-        rank = 0
-    elif _sign_like(delta) or rank >= max(2, _moving(weight.delta)):
-        rank = full
-    standing = rank
-    pixels = traced.is_pixels(name)
+    largest, full = spectrum.largest, min(outputs, features)
+    rank = _rank(weight.delta, delta, spectrum.rank)
+    standing, pixels = rank, traced.is_pixels(name)
     image_s = pixels and name in traced.fixed  # nothing but images, not steps, are its inputs
     if 1 < rank < full:  # features of several images are more alike than half precision can tell
         standing = spectrum.large if image_s else spectrum.standing
@@ -554,9 +550,10 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
         return LayerInput(**about)
     left, hidden = _left(delta, spectrum), spectrum.limit / largest
     along, noise = left @ delta, left.square() @ variance  # [features (+ 1)]
-    values, size = along[:features], float(along[:features].square().mean().sqrt())
+    values = along[:features]
     arithmetic = ARITHMETIC * largest / math.sqrt(outputs * features)
-    error = (float(noise[:features].mean().sqrt()) + arithmetic) / max(size, TINY)
+    size = max(float(values.square().mean().sqrt()), TINY)
+    error = (float(noise[:features].mean().sqrt()) + arithmetic) / size
     unit = float(along[-1]) if scaled else 0.0
     of_unit = float(noise[-1].sqrt()) / max(abs(unit), TINY)
     if not error < 1:  # the bias moved alone, or nearly
@@ -569,10 +566,20 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     about |= _still(weight) | {"odd": _odd(left, hidden)}
     signs = even(values, error)
     one_row = int(delta.any(1).sum()) == 1
-    single = rank == 1 and scaled and not signs and not one_row
-    single = single and traced.tells_apart(name, values, left, hidden)
+    one = rank == 1 and scaled and not signs and not one_row
+    single = one and traced.tells_apart(name, values, left, hidden)
     about |= {"single": single, "alone": single, "one_row": one_row, "signs": signs}
     return LayerInput(**about, values=values, error=error, image=image)
+
+
+def _rank(of_weight: torch.Tensor, delta: torch.Tensor, rank: int) -> int:
+    """The directions of a layer's update: none where its weight stood still, all that there can be
+    where they are as many as rows or columns that moved, or where ``delta`` has signs alone.
+    """
+    if not of_weight.any():
+        return 0
+    every = _sign_like(delta) or rank >= max(2, _moving(of_weight))
+    return min(of_weight.shape) if every else rank
 
 
 def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, float]:

@@ -140,7 +140,7 @@ def audit(
         preprocessing.check_channels(normalise, image_shape[0])
     pictures.check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise, placed)
-    told = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
+    told: dict[str, Any] = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     told |= {"num_images": num_images, "attack": attack, "client": client}
     told |= {"normalise": normalise, "minutes": minutes, "device": device}
     about = of(before, after, **told)
@@ -276,10 +276,15 @@ def _further(
     seen: Observation,
     until: float,
 ) -> Iterator[str]:
-    """What many starts say of a search where a GPU runs them, which may take belief in it away, and
-    what stays open of its brightness.
+    """What many starts say of a search where a GPU runs them, which may take belief in it away,
+    whether two images explain the update as well, and what stays open of its brightness.
     """
     result = found.results[key]
+    if found.look.kin == "sgd" and found.beliefs[key].grade is Explains.FULLY:
+        with contextlib.suppress(Exception):
+            said = isinstance(result.evidence, SearchEvidence) and pairs.doubt(seen, result)
+            if said:
+                yield f"{said}: it may be the mean of two such images"
     with contextlib.suppress(Exception):  # whatever a user's network raises
         ends = many_starts.survey_where_fast(run, record, result, until)
         if ends is not None:
@@ -625,10 +630,10 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
     if isinstance(found.evidence, Told) and belief.grade is not Explains.LITTLE:
         yield _worth(found, belief)
     # what explains little of the update is no estimate of the client
-    if (found.labels >= 0).all() and belief.grade is not Explains.LITTLE:
+    little = searched and found.evidence.loss > PARTLY
+    if (found.labels >= 0).all() and not little:
         yield f"labels {found.labels.tolist()}"
-    explained = searched and found.evidence.loss <= PARTLY
-    simulated = explained and found.local_steps is not None
+    simulated = searched and not little and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:

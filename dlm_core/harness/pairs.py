@@ -19,23 +19,27 @@ from dlm_core.beyond import inputs, priors
 from dlm_core.federated import loss as training_loss
 from dlm_core.harness.belief import AGREED, Belief
 from dlm_core.observation import TINY, Observation
-from dlm_core.results import Explains, Reconstruction
+from dlm_core.results import Explains, Reconstruction, SearchEvidence
 
 PAIRS = 4  # that are tried, of differences as smooth as natural images
 SHOWS = 10.0  # times what is left unexplained, from which two images would have shown
+
+# Evidence that is none of a fit to the whole update.
+UNASKED = (inputs.Ratio, SearchEvidence)
 
 Tensors = Sequence[torch.Tensor]
 
 
 def doubted(belief: Belief, seen: Observation, found: Reconstruction) -> Belief:
-    """The same belief in a result, or less where two images would have left such an update.
+    """The same belief in a result of exact recovery, or less where two images would have left such
+    an update. A search ends above what rounding leaves, so of its result that decides nothing.
 
     Parameters
     ----------
     belief, seen, found
         In what was found, what the observer sees, and that result.
     """
-    if belief.grade is not Explains.FULLY or isinstance(found.evidence, inputs.Ratio):
+    if belief.grade is not Explains.FULLY or isinstance(found.evidence, UNASKED):
         return belief
     with contextlib.suppress(Exception):  # whatever a user's network raises
         said = doubt(seen, found)

@@ -91,7 +91,7 @@ def _client(trials: list[Trial]) -> str:
     number = "one step" if steps == {1} else f"{_numbers(steps)} steps"
     shuffled = [t for t in trials if t.protocol is not None and t.protocol.name == "epochs"]
     if len(shuffled) == len(trials):
-        epochs = {t.protocol.options.get("num_epochs", 1) for t in shuffled}
+        epochs = {t.protocol.options.get("num_epochs", 1) for t in shuffled if t.protocol}
         number = "one epoch" if epochs == {1} else f"{_numbers(epochs)} epochs"
         sizes = (t.client.batch_size or t.num_images for t in shuffled)
         kinds += f" on mini-batches of {_numbers(sizes)}"

@@ -128,12 +128,10 @@ def test_one_step_names_its_optimizer_and_several_are_not_taken_for_one(images, 
 
 
 def test_a_linear_step_gives_its_rate_and_decay(images):
-    rate, decay, misfit, rounding = recognise.linear_step(
-        client(images, 0, "sgd", {"weight_decay": 5e-4}, 0.01)
-    )
-    assert rate == pytest.approx(0.01, rel=1e-5)
-    assert decay == pytest.approx(5e-4, rel=1e-3)
-    assert misfit < 20 * rounding
+    step = recognise.linear_step(client(images, 0, "sgd", {"weight_decay": 5e-4}, 0.01))
+    assert step.learning_rate == pytest.approx(0.01, rel=1e-5)
+    assert step.weight_decay == pytest.approx(5e-4, rel=1e-3)
+    assert step.misfit < 20 * step.rounding
 
 
 def test_the_distance_outside_bounds_is_zero_within_and_grows_as_the_square_without():

@@ -29,10 +29,11 @@ def test_the_mean_of_two_images_is_not_called_the_image(rate, tmp_path, capsys):
     assert "not believed: two images of one class" in capsys.readouterr().out
 
 
-def test_a_search_for_one_image_is_held_against_two_as_well(tmp_path):
+def test_of_a_search_for_one_image_it_is_said_that_two_explain_the_update_as_well(tmp_path):
     sent = snapshots(lenet(), ZEROS, LABELS, lr=0.01)
     found = asked(lenet(), sent, tmp_path, attack="dlm_plus", minutes=10)
-    assert found.verdict == "partly"
+    assert found.verdict in ("leaked", "partly")
+    assert any("it may be the mean of two such images" in each for each in found.notes)
 
 
 @pytest.mark.parametrize("init, rate", [("default", 0.1), ("paper", 1e-3), ("paper", 0.1)])
