@@ -446,6 +446,7 @@ def _claims_page(everything: dict[str, Any]) -> str:
         lines += [
             f"## {notebook} (profile {entry['profile']})",
             "",
+            *([entry["setting"], ""] if "setting" in entry else []),
             row(["statement", "whose", "verdict", "criterion", "evidence"]),
             "|---|---|---|---|---|",
         ]

@@ -147,6 +147,7 @@ def test_a_claim_keeps_its_criterion_n_interval_and_verdict(tmp_path, monkeypatc
     found = evidence.median(frame([math.nan] + [30.0 + i for i in range(9)]), "DLM+ | x")
     run.claim("It works", found.at_least(20), "more", whose="released")
     run.claim("It fails", found.at_least(90), whose="ours", cause="on purpose")
+    run.sentence = "Setting: two images."
     run.finish()
     holds, fails = report.read_json(tmp_path / "claims.json")["91_works"]["claims"]
     assert holds["verdict"] == "holds" and holds["criterion"] == "median PSNR at least 20.0 dB"
@@ -156,6 +157,7 @@ def test_a_claim_keeps_its_criterion_n_interval_and_verdict(tmp_path, monkeypatc
     assert "criterion: median PSNR at least 20.0 dB" in capsys.readouterr().out
     page = (tmp_path / "claims.md").read_text()
     assert r"DLM+ \| x" in page  # a bar in a cell would break the table
+    assert "Setting: two images.\n\n| statement" in page  # what each claim is about
 
 
 @pytest.mark.parametrize("n", range(1, 60))
