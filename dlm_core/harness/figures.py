@@ -258,7 +258,8 @@ def legend(figure: Figure, ncols: check.Count = 3) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             named.setdefault(label, handle)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols)
+    long = {"handlelength": 2.8}  # so that a dash shows beside the marker
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols, **long)
 
 
 def _record(key: str, kind: Named | None) -> Any:
