@@ -233,8 +233,8 @@ def results_table(figures: Path | str) -> str:
                 failed[claim["whose"]].append(report.row(cells))
     page = ["Claims that hold, of how many, by whose they are:", "", *rows]
     said = {
-        "released": "What one would expect of the released experiments, each in its own setting, "
-        "and does not hold (the sentences are ours):",
+        "released": "Sentences of ours on what to expect of the released experiments, each in its "
+        "own setting, that do not hold:",
         "abstract": "What does not hold of the abstract, in a setting of ours:",
     }
     for each, lines in failed.items():
