@@ -280,11 +280,10 @@ def _further(
     whether two images explain the update as well, and what stays open of its brightness.
     """
     result = found.results[key]
-    if found.look.kin == "sgd" and found.beliefs[key].grade is Explains.FULLY:
-        with contextlib.suppress(Exception):
-            said = isinstance(result.evidence, SearchEvidence) and pairs.doubt(seen, result)
-            if said:
-                yield f"{said}: it may be the mean of two such images"
+    if found.look.kin == "sgd":
+        said = pairs.caution(found.beliefs[key], seen, result)
+        if said:
+            yield said
     with contextlib.suppress(Exception):  # whatever a user's network raises
         ends = many_starts.survey_where_fast(run, record, result, until)
         if ends is not None:
@@ -549,8 +548,8 @@ def _check_near(read: _Read, look: Look) -> None:
     if any(abs(each.decay - 1) > APART for each in told):
         return
     named = read.network.named_parameters()
-    pairs = [(w.detach().double(), read.after[n].to(w.device)) for n, w in named]
-    old, new = (torch.cat([each.double().flatten() for each in one]) for one in zip(*pairs))
+    both = [(w.detach().double(), read.after[n].to(w.device)) for n, w in named]
+    old, new = (torch.cat([each.double().flatten() for each in one]) for one in zip(*both))
     cosine = float(nn.functional.cosine_similarity(old, new, 0))
     if abs(cosine) < NEAR and old.any():
         raise ValueError(

@@ -24,9 +24,6 @@ from dlm_core.results import Explains, Reconstruction, SearchEvidence
 PAIRS = 4  # that are tried, of differences as smooth as natural images
 SHOWS = 10.0  # times what is left unexplained, from which two images would have shown
 
-# Evidence that is none of a fit to the whole update.
-UNASKED = (inputs.Ratio, SearchEvidence)
-
 Tensors = Sequence[torch.Tensor]
 
 
@@ -39,13 +36,29 @@ def doubted(belief: Belief, seen: Observation, found: Reconstruction) -> Belief:
     belief, seen, found
         In what was found, what the observer sees, and that result.
     """
-    if belief.grade is not Explains.FULLY or isinstance(found.evidence, UNASKED):
-        return belief
-    with contextlib.suppress(Exception):  # whatever a user's network raises
-        said = doubt(seen, found)
-        if said:
-            return replace(belief, grade=Explains.PARTLY, doubt=said)
-    return belief
+    said = None if isinstance(found.evidence, SearchEvidence) else _of_believed(belief, seen, found)
+    return belief if said is None else replace(belief, grade=Explains.PARTLY, doubt=said)
+
+
+def caution(belief: Belief, seen: Observation, found: Reconstruction) -> str | None:
+    """What to say of a search's result that is believed, where two images would have left such an
+    update; None where they would have shown, and of other results.
+
+    Parameters
+    ----------
+    belief, seen, found
+        As of ``doubted``.
+    """
+    said = _of_believed(belief, seen, found) if isinstance(found.evidence, SearchEvidence) else None
+    return said and f"{said}: it may be the mean of two such images"
+
+
+def _of_believed(belief: Belief, seen: Observation, found: Reconstruction) -> str | None:
+    """``doubt`` of what is believed and fits the whole update; None where a network raises."""
+    if belief.grade is Explains.FULLY and not isinstance(found.evidence, inputs.Ratio):
+        with contextlib.suppress(Exception):
+            return doubt(seen, found)
+    return None
 
 
 def doubt(seen: Observation, found: Reconstruction) -> str | None:

@@ -89,11 +89,12 @@ def _client(trials: list[Trial]) -> str:
     kinds = _listed(records.CLIENT_OPTIMIZERS[c.client_optimizer].title for c in clients)
     rates = _numbers(c.learning_rate for c in clients)
     number = "one step" if steps == {1} else f"{_numbers(steps)} steps"
-    shuffled = [t for t in trials if t.protocol is not None and t.protocol.name == "epochs"]
+    protocols = [t.protocol for t in trials if t.protocol is not None]
+    shuffled = [each for each in protocols if each.name == "epochs"]
     if len(shuffled) == len(trials):
-        epochs = {t.protocol.options.get("num_epochs", 1) for t in shuffled if t.protocol}
+        epochs = {each.options.get("num_epochs", 1) for each in shuffled}
         number = "one epoch" if epochs == {1} else f"{_numbers(epochs)} epochs"
-        sizes = (t.client.batch_size or t.num_images for t in shuffled)
+        sizes = (t.client.batch_size or t.num_images for t in trials)
         kinds += f" on mini-batches of {_numbers(sizes)}"
     precision = _listed(c.transmitted or c.dtype for c in clients)
     return f"{number} of {kinds} at {rates}, {precision}"
