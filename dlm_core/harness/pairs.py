@@ -21,7 +21,7 @@ from dlm_core.federated import loss as training_loss
 from dlm_core.harness import clues
 from dlm_core.harness.belief import AGREED, Belief
 from dlm_core.observation import TINY, Observation
-from dlm_core.results import Explains, Reconstruction
+from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
 
 PAIRS = 4  # that are tried, of differences as smooth as natural images
 SHOWS = 10.0  # times what is left unexplained, from which two images would have shown
@@ -29,6 +29,10 @@ HIDDEN = (
     f"two images of one class, {AGREED:.0f} dB to either side of one that was found, leave an "
     "update that cannot be told from its own: what was found may be the mean of two such images, "
     "or of two that differ more"
+)
+UNKNOWN = (
+    "it does not explain the update to its rounding, as several images of one class may leave it, "
+    "and the client's loss is not known, with which they would be computed"
 )
 
 Tensors = Sequence[torch.Tensor]
@@ -52,8 +56,8 @@ def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) 
 
 def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | None:
     """What to say where two images as far from the one that was found as 25 dB leave its update, to
-    what it leaves unexplained, and where a network does not let that be computed; None where they
-    would have shown, and for labels that are not known.
+    what it leaves unexplained, and where that cannot be computed; None where they would have shown.
+    Of labels that are not known, a search has to explain the update to its rounding.
 
     Parameters
     ----------
@@ -62,8 +66,9 @@ def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | N
     kin
         As of ``doubted``.
     """
-    if (found.labels < 0).any():
-        return None
+    if (found.labels < 0).any():  # the client's loss is not known
+        settled = not isinstance(found.evidence, SearchEvidence)
+        return None if settled or found.status is Status.CONVERGED else UNKNOWN
     try:
         hidden = _hidden(seen, found, kin)
     except Exception:  # whatever a user's network raises

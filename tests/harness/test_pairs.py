@@ -1,6 +1,7 @@
 """The mean of two images that an update does not tell from one has not leaked as an image."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_a_search_whose_image_explains_more_than_two_would_is_believed(
     found = asked(lenet(init), sent, tmp_path, attack=attack, minutes=10)
     assert found.verdict == "leaked"
     assert metrics.psnr(found[attack].images, image.double(), data_range=1.0) > 40
+
+
+def squared(scores, labels):
+    return (scores - F.one_hot(labels, 10)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [partial(F.cross_entropy, label_smoothing=0.1), squared])
+def test_of_an_unknown_loss_a_search_is_believed_from_rounding_on(loss, tmp_path):
+    images, labels = fours(), torch.tensor([4, 4])
+    for count, verdict in ((1, "leaked"), (2, "partly")):
+        sent = snapshots(lenet(), images[:count], labels[:count], loss=loss)
+        assert asked(lenet(), sent, tmp_path, attack="weighted").verdict == verdict
 
 
 @pytest.mark.parametrize("init, rate", [("default", 0.1), ("paper", 1e-3), ("paper", 0.1)])
