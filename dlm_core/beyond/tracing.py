@@ -374,13 +374,18 @@ class Traced:
         }
 
     def apart(self, name: str) -> tuple[float, float]:
-        """(least, greatest) distance between a layer's inputs of two images, over their size."""
+        """(least, greatest) distance between a layer's inputs of two images, over their size; both
+        ``AWAY`` where a network does not tell.
+        """
         draw = torch.Generator().manual_seed(0)
         to_images, _ = priors.root("smooth", self.shape)
-        white = torch.randn(DRAWN, *self.shape, generator=draw, dtype=torch.float64)
-        passed = self._pass((0.5 + to_images(white)).clamp(0, 1))[name][0].flatten(1)
-        sizes = passed.norm(dim=1).mean().clamp(min=TINY)
-        distances = torch.pdist(passed) / sizes
+        white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
+        try:
+            given = [self._pass((0.5 + to_images(each)).clamp(0, 1))[name][0] for each in white]
+            passed = torch.stack([each.flatten() for each in given])
+        except Exception:  # whatever a user's network raises
+            return AWAY, AWAY
+        distances = torch.pdist(passed) / passed.norm(dim=1).mean().clamp(min=TINY)
         return float(distances.min()), float(distances.max())
 
     def tells_apart(

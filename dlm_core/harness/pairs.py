@@ -57,7 +57,8 @@ def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) 
 def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | None:
     """What to say where two images as far from the one that was found as 25 dB leave its update, to
     what it leaves unexplained, and where that cannot be computed; None where they would have shown.
-    Of labels that are not known, a search has to explain the update to its rounding.
+    Of labels that are not known, a search has to explain the update to its rounding. Nothing is
+    said of one step of Adam's kin, which leaves signs: what they leave unexplained has no length.
 
     Parameters
     ----------
@@ -69,6 +70,8 @@ def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | N
     if (found.labels < 0).any():  # the client's loss is not known
         settled = not isinstance(found.evidence, SearchEvidence)
         return None if settled or found.status is Status.CONVERGED else UNKNOWN
+    if kin == "adam" and found.local_steps is None:
+        return None
     try:
         hidden = _hidden(seen, found, kin)
     except Exception:  # whatever a user's network raises
