@@ -33,7 +33,7 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.beyond import decay, lengths, ratios
 from dlm_core.beyond.rounding import Transmitted, precision_of
-from dlm_core.beyond.tracing import NOISE, Traced
+from dlm_core.beyond.tracing import AWAY, NOISE, Traced
 from dlm_core.observation import TINY, Observation, unit_in_last_place
 from dlm_core.results import Evidence, Explains, Reconstruction, Status
 
@@ -87,6 +87,9 @@ class LayerInput:
         mean of several that are alike to it.
     alone
         Whether it does, and no other layer speaks against that input.
+    mixed
+        How far, relative, a mean of several images' inputs may be from each of them, where all
+        images' inputs are so alike that their mean would not show; 0 where it would.
     one_row
         Whether only one of its outputs moved: then any update has rank one, and a change of its
         entries does not show.
@@ -131,6 +134,7 @@ class LayerInput:
     scaled: bool = True
     single: bool = False
     alone: bool = False
+    mixed: float = 0.0
     one_row: bool = False
     decay: float = 0.0
     signs: bool = False
@@ -172,12 +176,17 @@ class LayerInput:
     def _shown(self) -> str:
         which = "the image, " if self.pixels else ""
         known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
+        if self.mixed > self.error:
+            known += (
+                f" if one image left it. Inputs here are so alike that a mean of several would not "
+                f"show: that is within {self.mixed:.0e} of each"
+            )
         beside = f" beside {self._beside}" if self.decay else ""
         said = (
             f"the input of layer {self.name!r} ({which}{self.features:,} numbers) "
             f"stands in the update{beside}, {known}"
         )
-        mixed = "" if self.single else self._mixed
+        mixture = "" if self.single else self._mixture
         if self.untrained:
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: "
@@ -187,20 +196,20 @@ class LayerInput:
                     if self.confirmed
                     else "; or all of it is a multiple of the input, as of two rates"
                 )
-                + mixed
+                + mixture
             )
         if self.disputed:
             return (
                 f"{said}, or a multiple or a projection of it: layers' updates do not agree on one "
                 "image, as where the client sets rates or clips tensor by tensor, projects its "
-                f"updates, or trains adapters{mixed}"
+                f"updates, or trains adapters{mixture}"
             )
         if self.scaled and not self.confirmed:
             said += (
                 " (or a multiple of it, if the client's rates for weight and bias differ: nothing "
                 "else in the update fixes its length)"
             )
-        said += mixed
+        said += mixture
         if self.pixels and self.still:
             said += (
                 f". Of these numbers {self.still:,} are 0, as their weights did not move. "
@@ -209,7 +218,7 @@ class LayerInput:
         return said
 
     @property
-    def _mixed(self) -> str:
+    def _mixture(self) -> str:
         """What else than one input may stand in the update."""
         if self.signs:
             return (
@@ -569,7 +578,20 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     one = rank == 1 and scaled and not signs and not one_row
     single = one and traced.tells_apart(name, values, left, hidden)
     about |= {"single": single, "alone": single, "one_row": one_row, "signs": signs}
+    about["mixed"] = _mixed(traced, name, values, left, hidden) if single else 0.0
     return LayerInput(**about, values=values, error=error, image=image)
+
+
+def _mixed(
+    traced: Traced, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
+) -> float:
+    """How far a mean of several images' inputs may be from each, relative, where they are so alike
+    that rounding would hide them; 0 where they would show.
+    """
+    least, greatest = traced.apart(name)
+    if least >= AWAY or traced.tells_apart(name, values, left, hidden, least):
+        return 0.0
+    return greatest
 
 
 def _rank(of_weight: torch.Tensor, delta: torch.Tensor, rank: int) -> int:

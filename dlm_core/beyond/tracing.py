@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core.observation import scores
+from dlm_core.beyond import priors
+from dlm_core.observation import TINY, scores
 from dlm_core.threads import own_generator
 
 NOISE = 3.0  # singular values up to so many times what rounding of the weights leaves are noise
@@ -21,6 +22,7 @@ NEAR = 1e-4  # how far inputs are moved, over their own size, to see how δ turn
 NEAR32 = 1e-2  # the same in float32
 TURNS = 1e-4  # the angle that δ turns by, over how far its input moved, from which two show as two
 AWAY = 0.1  # how far inputs are moved to see whether rounding would hide that δ turns
+DRAWN = 8  # images, as smooth as natural ones, whose inputs tell how far two of them are apart
 HIDDEN = 40.0  # times the relative size below which rounding hides a direction: what δ turns by
 PROBES = 4
 ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
@@ -371,18 +373,39 @@ class Traced:
             and all(map(torch.equal, in_eval[name], in_training[name]))
         }
 
+    def apart(self, name: str) -> tuple[float, float]:
+        """(least, greatest) distance between a layer's inputs of two images, over their size; both
+        ``AWAY`` where a network does not tell.
+        """
+        draw = torch.Generator().manual_seed(0)
+        to_images, _ = priors.root("smooth", self.shape)
+        white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
+        try:
+            given = [self._pass((0.5 + to_images(each)).clamp(0, 1))[name][0] for each in white]
+            passed = torch.stack([each.flatten() for each in given])
+        except Exception:  # whatever a user's network raises
+            return AWAY, AWAY
+        distances = torch.pdist(passed) / passed.norm(dim=1).mean().clamp(min=TINY)
+        return float(distances.min()), float(distances.max())
+
     def tells_apart(
-        self, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
+        self,
+        name: str,
+        values: torch.Tensor,
+        left: torch.Tensor,
+        hidden: float,
+        away: float = AWAY,
     ) -> bool:
         """Whether δ turns where this input changes: then two inputs would show as two. It does not
         in a network of one output, or of two classes, whose units are switched and not smooth, and
         where the scores are so far apart that the softmax has saturated. And whether it turns by
-        so much that it is not ``hidden`` by rounding: the relative size of a direction that is.
+        so much that it is not ``hidden`` by rounding: the relative size of a direction that is,
+        where the inputs are so far ``away``, relative to their size.
         Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
         """
         noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
         one = torch.ones_like(noise[:1])
-        given = values * torch.cat([one, 1 + self.near * noise, 1 + AWAY * noise]).to(values)
+        given = values * torch.cat([one, 1 + self.near * noise, 1 + away * noise]).to(values)
         try:
             signals = self._signals(name, given, left)
             fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
@@ -391,9 +414,9 @@ class Traced:
             turned = torch.stack([_turned(each) for each in fits or signals])
         except Exception:  # a network that takes one image, or gives no gradient: nothing is known
             return False
-        near, away = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
+        near, far = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
         turns = max(TURNS * self.near, 1e2 * torch.finfo(self.dtype).eps)
-        return bool((near > turns).all() and (away > HIDDEN * hidden).all())
+        return bool((near > turns).all() and (far > HIDDEN * hidden).all())
 
     def _signals(self, name: str, given: torch.Tensor, left: torch.Tensor) -> list[torch.Tensor]:
         """dL/dz at the layer's output for each input [N, features], L the usual loss; for the

@@ -8,7 +8,7 @@ from dlm_core import records
 from dlm_core.beyond.attention import plain_attention
 from dlm_core.coordinates import cosines
 from dlm_core.harness.foretell import SEARCHES, foretold
-from dlm_core.harness.second import twice
+from dlm_core.harness.second import closer, twice
 from dlm_core.harness.tables import counted
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import Reconstruction
@@ -54,6 +54,7 @@ def attempt(
     until: float,
     say: Callable[[str], None],
     doubted: Callable[[Reconstruction], object],
+    hides: Callable[[Reconstruction], object],
 ) -> Attempt:
     """Run an attack, and a second time if it searches.
 
@@ -70,6 +71,8 @@ def attempt(
     doubted
         Of a result, whether something speaks against it whatever a second search finds: a true
         value where it does.
+    hides
+        As of ``second.closer``.
 
     Raises
     ------
@@ -90,6 +93,7 @@ def attempt(
                 search = partial(search, coordinates=watch.noting(coordinates))
             with watch:
                 result, agreement = twice(search, record, watch, say, doubted)
+                result = closer(search, record, result, agreement, watch, hides)
         except (OutOfTime, KeyboardInterrupt) as stop:
             interrupted = isinstance(stop, KeyboardInterrupt)
             return Attempt(

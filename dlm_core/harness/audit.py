@@ -220,7 +220,8 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(run, record, until, partial(_noted, times), partial(doubts, look=look))
+            against = partial(doubts, look=look), partial(pairs.doubt, seen, kin=look.kin)
+            went = attempt(run, record, until, partial(_noted, times), *against)
         except NoTime as why:
             if place + 1 < len(runs):
                 queue.append((name, count, run))
@@ -260,8 +261,7 @@ def _entered(found: Audit, key: str, asked: str, went: Attempt, seen: Observatio
         found.untried.append(Untried(asked, went.stopped or ""))
         return False
     belief = believe(went.result, went.agreement, found.look)
-    if found.look.kin == "sgd":
-        belief = pairs.doubted(belief, seen, went.result)
+    belief = pairs.doubted(belief, seen, went.result, found.look.kin)
     found.results[key], found.beliefs[key] = went.result, belief
     for line in _lines(went.result, went.agreement, belief):
         _indented(line)
@@ -276,14 +276,10 @@ def _further(
     seen: Observation,
     until: float,
 ) -> Iterator[str]:
-    """What many starts say of a search where a GPU runs them, which may take belief in it away,
-    whether two images explain the update as well, and what stays open of its brightness.
+    """What many starts say of a search where a GPU runs them, which may take belief in it away, and
+    what stays open of its brightness.
     """
     result = found.results[key]
-    if found.look.kin == "sgd":
-        said = pairs.caution(found.beliefs[key], seen, result)
-        if said:
-            yield said
     with contextlib.suppress(Exception):  # whatever a user's network raises
         ends = many_starts.survey_where_fast(run, record, result, until)
         if ends is not None:

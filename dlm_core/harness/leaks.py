@@ -120,7 +120,7 @@ def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
         Leak(
             "image" if each.pixels and each.confirmed else f"input of layer {each.name!r}",
             "division",
-            each.error,
+            max(each.error, each.mixed),
             each.sentence or "",
         )
         for each in layers

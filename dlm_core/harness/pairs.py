@@ -1,124 +1,183 @@
-"""Whether two images in the client's step would have left an update like that of one: then what a
+"""Whether two images in the client's steps would have left an update like that of one: then what a
 search or a fit of one image finds may be their mean.
 
 Weights that move the scores little, as PyTorch's initial ones, leave two images of one class nearly
-the update of their mean, and small steps are rounded. So the question is asked of the very image
-that was found: of two that differ from it, the update is computed, and held against what the image
-itself leaves unexplained.
+the update of their mean: small steps are rounded, and a search ends above what rounding leaves. So
+the question is asked of the very image that was found: of two that differ from it, the update is
+computed, and held against what the image itself leaves unexplained.
 """
 
-import contextlib
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from dlm_core import objectives
-from dlm_core.beyond import inputs, priors
+from dlm_core.beyond import clients, inputs, priors
+from dlm_core.beyond.attention import plain_attention
 from dlm_core.federated import loss as training_loss
+from dlm_core.harness import clues
 from dlm_core.harness.belief import AGREED, Belief
 from dlm_core.observation import TINY, Observation
-from dlm_core.results import Explains, Reconstruction, SearchEvidence
+from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
 
 PAIRS = 4  # that are tried, of differences as smooth as natural images
 SHOWS = 10.0  # times what is left unexplained, from which two images would have shown
+HIDDEN = (
+    f"two images of one class, {AGREED:.0f} dB to either side of one that was found, leave an "
+    "update that cannot be told from its own: what was found may be the mean of two such images, "
+    "or of two that differ more"
+)
+UNKNOWN = (
+    "it does not explain the update to its rounding, as several images of one class may leave it, "
+    "and the client's loss is not known, with which they would be computed"
+)
 
 Tensors = Sequence[torch.Tensor]
 
 
-def doubted(belief: Belief, seen: Observation, found: Reconstruction) -> Belief:
-    """The same belief in a result of exact recovery, or less where two images would have left such
-    an update. A search ends above what rounding leaves, so of its result that decides nothing.
+def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) -> Belief:
+    """The same belief in a result, or less where two images would have left such an update.
 
     Parameters
     ----------
     belief, seen, found
         In what was found, what the observer sees, and that result.
+    kin
+        Key of ``records.CLIENT_OPTIMIZERS``, what the update looks like.
     """
-    said = None if isinstance(found.evidence, SearchEvidence) else _of_believed(belief, seen, found)
+    if belief.grade is not Explains.FULLY or isinstance(found.evidence, inputs.Ratio):
+        return belief
+    said = doubt(seen, found, kin)
     return belief if said is None else replace(belief, grade=Explains.PARTLY, doubt=said)
 
 
-def caution(belief: Belief, seen: Observation, found: Reconstruction) -> str | None:
-    """What to say of a search's result that is believed, where two images would have left such an
-    update; None where they would have shown, and of other results.
-
-    Parameters
-    ----------
-    belief, seen, found
-        As of ``doubted``.
-    """
-    said = _of_believed(belief, seen, found) if isinstance(found.evidence, SearchEvidence) else None
-    return said and f"{said}: it may be the mean of two such images"
-
-
-def _of_believed(belief: Belief, seen: Observation, found: Reconstruction) -> str | None:
-    """``doubt`` of what is believed and fits the whole update; None where a network raises."""
-    if belief.grade is Explains.FULLY and not isinstance(found.evidence, inputs.Ratio):
-        with contextlib.suppress(Exception):
-            return doubt(seen, found)
-    return None
-
-
-def doubt(seen: Observation, found: Reconstruction) -> str | None:
+def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | None:
     """What to say where two images as far from the one that was found as 25 dB leave its update, to
-    what it leaves unexplained; None where they would have shown, and for other clients than those
-    of one step of SGD on one image.
+    what it leaves unexplained, and where that cannot be computed; None where they would have shown.
+    Of labels that are not known, a search has to explain the update to its rounding. Nothing is
+    said of one step of Adam's kin, which leaves signs: what they leave unexplained has no length.
 
     Parameters
     ----------
     seen, found
         What the observer sees, and an attack's result.
-
-    Raises
-    ------
-    Exception
-        Whatever a user's network raises.
+    kin
+        As of ``doubted``.
     """
-    if len(found.images) != 1 or (found.local_steps or 1) != 1 or (found.labels < 0).any():
+    if (found.labels < 0).any():  # the client's loss is not known
+        settled = not isinstance(found.evidence, SearchEvidence)
+        return None if settled or found.status is Status.CONVERGED else UNKNOWN
+    if kin == "adam" and found.local_steps is None:
         return None
-    image = found.images.detach().double()
-    model = copy.deepcopy(seen.model).double()
-    weights = [(d != 0) / v.clamp(min=TINY) for d, v in zip(seen.delta, seen.rounding_variance)]
-    own = _gradient(model, image, found.labels)
+    try:
+        hidden = _hidden(seen, found, kin)
+    except Exception:  # whatever a user's network raises
+        return "whether two images would have left such an update could not be computed"
+    return HIDDEN if hidden else None
+
+
+def _hidden(seen: Observation, found: Reconstruction, kin: str) -> bool:
+    """Whether there are two images that would not have shown."""
+    images = found.images.detach().double()
+    update_of = _client(seen, found, kin)
+    own, update = update_of(images), _without_decay(seen, found)
+    measures = [_Measure(w, update, own) for w in _weights(seen)]
+    directions = _directions(seen, seen.weights_after)
+    for place, away in itertools.product(range(len(images)), _differences(seen, images)):
+        twice = torch.stack([images, images])
+        twice[:, place] += torch.stack([away, -away])
+        both = update_of(twice.flatten(0, 1))
+        if any(each.shows(both) for each in measures):
+            continue
+        named = seen.model.named_parameters()
+        factor = measures[0].factor
+        after = {n: (w.double() - factor * g).to(w.dtype) for (n, w), g in zip(named, both)}
+        if _directions(seen, after) <= directions:
+            return True
+    return False
+
+
+class _Measure:
+    """What an image's update, ``own``, leaves unexplained of the client's, by weighted squares."""
+
+    def __init__(self, weights: Tensors, update: Tensors, own: Tensors) -> None:
+        self.weights, self.own = weights, own
+        self.factor = self._along(update)
+        self.left = self._size(update, self.factor)
+
+    def shows(self, both: Tensors) -> bool:
+        """Whether the update of two images is another by much more."""
+        alike = self._along(both)
+        return self.factor**2 * self._size(both, alike) >= SHOWS * self.left
+
+    def _along(self, other: Tensors) -> float:
+        """The multiple of the image's own update that comes nearest to another."""
+        return self._dot(other, self.own) / self._dot(self.own, self.own)
+
+    def _size(self, other: Tensors, factor: float) -> float:
+        rest = [a - factor * b for a, b in zip(other, self.own)]
+        return self._dot(rest, rest)
+
+    def _dot(self, one: Tensors, other: Tensors) -> float:
+        return sum(float((w * a * b).sum()) for w, a, b in zip(self.weights, one, other))
+
+
+def _weights(seen: Observation) -> tuple[Tensors, Tensors]:
+    """Of the entries that moved, in units of their rounding, and relative to their tensor's move:
+    a search's error is spread as the latter, that of a fit as the former.
+    """
+    moved = [(d != 0).double() for d in seen.delta]
+    rounding = [m / v.clamp(min=TINY) for m, v in zip(moved, seen.rounding_variance)]
+    sizes = [d.double().square().sum().clamp(min=TINY) for d in seen.delta]
+    return rounding, [m / size for m, size in zip(moved, sizes)]
+
+
+def _client(
+    seen: Observation, found: Reconstruction, kin: str
+) -> Callable[[torch.Tensor], Tensors]:
+    """The update of images, by the client that was found; of as many more, each by its label."""
+    model = copy.deepcopy(seen.model)
+    if not clues.insists(model, seen.image_shape):
+        model = model.double()
+    dtype = next(model.parameters()).dtype
+    optimizer = found.client.optimizer or kin
+    simulated = partial(
+        clients.simulate,
+        model,
+        training_loss,
+        learning_rate=found.learning_rate or 1.0,
+        local_steps=found.local_steps or 1,
+        client_optimizer=clients.step_of("client_optimizer", optimizer),
+    )
+
+    def update_of(images: torch.Tensor) -> Tensors:
+        labels = found.labels.repeat(len(images) // len(found.labels))
+        with plain_attention():
+            return [d.detach().double() for d in simulated(images.to(dtype), labels)]
+
+    return update_of
+
+
+def _without_decay(seen: Observation, found: Reconstruction) -> Tensors:
+    """Δ but for the weight decay that was found."""
     decay = (found.learning_rate or 0.0) * (found.weight_decay or 0.0)
-    update = [d - decay * w.detach() for d, w in zip(seen.delta, model.parameters())]
-    rate = _dot(weights, update, own) / _dot(weights, own, own)
-    left = _size(weights, [d - rate * g for d, g in zip(update, own)])
+    return [d - decay * w.detach() for d, w in zip(seen.delta, seen.model.parameters())]
+
+
+def _differences(seen: Observation, images: torch.Tensor) -> Tensors:
+    """[C, H, W] each, of a root mean square that is 25 dB."""
     generator = torch.Generator().manual_seed(0)
     to_images, _ = priors.root("smooth", seen.image_shape)
-    for _ in range(PAIRS):
-        drawn = torch.randn(*seen.image_shape, generator=generator, dtype=torch.float64)
-        drawn = to_images(drawn).to(image)
-        away = drawn / drawn.square().mean().sqrt() * 10 ** (-AGREED / 20)
-        both = _gradient(model, torch.cat([image + away, image - away]), found.labels.repeat(2))
-        alike = _dot(weights, both, own) / _dot(weights, own, own)
-        beside = _size(weights, [rate * (b - alike * g) for b, g in zip(both, own)])
-        if beside < SHOWS * left and not _shows(seen, both, rate):
-            return (
-                "two images of one class that differ from this one by "
-                f"{AGREED:.0f} dB leave an update that cannot be told from its own"
-            )
-    return None
+    shape = (PAIRS, *seen.image_shape)
+    white = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    drawn = [to_images(each).to(images) for each in white]
+    return [d / d.square().mean().sqrt() * 10 ** (-AGREED / 20) for d in drawn]
 
 
-def _gradient(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Tensors:
-    found = objectives.gradient(model, training_loss, images, labels)
-    return [g.detach() for g in found]
-
-
-def _dot(weights: Tensors, one: Tensors, other: Tensors) -> float:
-    return sum(float((w * a * b).sum()) for w, a, b in zip(weights, one, other))
-
-
-def _size(weights: Tensors, rest: Tensors) -> float:
-    return _dot(weights, rest, rest)
-
-
-def _shows(seen: Observation, gradient: Tensors, rate: float) -> bool:
-    """Whether a linear layer's update has two directions after such a step."""
-    named = seen.model.named_parameters()
-    after = {n: (w.double() - rate * g).to(w.dtype) for (n, w), g in zip(named, gradient)}
+def _directions(seen: Observation, after: Mapping[str, torch.Tensor]) -> int:
+    """The most that a linear layer's update has."""
     layers = inputs.read(seen.model, after, seen.image_shape)
-    return any(each.directions > 1 for each in layers)
+    return max((each.directions for each in layers), default=0)

@@ -76,6 +76,37 @@ def twice(
     return found, None if alone else likeness(found.images, again.images)
 
 
+def closer(
+    run: Run,
+    record: records.Attack,
+    found: Reconstruction,
+    agreement: float | None,
+    watch: Watch,
+    hides: Callable[[Reconstruction], object],
+) -> Reconstruction:
+    """A search that ended as soon as it explained the update, gone on where that is not close
+    enough to tell one image from two; else the result as it is.
+
+    Parameters
+    ----------
+    run, record, watch
+        As of ``twice``.
+    found, agreement
+        What it returned.
+    hides
+        Of a result, whether two images would not have shown: a true value where they would not.
+    """
+    agreed = agreement is not None and agreement >= AGREED and found.evidence.loss <= EXPLAINED
+    ended = found.status in (Status.CONVERGED, Status.BUDGET) and "resume" in record.options
+    if not (agreed and ended and hides(found)):
+        return found
+    each = statistics.median(watch.taken or [0.0])
+    try:
+        return watch.keep(_further(run, found, FIRST, each, watch))
+    except OutOfTime:
+        return found
+
+
 def _gone_on(
     run: Run,
     found: Reconstruction,

@@ -22,6 +22,7 @@ from dlm_core.harness.tables import counted
 from dlm_core.results import Reconstruction, SearchEvidence, Status
 
 RENEWED = 0.2  # seconds between two lines of progress
+AGAIN = 1.0  # seconds until an alarm rings again: what is raised while garbage is collected is lost
 CLEAR = "\r\x1b[K"
 
 
@@ -71,7 +72,7 @@ class Watch:
         )
         if self._alarmed:  # what descends by no closure of an optimizer is ended as well
             self._handler = signal.signal(signal.SIGALRM, _ring) or signal.SIG_DFL
-            signal.setitimer(signal.ITIMER_REAL, max(self.until - self._began, 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, max(self.until - self._began, 1e-3), AGAIN)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -241,6 +241,21 @@ def test_a_search_ends_when_its_time_is_over_whichever_the_thread(seen):
     assert ended == [True, True]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_alarm_that_garbage_collection_swallows_rings_again():
+    class Slow:
+        def __del__(self):  # what is raised here is lost
+            time.sleep(0.6)
+
+    began = time.monotonic()
+    with pytest.raises(OutOfTime), Watch("a loop", began + 0.2):
+        garbage = Slow()
+        del garbage
+        while time.monotonic() < began + 20:
+            pass
+    assert time.monotonic() < began + 10
+
+
 def test_progress_is_a_line_of_a_terminal_and_gone_at_the_end(seen, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
