@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dlm_core import check, federated, records
 from dlm_core.beyond.attention import plain_attention
 from dlm_core.coordinates import cosines
-from dlm_core.harness import belief, kinds
+from dlm_core.harness import belief, kinds, pairs
 from dlm_core.harness.audit import audit
 from dlm_core.harness.belief import Audit
 from dlm_core.harness.keys import result_key
@@ -140,8 +140,8 @@ def quality(images: torch.Tensor, client: Client) -> list[float]:
     """PSNR in dB of each picture to the nearest of the client's images; black to white is what
     it is for the client.
     """
-    pairs = images.double().cpu()[:, None] - client.images.double()[None]
-    nearest = pairs.flatten(2).square().mean(2).min(1).values
+    apart = images.double().cpu()[:, None] - client.images.double()[None]
+    nearest = apart.flatten(2).square().mean(2).min(1).values
     return _decibels(nearest / client.white**2)
 
 
@@ -235,14 +235,21 @@ def _search(key: str, found: Audit, client: Client) -> dict[str, Any]:
     """
     result, believed = found[key], found.beliefs[key]
     sure = replace(result, evidence=replace(result.evidence, loss=0.0))
+    doubt = belief.believe(sure, math.inf, found.look).doubt
+    if doubt is None:
+        doubt = pairs.doubt(_seen(client), result, found.look.kin)
     return {
         "attack": key,
         "loss": believed.loss,
         "agreement": believed.agreement,
         "believed": believed.grade is Explains.FULLY,
-        "doubted": belief.believe(sure, math.inf, found.look).doubt is not None,
+        "doubted": doubt is not None,
         "psnr": min(quality(result.images, client)),
     }
+
+
+def _seen(client: Client) -> Observation:
+    return observe(client.network, client.before, client.after, tuple(client.images.shape[1:]))
 
 
 def _compared(key: str, found: Audit, client: Client) -> dict[str, Any]:
@@ -250,7 +257,7 @@ def _compared(key: str, found: Audit, client: Client) -> dict[str, Any]:
     start near the first: PSNR in dB to what it showed of this client.
     """
     record, result = records.ATTACKS[key.split(",")[0]], found[key]
-    seen = observe(client.network, client.before, client.after, tuple(client.images.shape[1:]))
+    seen = _seen(client)
     steps = {} if result.local_steps is None else {"local_steps": result.local_steps}
     options = {"num_images": len(result.images), **steps}
     compared = {}

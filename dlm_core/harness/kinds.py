@@ -237,6 +237,13 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(network=_Attention),
     "MLP, colour": Kind(network=_of("mlp", init="paper"), dataset="cifar100"),
     "LeNet, colour": Kind(network=_LENET, dataset="cifar100"),
+    # after the audit had been found wrong on such clients
+    "LeNet, PyTorch's weights, 2 images of a class": Kind(
+        network=_of("lenet"), num_images=2, one_class=True
+    ),
+    "LeNet, PyTorch's weights, 2 images of a class, 2 steps": Kind(
+        network=_of("lenet"), num_images=2, one_class=True, local_steps=2
+    ),
 }
 
 
