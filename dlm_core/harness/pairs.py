@@ -34,6 +34,10 @@ UNKNOWN = (
     "it does not explain the update to its rounding, as several images of one class may leave it, "
     "and the client's loss is not known, with which they would be computed"
 )
+SIGNS = (
+    "one step of Adam or its kin leaves little more than signs, which do not tell how many images "
+    "left them: what was found may be the mean of several"
+)
 
 Tensors = Sequence[torch.Tensor]
 
@@ -57,8 +61,7 @@ def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) 
 def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | None:
     """What to say where two images as far from the one that was found as 25 dB leave its update, to
     what it leaves unexplained, and where that cannot be computed; None where they would have shown.
-    Of labels that are not known, a search has to explain the update to its rounding. Nothing is
-    said of one step of Adam's kin, which leaves signs: what they leave unexplained has no length.
+    Of labels that are not known, a search has to explain the update to its rounding.
 
     Parameters
     ----------
@@ -71,7 +74,7 @@ def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | N
         settled = not isinstance(found.evidence, SearchEvidence)
         return None if settled or found.status is Status.CONVERGED else UNKNOWN
     if kin == "adam" and found.local_steps is None:
-        return None
+        return SIGNS
     try:
         hidden = _hidden(seen, found, kin)
     except Exception:  # whatever a user's network raises
