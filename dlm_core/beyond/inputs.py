@@ -88,8 +88,8 @@ class LayerInput:
     alone
         Whether it does, and no other layer speaks against that input.
     mixed
-        How far, relative, a mean of several images' inputs may be from each of them, where all
-        images' inputs are so alike that their mean would not show; 0 where it would.
+        How far, relative, inputs of several images are from each other, where all images' inputs
+        are so alike that a mean of them would not show; 0 where it would. Of smooth random images.
     one_row
         Whether only one of its outputs moved: then any update has rank one, and a change of its
         entries does not show.
@@ -178,8 +178,8 @@ class LayerInput:
         known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
         if self.mixed > self.error:
             known += (
-                f" if one image left it. Inputs here are so alike that a mean of several would not "
-                f"show: that is within {self.mixed:.0e} of each"
+                " if one image left it. A mean of several images' inputs would look the same here, "
+                f"and be off by about {self.mixed:.0e}"
             )
         beside = f" beside {self._beside}" if self.decay else ""
         said = (
@@ -578,16 +578,14 @@ def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) ->
     one = rank == 1 and scaled and not signs and not one_row
     single = one and traced.tells_apart(name, values, left, hidden)
     about |= {"single": single, "alone": single, "one_row": one_row, "signs": signs}
-    about["mixed"] = _mixed(traced, name, values, left, hidden) if single else 0.0
+    about["mixed"] = _apart(traced, name, values, left, hidden) if single else 0.0
     return LayerInput(**about, values=values, error=error, image=image)
 
 
-def _mixed(
+def _apart(
     traced: Traced, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
 ) -> float:
-    """How far a mean of several images' inputs may be from each, relative, where they are so alike
-    that rounding would hide them; 0 where they would show.
-    """
+    """``LayerInput.mixed``."""
     least, greatest = traced.apart(name)
     if least >= AWAY or traced.tells_apart(name, values, left, hidden, least):
         return 0.0

@@ -93,7 +93,7 @@ def attempt(
                 search = partial(search, coordinates=watch.noting(coordinates))
             with watch:
                 result, agreement = twice(search, record, watch, say, doubted)
-                result = closer(search, record, result, agreement, watch, hides)
+                result, agreement = closer(search, record, result, agreement, watch, hides)
         except (OutOfTime, KeyboardInterrupt) as stop:
             interrupted = isinstance(stop, KeyboardInterrupt)
             return Attempt(

@@ -220,8 +220,14 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            against = partial(doubts, look=look), partial(pairs.doubt, seen, kin=look.kin)
-            went = attempt(run, record, until, partial(_noted, times), *against)
+            went = attempt(
+                run,
+                record,
+                until,
+                say=partial(_noted, times),
+                doubted=partial(doubts, look=look),
+                hides=partial(pairs.doubt, seen, kin=look.kin),
+            )
         except NoTime as why:
             if place + 1 < len(runs):
                 queue.append((name, count, run))

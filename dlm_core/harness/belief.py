@@ -179,7 +179,7 @@ class Audit(Mapping[str, Reconstruction]):
     @property
     def leaks(self) -> list[Leak]:
         """What has leaked: labels and running statistics, layers' inputs that stand in the update
-        and are no mean of several, and images that explain it.
+        (one, or a mean of several nearly the same), and images that explain it.
         """
         images = [
             _leaked(name, self.results[name], each)

@@ -115,7 +115,7 @@ def missing() -> list[Untried]:
 
 
 def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
-    """The layers' inputs that stand in the update and are no mean of several."""
+    """The layers' inputs that stand in the update: one, or a mean of several nearly the same."""
     return [
         Leak(
             "image" if each.pixels and each.confirmed else f"input of layer {each.name!r}",

@@ -106,7 +106,7 @@ class Look:
 
     @property
     def leaked(self) -> list[str]:
-        """Those of them that are one input's and no mean of several."""
+        """Those of them that are one input's, or a mean of several that are nearly the same."""
         return [each.sentence or "" for each in self.layers if each.alone]
 
     @property

@@ -9,14 +9,16 @@ computed, and held against what the image itself leaves unexplained.
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from dlm_core import label_inference
 from dlm_core.beyond import clients, inputs, priors
 from dlm_core.beyond.attention import plain_attention
+from dlm_core.beyond.weighted import EXACT
 from dlm_core.federated import loss as training_loss
 from dlm_core.harness import clues
 from dlm_core.harness.belief import AGREED, Belief
@@ -24,7 +26,7 @@ from dlm_core.observation import TINY, Observation
 from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
 
 PAIRS = 4  # that are tried, of differences as smooth as natural images
-SHOWS = 10.0  # times what is left unexplained, from which two images would have shown
+SHOWS = 10.0  # times the squares left unexplained, from which two images would have shown
 HIDDEN = (
     f"two images of one class, {AGREED:.0f} dB to either side of one that was found, leave an "
     "update that cannot be told from its own: what was found may be the mean of two such images, "
@@ -58,10 +60,9 @@ def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) 
     return belief if said is None else replace(belief, grade=Explains.PARTLY, doubt=said)
 
 
-def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | None:
-    """What to say where two images as far from the one that was found as 25 dB leave its update, to
-    what it leaves unexplained, and where that cannot be computed; None where they would have shown.
-    Of labels that are not known, a search has to explain the update to its rounding.
+def doubt(seen: Observation, found: Reconstruction, kin: str) -> str | None:
+    """What to say where twice as many images would have left such an update, or where that cannot
+    be told; None where they would have shown.
 
     Parameters
     ----------
@@ -69,26 +70,44 @@ def doubt(seen: Observation, found: Reconstruction, kin: str = "sgd") -> str | N
         What the observer sees, and an attack's result.
     kin
         As of ``doubted``.
+
+    Notes
+    -----
+    Where labels are -1, the client's loss is not known. A search then has to explain the update to
+    its rounding, and two images are looked for under cross-entropy instead.
     """
-    if (found.labels < 0).any():  # the client's loss is not known
-        settled = not isinstance(found.evidence, SearchEvidence)
-        return None if settled or found.status is Status.CONVERGED else UNKNOWN
-    if kin == "adam" and found.local_steps is None:
+    known = bool((found.labels >= 0).all())
+    if not known:
+        if not isinstance(found.evidence, SearchEvidence):
+            return None
+        if found.status is not Status.CONVERGED:
+            return UNKNOWN
+        label = label_inference.infer(seen).to(found.labels)
+        found = replace(found, labels=label.expand(len(found.images)))
+    if kin == "adam" and found.local_steps in (None, 1):
         return SIGNS
     try:
-        hidden = _hidden(seen, found, kin)
+        hidden = _hidden(seen, found, kin, known)
     except Exception:  # whatever a user's network raises
         return "whether two images would have left such an update could not be computed"
     return HIDDEN if hidden else None
 
 
-def _hidden(seen: Observation, found: Reconstruction, kin: str) -> bool:
-    """Whether there are two images that would not have shown."""
+def _hidden(seen: Observation, found: Reconstruction, kin: str, known: bool) -> bool:
+    """Whether there are two images that would not have shown, by a loss that is ``known`` or not.
+
+    A pair with more directions than the client's update shows as well, unless that has so many that
+    its directions say nothing.
+    """
     images = found.images.detach().double()
     update_of = _client(seen, found, kin)
-    own, update = update_of(images), _without_decay(seen, found)
+    layers = inputs.read(seen.model, seen.weights_after, seen.image_shape)
+    directions, decay = _most(layers), max((each.decay for each in layers), default=0.0)
+    own, update = update_of(images), _without_decay(seen, found, decay)
     measures = [_Measure(w, update, own) for w in _weights(seen)]
-    directions = _directions(seen, seen.weights_after)
+    if not known:  # it was explained to so many times its rounding
+        measures = measures[:1]
+        measures[0].left = EXACT**2 * sum(int((d != 0).sum()) for d in seen.delta)
     for place, away in itertools.product(range(len(images)), _differences(seen, images)):
         twice = torch.stack([images, images])
         twice[:, place] += torch.stack([away, -away])
@@ -98,9 +117,15 @@ def _hidden(seen: Observation, found: Reconstruction, kin: str) -> bool:
         named = seen.model.named_parameters()
         factor = measures[0].factor
         after = {n: (w.double() - factor * g).to(w.dtype) for (n, w), g in zip(named, both)}
-        if _directions(seen, after) <= directions:
+        more = _most(inputs.read(seen.model, after, seen.image_shape)) > directions
+        if not (directions and more):
             return True
     return False
+
+
+def _most(layers: Iterable[inputs.LayerInput]) -> int:
+    """The most directions that a linear layer's update has; 0 where that says nothing."""
+    return max((each.directions for each in layers), default=0)
 
 
 class _Measure:
@@ -164,9 +189,10 @@ def _client(
     return update_of
 
 
-def _without_decay(seen: Observation, found: Reconstruction) -> Tensors:
-    """Δ but for the weight decay that was found."""
-    decay = (found.learning_rate or 0.0) * (found.weight_decay or 0.0)
+def _without_decay(seen: Observation, found: Reconstruction, decay: float) -> Tensors:
+    """Δ but for the weight decay that was found, or for that of its layers."""
+    if found.weight_decay is not None:
+        decay = (found.learning_rate or 0.0) * found.weight_decay
     return [d - decay * w.detach() for d, w in zip(seen.delta, seen.model.parameters())]
 
 
@@ -178,9 +204,3 @@ def _differences(seen: Observation, images: torch.Tensor) -> Tensors:
     white = torch.randn(*shape, generator=generator, dtype=torch.float64)
     drawn = [to_images(each).to(images) for each in white]
     return [d / d.square().mean().sqrt() * 10 ** (-AGREED / 20) for d in drawn]
-
-
-def _directions(seen: Observation, after: Mapping[str, torch.Tensor]) -> int:
-    """The most that a linear layer's update has."""
-    layers = inputs.read(seen.model, after, seen.image_shape)
-    return max((each.directions for each in layers), default=0)

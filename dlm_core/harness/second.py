@@ -83,9 +83,9 @@ def closer(
     agreement: float | None,
     watch: Watch,
     hides: Callable[[Reconstruction], object],
-) -> Reconstruction:
-    """A search that ended as soon as it explained the update, gone on where that is not close
-    enough to tell one image from two; else the result as it is.
+) -> tuple[Reconstruction, float | None]:
+    """What ``twice`` returned; a search that ended as soon as it explained the update gone on where
+    that is not close enough to tell one image from two.
 
     Parameters
     ----------
@@ -98,13 +98,17 @@ def closer(
     """
     agreed = agreement is not None and agreement >= AGREED and found.evidence.loss <= EXPLAINED
     ended = found.status in (Status.CONVERGED, Status.BUDGET) and "resume" in record.options
-    if not (agreed and ended and hides(found)):
-        return found
+    if not (agreed and ended):
+        return found, agreement
+    assert agreement is not None
     each = statistics.median(watch.taken or [0.0])
     try:
-        return watch.keep(_further(run, found, FIRST, each, watch))
+        if not hides(found):
+            return found, agreement
+        further = watch.keep(_further(run, found, FIRST, each, watch))
     except OutOfTime:
-        return found
+        return found, agreement
+    return further, min(agreement, likeness(further.images, found.images))
 
 
 def _gone_on(

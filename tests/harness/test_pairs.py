@@ -115,9 +115,21 @@ def squared(scores, labels):
 @pytest.mark.parametrize("loss", [partial(F.cross_entropy, label_smoothing=0.1), squared])
 def test_of_an_unknown_loss_a_search_is_believed_from_rounding_on(loss, tmp_path):
     images, labels = fours(), torch.tensor([4, 4])
-    for count, verdict in ((1, "leaked"), (2, "partly")):
-        sent = snapshots(lenet(), images[:count], labels[:count], loss=loss)
+    for count, rate, verdict in ((1, 0.1, "leaked"), (2, 0.1, "partly"), (2, 1e-3, "partly")):
+        sent = snapshots(lenet(), images[:count], labels[:count], loss=loss, lr=rate)
         assert asked(lenet(), sent, tmp_path, attack="weighted").verdict == verdict
+
+
+def test_in_half_precision_the_mean_of_two_is_none(tmp_path):
+    before, after = snapshots(lenet("paper"), fours(), torch.tensor([4, 4]), lr=1.0)
+    sent = before, {name: w.half() for name, w in after.items()}
+    assert asked(lenet("paper"), sent, tmp_path, attack="dlm_plus").verdict == "partly"
+
+
+def test_weight_decay_that_the_layers_show_is_taken_off_first(tmp_path):
+    how = {"lr": 0.1, "weight_decay": 5e-4}
+    sent = snapshots(lenet("paper"), fours()[:1], torch.tensor([4]), **how)
+    assert asked(lenet("paper"), sent, tmp_path, attack="dlm_plus").verdict == "leaked"
 
 
 @pytest.mark.parametrize("init, rate", [("default", 0.1), ("paper", 1e-3), ("paper", 0.1)])
@@ -125,5 +137,5 @@ def test_where_two_images_would_have_shown_one_is_believed(init, rate):
     model = lenet(init)
     seen = observe(model, *snapshots(model, ZEROS[:1], LABELS[:1], lr=rate), SHAPE)
     before = copy.deepcopy(seen.model.state_dict())
-    assert pairs.doubt(seen, exact.recover(seen)) is None
+    assert pairs.doubt(seen, exact.recover(seen), "sgd") is None
     assert all(torch.equal(w, before[name]) for name, w in seen.model.state_dict().items())
