@@ -38,7 +38,10 @@ def environment() -> Path:
         return python
     folder = checkout("flower") / FOLDER
     print(f"Making Flower's environment in {FOLDER}/: a minute or a few, once.", file=sys.stderr)
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as why:
+        raise ChildProcessError(f"{FOLDER}/ could not be made: {why}") from None
     python = folder / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.check_output([python, "-c", ask], text=True).strip())
