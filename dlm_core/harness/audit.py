@@ -204,6 +204,10 @@ def _tried_in_turn(
     one does not apply.
     """
     found, interrupted = Audit(results={}, beliefs={}, look=look, notes=[]), False
+    against = {
+        "doubted": partial(doubts, look=look),
+        "hides": partial(pairs.doubt, seen, kin=look.kin),
+    }
     queue = list(runs)
     for place, (name, count, run) in enumerate(queue):
         record = records.ATTACKS[name]
@@ -220,14 +224,7 @@ def _tried_in_turn(
         print(f"{name} ({record.client}{many}) ...", flush=True)
         times: list[str] = []
         try:
-            went = attempt(
-                run,
-                record,
-                until,
-                say=partial(_noted, times),
-                doubted=partial(doubts, look=look),
-                hides=partial(pairs.doubt, seen, kin=look.kin),
-            )
+            went = attempt(run, record, until, partial(_noted, times), **against)
         except NoTime as why:
             if place + 1 < len(runs):
                 queue.append((name, count, run))
