@@ -377,16 +377,21 @@ class Traced:
         """(least, greatest) distance between a layer's inputs of two images, over their size; both
         ``AWAY`` where a network does not tell.
         """
-        draw = torch.Generator().manual_seed(0)
-        to_images, _ = priors.root("smooth", self.shape)
-        white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
         try:
-            given = [self._pass((0.5 + to_images(each)).clamp(0, 1))[name][0] for each in white]
-            passed = torch.stack([each.flatten() for each in given])
+            passed = torch.stack([each[name].flatten() for each in self._drawn])
         except Exception:  # whatever a user's network raises
             return AWAY, AWAY
         distances = torch.pdist(passed) / passed.norm(dim=1).mean().clamp(min=TINY)
         return float(distances.min()), float(distances.max())
+
+    @functools.cached_property
+    def _drawn(self) -> list[dict[str, torch.Tensor]]:
+        """What passes through the layers, for each of a few smooth images alone."""
+        draw = torch.Generator().manual_seed(0)
+        to_images, _ = priors.root("smooth", self.shape)
+        white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
+        passes = (self._pass((0.5 + to_images(each)).clamp(0, 1)) for each in white)
+        return [{name: each[name][0] for name in self.layers} for each in passes]
 
     def tells_apart(
         self,

@@ -150,9 +150,8 @@ class Look:
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
         elif self.optimizer != "several steps":
-            alike = (
-                ", or on several of one class" if self.kin == "adam" else ""
-            )  # signs do not tell
+            # signs do not tell how many images left them
+            alike = ", or on several of one class" if self.kin == "adam" else ""
             yield (
                 f"the update looks like one step of {self.optimizer} on one image{alike}, "
                 f"learning rate {self.learning_rate:.3g}"

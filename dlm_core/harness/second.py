@@ -96,11 +96,10 @@ def closer(
     hides
         Of a result, whether two images would not have shown: a true value where they would not.
     """
-    agreed = agreement is not None and agreement >= AGREED and found.evidence.loss <= EXPLAINED
     ended = found.status in (Status.CONVERGED, Status.BUDGET) and "resume" in record.options
-    if not (agreed and ended):
+    explains = found.evidence.loss <= EXPLAINED
+    if agreement is None or agreement < AGREED or not (explains and ended):
         return found, agreement
-    assert agreement is not None
     each = statistics.median(watch.taken or [0.0])
     try:
         if not hides(found):
