@@ -15,7 +15,7 @@ help:
 	@echo '                                                       DEVICE=cuda (attacks there, many at once)'
 	@echo 'make verify    runs them once more and compares every number and verdict; PROFILE, SET, ONLY, JOBS and OUT as above'
 	@echo '                                                       AGAINST=folder (of figures, instead of figures/ for paper)'
-	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons'
+	@echo 'make test      every notebook under the smoke profile, pytest, then nbval on these and on the lessons; a federation of Flower'
 	@echo 'make site      the site of notebooks, figures, claims, course and reference, into build/site'
 	@echo 'make assignment   the lessons for students and for nbgrader, into build/assignment; make assignment-check proves their tests'
 	@echo 'make lab       JupyterLab on the notebooks             ARGS="--no-browser --port 9999" (handed on to Jupyter)'
