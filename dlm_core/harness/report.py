@@ -24,6 +24,7 @@ from dlm_core import check, data, records
 from dlm_core.harness import (
     devices,
     figures,
+    headings,
     machine,
     published,
     settings,
@@ -191,7 +192,8 @@ class Report:
     def table(
         self, frame: tables.Frame, caption: str, suffix: str = "", digits: check.Whole = 2
     ) -> Any:
-        """Save a table as CSV (six digits) and Markdown under the notebook's name.
+        """Save a table as CSV (six digits, the columns' names in code) and, as ``headings`` shows
+        it to readers, as Markdown, under the notebook's name.
 
         Parameters
         ----------
@@ -208,16 +210,12 @@ class Report:
         Returns
         -------
         pandas.io.formats.style.Styler
-            The table, rounded, for display.
+            The table as ``headings`` shows it.
         """
         stem = self._stem(suffix)
         if {"success_20", "success_30"} & set(frame.columns):
             caption = f"{caption}; {tables.WITHOUT_A_PICTURE}"
-        shown = frame.copy()
-        for column in shown.select_dtypes("float"):
-            shown[column] = [
-                "" if value != value else f"{value:.{digits}f}" for value in shown[column]
-            ]
+        shown = headings.shown(frame, digits)
         rule, rows = row(["---"] * shown.shape[1]), map(row, shown.itertuples(index=False))
         page = [caption, "", row(shown.columns), rule, *rows, ""]
         as_csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
