@@ -236,8 +236,7 @@ def _search(key: str, found: Audit, client: Client) -> dict[str, Any]:
     result, believed = found[key], found.beliefs[key]
     sure = replace(result, evidence=replace(result.evidence, loss=0.0))
     doubt = belief.believe(sure, math.inf, found.look).doubt
-    if doubt is None:
-        doubt = pairs.doubt(_seen(client), result, found.look.kin)
+    doubt = doubt or pairs.against(_seen(client), result, found.look)
     return {
         "attack": key,
         "loss": believed.loss,
@@ -256,7 +255,7 @@ def _compared(key: str, found: Audit, client: Client) -> dict[str, Any]:
     """What the same search shows of a picture of nobody on the same network, and from a second
     start near the first: PSNR in dB to what it showed of this client.
     """
-    record, result = records.ATTACKS[key.split(",")[0]], found[key]
+    record, result = records.ATTACKS[belief.attack_of(key)], found[key]
     seen = _seen(client)
     steps = {} if result.local_steps is None else {"local_steps": result.local_steps}
     options = {"num_images": len(result.images), **steps}
@@ -264,9 +263,9 @@ def _compared(key: str, found: Audit, client: Client) -> dict[str, Any]:
     for name, seed in (("chance", 0), ("near", 1)):
         try:
             other = seen if name == "near" else _of_nobody(seen, result)
-            again = record.function(other, seed=seed, **options)
+            again = record(other, seed=seed, **options)
             compared[name] = belief.likeness(result.images, again.images)
-        except Exception:  # as the audit takes it; with one output there is no step to make
+        except (ValueError, RuntimeError):  # with one output there is no step to make
             compared[name] = math.nan
     return compared
 

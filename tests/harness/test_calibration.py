@@ -74,6 +74,12 @@ def test_a_search_is_compared_with_what_nobody_s_picture_shows(tmp_path):
     assert search["near"] > search["agreement"]
 
 
+def test_so_is_a_search_that_takes_one_image_alone(tmp_path):
+    client = kinds.make("max-pooled", 0)
+    (search,) = calibration.searches(asked(client, tmp_path, attack="weighted"), client)
+    assert all(math.isfinite(search[each]) for each in ("chance", "near", "agreement"))
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind"):
         Case("LeNett")
