@@ -379,19 +379,19 @@ def read(
         sent = precision_of(name, transmitted)
         after[name] = w.to(sent) if sent and w.is_floating_point() else w
     before = dict(model.named_parameters())
-    found = []
     traced = Traced(model, image_shape)
+    moved = {}
     for name, layer in traced.layers.items():
         weight = _moved(before, after, f"{name}.weight")
-        if weight is None:
-            continue
-        bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
-        found.append(_of_layer(traced, name, weight, bias))
+        if weight is not None:
+            bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
+            moved[name] = weight, bias
+    found = [_of_layer(traced, name, *both) for name, both in moved.items()]
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
     else:
-        fixed = _fixed(traced, before, after, found)
+        fixed = _fixed(traced, moved, after, found)
         one_rate = True in fixed.values()  # where one layer can say so, and others cannot
         found = [
             replace(each, confirmed=one_rate and fixed.get(each.name) is not False)
@@ -460,9 +460,24 @@ def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
     return any(traced.leads_elsewhere(name, values, later) for name, values in inputs_s)
 
 
+class _Moved(NamedTuple):
+    """A tensor's move: Δ, the variance of its rounding, and W_t."""
+
+    delta: torch.Tensor
+    variance: torch.Tensor
+    before: torch.Tensor
+
+    @classmethod
+    def of_both(cls, weight: "_Moved", bias: "_Moved | None") -> "_Moved":
+        """Of a layer's weight and bias together: [outputs, inputs (+ 1)]."""
+        if bias is None:
+            return weight
+        return cls(*(torch.cat([w, b[:, None]], 1) for w, b in zip(weight, bias)))
+
+
 def _fixed(
     traced: Traced,
-    before: Mapping[str, torch.Tensor],
+    moved: Mapping[str, tuple[_Moved, _Moved | None]],
     after: Mapping[str, torch.Tensor],
     layers: Sequence[LayerInput],
 ) -> dict[str, bool | None]:
@@ -470,11 +485,9 @@ def _fixed(
     updates: dict[str, torch.Tensor] = {}
     signals: list[torch.Tensor] = []
     for each in layers:
-        weight = _moved(before, after, f"{each.name}.weight")
-        assert weight is not None  # it was read
+        weight, bias = moved[each.name]
         updates[each.name] = weight.delta - each.decay * weight.before
         if each is layers[-1]:
-            bias = _moved(before, after, f"{each.name}.bias")
             if bias is not None and bias.delta.any():
                 signals = [bias.delta]
             elif each.values is not None:
@@ -502,21 +515,6 @@ def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -
     if shown.untrained or traced.contradicts(shown.image, later):
         return replace(shown, untrained=True, alone=False)
     return shown
-
-
-class _Moved(NamedTuple):
-    """A tensor's move: Δ, the variance of its rounding, and W_t."""
-
-    delta: torch.Tensor
-    variance: torch.Tensor
-    before: torch.Tensor
-
-    @classmethod
-    def of_both(cls, weight: "_Moved", bias: "_Moved | None") -> "_Moved":
-        """Of a layer's weight and bias together: [outputs, inputs (+ 1)]."""
-        if bias is None:
-            return weight
-        return cls(*(torch.cat([w, b[:, None]], 1) for w, b in zip(weight, bias)))
 
 
 def _moved(

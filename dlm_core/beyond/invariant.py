@@ -23,7 +23,6 @@ from dlm_core.beyond.epochs import steps
 from dlm_core.beyond.surrogate import with_penalties
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
-from dlm_core.optimizers import Variables
 from dlm_core.results import ClientEstimate, Reconstruction
 from dlm_core.search import known_labels, reconstruct
 
@@ -33,25 +32,6 @@ AGGREGATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": lambda images: images.mean(1),
     "max": lambda images: images.amax(1),
 }
-
-
-def published_adam(variables: Variables, max_evaluations: int) -> torch.optim.Optimizer:
-    """The optimizer of its authors: Adam, 0.1, which falls by 0.3 % every twenty steps.
-
-    Parameters
-    ----------
-    variables, max_evaluations
-        As in ``optimizers.lbfgs``; the budget is not used.
-    """
-    return _DecayingAdam(variables, lr=0.1)
-
-
-class _DecayingAdam(torch.optim.Adam):
-    def step(self, closure):  # type: ignore[override]
-        value = super().step(closure)
-        for group in self.param_groups:
-            group["lr"] *= 0.997 ** (1 / 20)
-        return value
 
 
 def epoch_prior(images: torch.Tensor, over: Over = "max") -> torch.Tensor:
@@ -135,8 +115,7 @@ def order_invariant(
     weight
         λ of that prior, where the distance is ``‖Δ(X) - Δ‖²`` over the squared mean norm of Δ.
     **options
-        Of ``search.reconstruct``. ``optimizer=published_adam`` and ``coordinates=pixels`` are its
-        authors' search.
+        Of ``search.reconstruct``.
 
     Returns
     -------

@@ -11,7 +11,7 @@ import torch
 from dlm_core import check, records
 from dlm_core.harness import written
 from dlm_core.harness.about import Snapshot
-from dlm_core.harness.belief import Audit
+from dlm_core.harness.belief import Audit, attack_of
 from dlm_core.results import Reconstruction
 
 SCHEMA = "dlm-audit/1"
@@ -73,7 +73,7 @@ def _result(found: Audit, attack: str) -> dict[str, Any]:
     result, belief = found.results[attack], found.beliefs[attack]
     return {
         "attack": attack,
-        "client": records.ATTACKS[attack.split(",")[0]].client,
+        "client": records.ATTACKS[attack_of(attack)].client,
         "num_images": len(result.images),
         "explains": belief.grade.name.lower(),
         "doubt": belief.doubt,

@@ -7,7 +7,6 @@ small loss alone is none: where an image moves the weights little, as from PyTor
 weights, others explain the update nearly as well.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +19,7 @@ from torch import nn
 
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import inputs, preprocessing
-from dlm_core.beyond.weighted import Told, affordable
+from dlm_core.beyond import inputs, preprocessing, weighted
 from dlm_core.harness import (
     brightness,
     clues,
@@ -32,12 +30,12 @@ from dlm_core.harness import (
     levels,
     many_starts,
     networks,
-    pairs,
     pictures,
     registry,  # noqa: F401, it fills the tables
     written,
 )
-from dlm_core.harness.about import About, of
+from dlm_core.harness.about import About
+from dlm_core.harness.about import of as about_audit
 from dlm_core.harness.attempt import Attempt, attempt
 from dlm_core.harness.belief import (
     AGREED,
@@ -45,8 +43,8 @@ from dlm_core.harness.belief import (
     PARTLY,
     Audit,
     Belief,
+    attack_of,
     believe,
-    doubts,
     settled,
 )
 from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget, NoTime
@@ -55,9 +53,10 @@ from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
 from dlm_core.observation import Observation, Unchanged, find_head, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
-from dlm_core.weights import StateDict, rounded
+from dlm_core.weights import StateDict
 
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
+NO_RESULT = "no attack came to a result, which is no proof that nothing leaks"
 # Images that are looked for unasked.
 MOST_IMAGES = 16
 # Cosine of W_t and W_{t+1} below which these are no weights before and after training.
@@ -131,7 +130,8 @@ def audit(
     Raises
     ------
     ValueError
-        Before any attack, for arguments out of range and snapshots that do not fit.
+        Before any attack, for arguments out of range and snapshots that do not fit; and where the
+        one attack that was asked for does not apply.
     """
     budget = Budget(minutes)
     placed = None if device is None else devices.named(device)
@@ -140,26 +140,26 @@ def audit(
         preprocessing.check_channels(normalise, image_shape[0])
     pictures.check_out(Path(out))
     read = _read(before, after, model, image_shape, num_classes, normalise, placed)
-    told: dict[str, Any] = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
-    told |= {"num_images": num_images, "attack": attack, "client": client}
-    told |= {"normalise": normalise, "minutes": minutes, "device": device}
-    about = of(before, after, **told)
+    asked: dict[str, Any] = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
+    asked |= {"num_images": num_images, "attack": attack, "client": client}
+    asked |= {"normalise": normalise, "minutes": minutes, "device": device}
+    about = about_audit(before, after, **asked)
     try:
         seen = observe(read.network, read.network.state_dict(), read.after, image_shape)
     except Unchanged as why:
-        return _told(_unchanged(read, why), about, read)
+        return _printed(_unchanged(read, why), about, read)
     except ValueError as why:
-        return _told(_without_head(f"{why}{read.where}", read, image_shape, out), about, read)
+        return _printed(_without_head(f"{why}{read.where}", read, image_shape, out), about, read)
     made = _made_head(seen)
     if made is not None:
-        return _told(_without_head(made, read, image_shape, out), about, read)
+        return _printed(_without_head(made, read, image_shape, out), about, read)
     if num_classes not in (None, seen.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}; the network has {seen.num_classes} outputs"
         )
     invented = _untrained_head(seen)
     if invented is not None:
-        return _told(_without_head(invented, read, image_shape, out), about, read)
+        return _printed(_without_head(invented, read, image_shape, out), about, read)
     look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
     label = leaks.of_label(seen, look)
@@ -167,10 +167,10 @@ def audit(
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options = _options(read, look, image_shape, client)
     runs = [
-        (name, count, _run(read, seen, name, count, options.get(name, {}))) for name, count in plan
+        Run(name, count, _call(read, seen, name, count, options.get(name, {})))
+        for name, count in plan
     ]
     found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
-    ran_out = any(not each.why.startswith("does not apply") for each in found.untried)
     found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
     found.untried.extend(_left_out(plan, found, attack))
@@ -178,12 +178,11 @@ def audit(
         best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
         _show(found, best, out, attack)
     else:
-        none = "no attack came to a result" if ran_out else "no attack applies"
-        print(f"{none}, which is no proof that nothing leaks")
-    return _told(found, about, read)
+        print(NO_RESULT)
+    return _printed(found, about, read)
 
 
-def _told(found: Audit, about: About, read: "_Read") -> Audit:
+def _printed(found: Audit, about: About, read: "_Read") -> Audit:
     """Print the verdict; the audit with what was asked, and what may hide more."""
     found = replace(found, about=about, caution=levels.HIDES if read.lost else None)
     if found.sentence != found.verdict.sentence:
@@ -193,7 +192,17 @@ def _told(found: Audit, about: About, read: "_Read") -> Audit:
     return found
 
 
-Run = tuple[str, int, partial[Reconstruction]]  # an attack, how many images, what runs it
+class Run(NamedTuple):
+    """An attack, how many images it looks for, and what runs it."""
+
+    attack: str
+    num_images: int
+    call: partial[Reconstruction]
+
+    def named(self, told: int) -> str:
+        """The attack, and how many images it looks for where that is not the number told."""
+        images = counted(self.num_images, "image")
+        return self.attack if self.num_images == told else f"{self.attack}, {images}"
 
 
 def _tried_in_turn(
@@ -204,94 +213,101 @@ def _tried_in_turn(
     one does not apply.
     """
     found, interrupted = Audit(results={}, beliefs={}, look=look, notes=[]), False
-    against = {
-        "doubted": partial(doubts, look=look),
-        "hides": partial(pairs.doubt, seen, kin=look.kin),
-    }
-    queue = list(runs)
-    for place, (name, count, run) in enumerate(queue):
-        record = records.ATTACKS[name]
-        images = counted(count, "image")
-        key = name if name not in found else f"{name}, {images}"
-        asked = name if count == told else f"{name}, {images}"
-        many = f"; {images}" if count != told else ""
-        decided = settled(found, count) if name in (*SEARCHES, *STEPPED) else None
-        if interrupted or decided:
-            found.untried.append(Untried(asked, decided or "the audit was interrupted"))
+    put_off: list[Run] = []
+    for run, later in _in_turn(runs, put_off):
+        asked, record = run.named(told), records.ATTACKS[run.attack]
+        needless = "the audit was interrupted" if interrupted else _needless(run, found)
+        if needless:
+            found.untried.append(Untried(asked, needless))
             print(f"not tried: {found.untried[-1]}")
             continue
-        until = budget.until(name, (other for other, _, _ in runs[place + 1 :]))
-        print(f"{name} ({record.client}{many}) ...", flush=True)
+        until = budget.until(run.attack, later)
         times: list[str] = []
+        print(f"{asked} ({record.client}) ...", flush=True)
         try:
-            went = attempt(run, record, until, partial(_noted, times), **against)
+            went = attempt(run.call, record, until, partial(_noted, times), seen, look)
         except NoTime as why:
-            if place + 1 < len(runs):
-                queue.append((name, count, run))
+            if later:
+                put_off.append(run)
                 _indented(f"put off: {why}")
-                continue
-            _indented(f"left out: {why}")
-            found.untried.append(Untried(asked, str(why)))
+            else:
+                _indented(f"left out: {why}")
+                found.untried.append(Untried(asked, str(why)))
             continue
         except Exception as why:  # whatever a user's network or attack raises
             if only:
-                raise ValueError(f"attack {name} does not apply: {sentence(why)}") from None
-            print(f"    does not apply: {sentence(why)}")
-            found.notes.append(f"{name} does not apply: {sentence(why)}")
-            found.untried.append(Untried(key, f"does not apply: {sentence(why)}"))
+                raise ValueError(f"attack {run.attack} does not apply: {sentence(why)}") from None
+            said = f"does not apply: {sentence(why)}"
+            _indented(said)
+            found.notes.append(f"{asked} {said}")
+            found.untried.append(Untried(asked, said))
             continue
-        interrupted = went.interrupted
         found.notes.extend(f"{asked}: {limit}" for limit in times[1:])  # behind how long it takes
-        if not _entered(found, key, asked, went, seen):
-            continue
-        try:
-            for said in () if went.stopped else _further(found, key, record, run, seen, until):
-                _indented(said)
-                found.notes.append(f"{key}: {said}")
-        except KeyboardInterrupt:
-            interrupted = True
-        if found.beliefs[key].grade is Explains.FULLY:
+        interrupted = _entered(found, run, asked, went, seen, until)
+        if any(each.grade is Explains.FULLY for each in found.beliefs.values()):
             break
     return replace(found, interrupted=interrupted)
 
 
-def _entered(found: Audit, key: str, asked: str, went: Attempt, seen: Observation) -> bool:
-    """Whether an attack came to a result, which is printed and entered in the audit."""
+def _in_turn(runs: Sequence[Run], put_off: Sequence[Run]) -> Iterator[tuple[Run, list[str]]]:
+    """Each run, with the attacks that follow; then those that were put off meanwhile, with none."""
+    for place, run in enumerate(runs):
+        yield run, [each.attack for each in runs[place + 1 :]]
+    for run in put_off:
+        yield run, []
+
+
+def _needless(run: Run, found: Audit) -> str | None:
+    """Why a search cannot find more than what was found; None where it may, and for no search."""
+    searches = run.attack in (*SEARCHES, *STEPPED)
+    return settled(found, run.num_images) if searches else None
+
+
+def _entered(
+    found: Audit, run: Run, asked: str, went: Attempt, seen: Observation, until: float
+) -> bool:
+    """Enter and print how an attack went; whether the user has ended the audit."""
     if went.stopped:
         _indented(went.stopped)
         found.notes.append(f"{asked} was {went.stopped}")
-    if went.result is None:
+    if went.result is None or went.belief is None:
         found.untried.append(Untried(asked, went.stopped or ""))
-        return False
-    belief = believe(went.result, went.agreement, found.look)
-    belief = pairs.doubted(belief, seen, went.result, found.look.kin)
-    found.results[key], found.beliefs[key] = went.result, belief
-    for line in _lines(went.result, went.agreement, belief):
+        return went.interrupted
+    again = run.attack in found
+    key = f"{run.attack}, {counted(run.num_images, 'image')}" if again else run.attack
+    found.results[key], found.beliefs[key] = went.result, went.belief
+    for line in _lines(went.result, went.belief):
         _indented(line)
-    return True
+    if went.stopped:
+        return went.interrupted
+    try:
+        for said in _further(found, key, run, seen, until):
+            _indented(said)
+            found.notes.append(f"{asked}: {said}")
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
-def _further(
-    found: Audit,
-    key: str,
-    record: records.Attack,
-    run: partial[Reconstruction],
-    seen: Observation,
-    until: float,
-) -> Iterator[str]:
+def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) -> Iterator[str]:
     """What many starts say of a search where a GPU runs them, which may take belief in it away, and
     what stays open of its brightness.
     """
-    result = found.results[key]
-    with contextlib.suppress(Exception):  # whatever a user's network raises
-        ends = many_starts.survey_where_fast(run, record, result, until)
+    result, record = found.results[key], records.ATTACKS[run.attack]
+    try:
+        ends = many_starts.survey_where_fast(run.call, record, result, until)
+    except Exception as why:  # whatever a user's network raises
+        yield f"many starts were not made: {sentence(why)}"
+    else:
         if ends is not None:
-            found.beliefs[key] = many_starts.doubted(found.beliefs[key], ends)
+            found.beliefs[key] = found.beliefs[key].less(many_starts.against(ends))
             yield clusters.sentence(ends)
-    with contextlib.suppress(Exception):
-        said = brightness.unfixed(record.key, seen, result)
-        if said:
-            yield said
+    try:
+        said = brightness.unfixed(run.attack, seen, result)
+    except Exception as why:
+        said = f"whether its brightness is fixed was not computed: {sentence(why)}"
+    if said:
+        yield said
 
 
 def _indented(line: str) -> None:
@@ -379,13 +395,14 @@ def _left_out(plan: Sequence[tuple[str, int]], found: Audit, attack: str) -> Ite
         elif name not in planned:
             client = records.ATTACKS[name].client
             yield Untried(name, f"what was told or seen does not fit its client: {client}")
-        elif best and not any(each.split(",")[0] == name for each in met):
+        elif best and not any(attack_of(each) == name for each in met):
             yield Untried(name, f"not needed: {best} explains the update")
     yield from leaks.missing()
 
 
-def _not_asked(why: str) -> list[Untried]:
-    return [Untried(name, why) for name in tried()]
+def _none_tried(why: str) -> list[Untried]:
+    """All attacks, where none could be tried."""
+    return [*(Untried(name, why) for name in tried()), *leaks.missing()]
 
 
 def _suitable(num_images: int, look: Look) -> list[str]:
@@ -437,7 +454,7 @@ def _options(
             "transmitted": read.coarse,
             "weight_decay": look.optimizer == "sgd with decay",
         },
-        "weighted": {"restarts": max(1, affordable(image_shape) // STARTS)},
+        "weighted": {"restarts": max(1, weighted.affordable(image_shape) // STARTS)},
         "dlm_plus": {"restarts": 2},
         "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
@@ -448,7 +465,7 @@ def _options(
     return options
 
 
-def _run(
+def _call(
     read: _Read, seen: Observation, name: str, count: int, options: Mapping[str, Any]
 ) -> partial[Reconstruction]:
     """What runs an attack for so many images."""
@@ -473,7 +490,8 @@ def _read(
     moved = {
         name: w for name, w in sent.items() if not torch.equal(w.double(), before[name].double())
     }
-    coarse = _half_precision(moved)
+    halves = {name: levels.half_of(w) for name, w in moved.items()}
+    coarse = {name: half for name, half in halves.items() if half is not None}
     # All in one, as networks compute; float32 held in float64 has the rounding of float32.
     single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
     dtype = torch.float32 if single else torch.float64
@@ -504,7 +522,7 @@ def _unchanged(read: _Read, why: Unchanged) -> Audit:
     every = dict(read.network.named_parameters())
     look = Look(unmoved=list(every), num_parameters=len(every), unread="no parameter changed")
     found = Audit(results={}, beliefs={}, look=look, notes=read.notes)
-    found.untried.extend([*_not_asked("no parameter changed"), *leaks.missing()])
+    found.untried.extend(_none_tried("no parameter changed"))
     if why.statistics:
         found.known.append(leaks.of_statistics(why))
         print(*found.known, sep="\n")
@@ -543,8 +561,8 @@ def _check_near(read: _Read, look: Look) -> None:
     """Raise ValueError where W_{t+1} is nowhere near W_t, and no layer tells of a step that led so
     far: of a gradient in its place Δ has all of W_t in it, like a decay of 1.
     """
-    told = [each for each in look.layers if each.values is not None or each.directions]
-    if any(abs(each.decay - 1) > APART for each in told):
+    speaking = [each for each in look.layers if each.values is not None or each.directions]
+    if any(abs(each.decay - 1) > APART for each in speaking):
         return
     named = read.network.named_parameters()
     both = [(w.detach().double(), read.after[n].to(w.device)) for n, w in named]
@@ -588,26 +606,16 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         print(none)
     found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
     found.known.extend(filter(None, [label]))
-    others = _not_asked(f"it needs what the network has not ({why})")
-    found.untried.extend([each for each in others if each.what not in results])
-    found.untried.extend(leaks.missing())
+    others = _none_tried(f"it needs what the network has not ({why})")
+    found.untried.extend(each for each in others if each.what not in results)
     if results:
         _show(found, "division", out, "all")
     else:
-        print("no attack came to a result, which is no proof that nothing leaks")
+        print(NO_RESULT)
     return found
 
 
-def _half_precision(weights: StateDict) -> dict[str, torch.dtype]:
-    """{name: the dtype of half precision that a tensor is rounded to, whatever it is held in}."""
-    found: dict[str, torch.dtype] = {}
-    for dtype in (torch.float16, torch.bfloat16):  # the coarser counts where both fit
-        each = rounded(weights, dtype)
-        found |= {name: dtype for name, w in weights.items() if torch.equal(w, each[name])}
-    return found
-
-
-def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> Iterator[str]:
+def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
     """What to print of a result."""
     if found.evidence.verdict is not None:  # its loss is the chi2/N that the verdict names
         yield found.evidence.verdict
@@ -623,9 +631,9 @@ def _lines(found: Reconstruction, agreement: float | None, belief: Belief) -> It
             f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; "
             f"{found.status.sentence}"
         )
-        if agreement is not None or not isinstance(found.evidence, Told):
-            yield _agreed(agreement)
-    if isinstance(found.evidence, Told) and belief.grade is not Explains.LITTLE:
+        if belief.agreement is not None or not isinstance(found.evidence, weighted.Told):
+            yield _agreed(belief.agreement)
+    if isinstance(found.evidence, weighted.Told) and belief.grade is not Explains.LITTLE:
         yield _worth(found, belief)
     # what explains little of the update is no estimate of the client
     little = searched and found.evidence.loss > PARTLY

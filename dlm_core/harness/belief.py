@@ -9,7 +9,7 @@ or where the update has too few numbers for the image.
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
@@ -31,8 +31,6 @@ EXPLAINED, PARTLY = 1e-3, 0.1
 # dB between the images of two searches that found the same: right ones 40 and more, wrong below 20.
 AGREED = 25.0
 FAR = 10.0  # a second search starts so much further from grey
-# Of unrolled searches once their steps are known.
-CLOSER = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}
 
 
 class Verdict(StrEnum):
@@ -104,6 +102,12 @@ class Belief:
 
     def __lt__(self, other: "Belief") -> bool:
         return self._place < other._place
+
+    def less(self, doubt: str | None) -> "Belief":
+        """The same, or in part at most, where there is something that speaks against more."""
+        if doubt is None:
+            return self
+        return replace(self, grade=min(self.grade, Explains.PARTLY), doubt=doubt)
 
     @property
     def _place(self) -> tuple[int, bool, bool, float]:
@@ -206,6 +210,11 @@ class Audit(Mapping[str, Reconstruction]):
         return Verdict.PARTLY if partly else Verdict.NOT_SHOWN
 
 
+def attack_of(key: str) -> str:
+    """The attack of an ``Audit``'s entry: "dlm_plus" of "dlm_plus, 2 images"."""
+    return key.split(",")[0]
+
+
 def _leaked(attack: str, found: Reconstruction, belief: Belief) -> Leak:
     """The images that an attack found, as one leak."""
     many = len(found.images) > 1
@@ -263,12 +272,11 @@ def believe(found: Reconstruction, agreement: float | None, look: Look) -> Belie
     look
         The first look at the update.
     """
-    grade, doubt = _by_itself(found, agreement), None
-    if grade is Explains.FULLY and not isinstance(found.evidence, Ratio):
-        doubt = doubts(found, look)
-    judged = found.evidence.explains is not None
-    grade = Explains.PARTLY if doubt else grade
-    return Belief(grade, doubt, judged, found.evidence.loss, agreement, _expected(found, agreement))
+    judged, loss = found.evidence.explains is not None, found.evidence.loss
+    grade, expected = _by_itself(found, agreement), _expected(found, agreement)
+    belief = Belief(grade, None, judged, loss, agreement, expected)
+    whole = grade is Explains.FULLY and not isinstance(found.evidence, Ratio)
+    return belief.less(against(found, look) if whole else None)
 
 
 def _expected(found: Reconstruction, agreement: float | None) -> float | None:
@@ -314,8 +322,9 @@ def _by_itself(found: Reconstruction, agreement: float | None) -> Explains:
     return Explains.PARTLY if found.evidence.loss <= PARTLY or agreed else Explains.LITTLE
 
 
-def doubts(found: Reconstruction, look: Look) -> str | None:
-    """What else than these images may have left the update; None for nothing that is known.
+def against(found: Reconstruction, look: Look) -> str | None:
+    """What speaks against a result, whatever it explains: what else than these images may have left
+    the update; None for nothing that is known.
 
     Parameters
     ----------

@@ -7,7 +7,6 @@ from functools import partial
 
 from dlm_core import records
 from dlm_core.beyond import unrolled
-from dlm_core.harness.belief import CLOSER
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import Reconstruction
 from dlm_core.search import StopRule
@@ -21,6 +20,8 @@ STEPPED = ("weighted",)
 FEWEST, FEWEST_STEPS = 10, 4
 # Evaluations of a search from one start, at most.
 BUDGET = StopRule().max_evaluations
+# How an unrolled search runs once its steps are known.
+AT_LENGTH = {"tolerance": 0.0, "patience": 200, "max_evaluations": 1000}
 # That an audit takes in all, unless told.
 MINUTES = 5.0
 MORE = "--minutes (minutes) gives more"
@@ -163,7 +164,7 @@ def _simulated_steps(local_steps: int) -> int:
     short searches at up to twice as many and at numbers between, a long one, and from two starts.
     """
     climb = unrolled.FIRST * BUDGET + 8 * local_steps * unrolled.SHORT
-    return climb + local_steps * (BUDGET + STARTS * int(CLOSER["max_evaluations"]))
+    return climb + local_steps * (BUDGET + STARTS * int(AT_LENGTH["max_evaluations"]))
 
 
 def in_words(seconds: float) -> str:

@@ -59,11 +59,17 @@ def rounding_of(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found if any(len(weights[name].unique()) >= FEW for name in found) else {}
 
 
+def half_of(w: torch.Tensor) -> torch.dtype | None:
+    """The half precision that a tensor is rounded to, whatever it is held in; None for neither."""
+    either = (torch.bfloat16, torch.float16)  # the coarser counts where both fit
+    return next((d for d in either if torch.equal(w.double(), w.to(d).double())), None)
+
+
 def _step(w: torch.Tensor) -> torch.Tensor | None:
     """From one level to the next, at each entry; None where there are no levels."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(w.double(), w.to(dtype).double()):
-            return unit_in_last_place(w.to(dtype))
+    half = half_of(w)
+    if half is not None:
+        return unit_in_last_place(w.to(half))
     rows = w.double().flatten(1) if w.ndim > 1 else w.double()[None]
     of_rows = rows.abs().amax(1, keepdim=True)
     for largest in (of_rows.max()[None, None], of_rows):  # one scale, or one for each output

@@ -6,7 +6,6 @@ picture, and whether another explains the update as well.
 
 import time
 import warnings
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,9 +13,9 @@ import torch
 from dlm_core import records
 from dlm_core.beyond.attention import plain_attention
 from dlm_core.beyond.starts import Ends, survey
-from dlm_core.harness.belief import AGREED, PARTLY, Belief, far
+from dlm_core.harness.belief import AGREED, PARTLY, far
 from dlm_core.harness.watch import OutOfTime, Watch
-from dlm_core.results import Explains, Reconstruction, SearchEvidence
+from dlm_core.results import Reconstruction, SearchEvidence
 from dlm_core.threads import one_thread
 
 # {kind of device: starts}. One after the other they would take hours.
@@ -58,20 +57,12 @@ def survey_where_fast(
     return None
 
 
-def doubted(belief: Belief, ends: Ends) -> Belief:
-    """The same belief, or less where different pictures explain the update.
-
-    Parameters
-    ----------
-    belief
-        In the search's result.
-    ends
-        Of ``survey_where_fast``.
+def against(ends: Ends) -> str | None:
+    """What speaks against a search's result, where different pictures explain the update; None for
+    nothing.
     """
-    if ends.explaining < 2:
-        return belief
-    doubt = f"{ends.explaining} different pictures explain the update"
-    return replace(belief, grade=min(belief.grade, Explains.PARTLY), doubt=doubt)
+    many = ends.explaining
+    return f"{many} different pictures explain the update" if many > 1 else None
 
 
 def _within(run: partial[Ends], until: float) -> Ends | None:

@@ -21,9 +21,10 @@ from dlm_core.beyond.attention import plain_attention
 from dlm_core.beyond.weighted import EXACT
 from dlm_core.federated import loss as training_loss
 from dlm_core.harness import clues
-from dlm_core.harness.belief import AGREED, Belief
+from dlm_core.harness.belief import AGREED
+from dlm_core.harness.look import Look
 from dlm_core.observation import TINY, Observation
-from dlm_core.results import Explains, Reconstruction, SearchEvidence, Status
+from dlm_core.results import Reconstruction, SearchEvidence, Status
 
 PAIRS = 4  # that are tried, of differences as smooth as natural images
 SHOWS = 10.0  # times the squares left unexplained, from which two images would have shown
@@ -40,41 +41,28 @@ SIGNS = (
     "one step of Adam or its kin leaves little more than signs, which do not tell how many images "
     "left them: what was found may be the mean of several"
 )
+UNTOLD = "whether two images would have left such an update could not be computed"
+UNASKED = "its time was over before it was held against two images"
 
 Tensors = Sequence[torch.Tensor]
 
 
-def doubted(belief: Belief, seen: Observation, found: Reconstruction, kin: str) -> Belief:
-    """The same belief in a result, or less where two images would have left such an update.
-
-    Parameters
-    ----------
-    belief, seen, found
-        In what was found, what the observer sees, and that result.
-    kin
-        Key of ``records.CLIENT_OPTIMIZERS``, what the update looks like.
-    """
-    if belief.grade is not Explains.FULLY or isinstance(found.evidence, inputs.Ratio):
-        return belief
-    said = doubt(seen, found, kin)
-    return belief if said is None else replace(belief, grade=Explains.PARTLY, doubt=said)
-
-
-def doubt(seen: Observation, found: Reconstruction, kin: str) -> str | None:
-    """What to say where twice as many images would have left such an update, or where that cannot
-    be told; None where they would have shown.
+def against(seen: Observation, found: Reconstruction, look: Look) -> str | None:
+    """What speaks against a result: that twice as many images would have left such an update, or
+    that this cannot be told; None where they would have shown.
 
     Parameters
     ----------
     seen, found
         What the observer sees, and an attack's result.
-    kin
-        As of ``doubted``.
+    look
+        The first look at the update.
 
     Notes
     -----
     Where labels are -1, the client's loss is not known. A search then has to explain the update to
-    its rounding, and two images are looked for under cross-entropy instead.
+    its rounding, and two images are looked for under cross-entropy instead. Of an exact attack that
+    needs no label nothing is asked.
     """
     known = bool((found.labels >= 0).all())
     if not known:
@@ -84,25 +72,29 @@ def doubt(seen: Observation, found: Reconstruction, kin: str) -> str | None:
             return UNKNOWN
         label = label_inference.infer(seen).to(found.labels)
         found = replace(found, labels=label.expand(len(found.images)))
-    if kin == "adam" and found.local_steps in (None, 1):
+    if signs_alone(found, look):
         return SIGNS
     try:
-        hidden = _hidden(seen, found, kin, known)
+        return HIDDEN if _hidden(seen, found, look, known) else None
     except Exception:  # whatever a user's network raises
-        return "whether two images would have left such an update could not be computed"
-    return HIDDEN if hidden else None
+        return UNTOLD
 
 
-def _hidden(seen: Observation, found: Reconstruction, kin: str, known: bool) -> bool:
+def signs_alone(found: Reconstruction, look: Look) -> bool:
+    """Whether the update is that of one step of Adam or its kin, however a search went on."""
+    return look.kin == "adam" and found.local_steps in (None, 1)
+
+
+def _hidden(seen: Observation, found: Reconstruction, look: Look, known: bool) -> bool:
     """Whether there are two images that would not have shown, by a loss that is ``known`` or not.
 
     A pair with more directions than the client's update shows as well, unless that has so many that
     its directions say nothing.
     """
     images = found.images.detach().double()
-    update_of = _client(seen, found, kin)
-    layers = inputs.read(seen.model, seen.weights_after, seen.image_shape)
-    directions, decay = _most(layers), max((each.decay for each in layers), default=0.0)
+    update_of = _client(seen, found, look.kin)
+    directions = 0 if look.coarse else _most(look.layers)  # rounding has directions of its own
+    decay = max((each.decay for each in look.layers), default=0.0)
     own, update = update_of(images), _without_decay(seen, found, decay)
     measures = [_Measure(w, update, own) for w in _weights(seen)]
     if not known:  # it was explained to so many times its rounding
@@ -114,13 +106,16 @@ def _hidden(seen: Observation, found: Reconstruction, kin: str, known: bool) -> 
         both = update_of(twice.flatten(0, 1))
         if any(each.shows(both) for each in measures):
             continue
-        named = seen.model.named_parameters()
-        factor = measures[0].factor
-        after = {n: (w.double() - factor * g).to(w.dtype) for (n, w), g in zip(named, both)}
-        more = _most(inputs.read(seen.model, after, seen.image_shape)) > directions
-        if not (directions and more):
+        if not directions or _directions(seen, both, measures[0].factor) <= directions:
             return True
     return False
+
+
+def _directions(seen: Observation, update: Tensors, factor: float) -> int:
+    """Of an update times ``factor``, rounded as the client's weights are."""
+    named = seen.model.named_parameters()
+    after = {n: (w.double() - factor * g).to(w.dtype) for (n, w), g in zip(named, update)}
+    return _most(inputs.read(seen.model, after, seen.image_shape))
 
 
 def _most(layers: Iterable[inputs.LayerInput]) -> int:

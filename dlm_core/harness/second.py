@@ -1,4 +1,5 @@
-"""A second search from far away, whose end speaks for the first one's picture or against it.
+"""A second search from far away, whose end speaks for the first one's picture or against it; and
+searches that go on.
 
 A search that begins far from the image may still be falling when its evaluations are over, at a
 loss many times the first one's: it has found nothing, and says nothing. It then goes on, until it
@@ -16,8 +17,8 @@ from typing import Any
 
 from dlm_core import records
 from dlm_core.beyond.weighted import Told, affordable
-from dlm_core.harness.belief import AGREED, CLOSER, EXPLAINED, converged, far, likeness
-from dlm_core.harness.foretell import FEWEST, MORE, in_words
+from dlm_core.harness.belief import AGREED, EXPLAINED, converged, far, likeness
+from dlm_core.harness.foretell import AT_LENGTH, FEWEST, MORE, in_words
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import Reconstruction, SearchEvidence, Status
 
@@ -36,7 +37,7 @@ def twice(
     record: records.Attack,
     watch: Watch,
     say: Callable[[str], None],
-    doubted: Callable[[Reconstruction], object],
+    against: Callable[[Reconstruction], object],
 ) -> tuple[Reconstruction, float | None]:
     """Run an attack, and where it searches a second time, from far away.
 
@@ -48,21 +49,20 @@ def twice(
         That it runs in.
     say
         Takes a sentence of how long a second search goes on.
-    doubted
-        Of a result, whether something speaks against it whatever a second search finds: a true
-        value where it does.
+    against
+        Of a result, what speaks against it whatever a second search finds; None for nothing.
 
     Returns
     -------
     tuple
-        The result, and the PSNR in dB between its images and those of the second search; None for
-        exact attacks, and for those that have one start.
+        The result, and the PSNR in dB between its images and those of the second search; None where
+        none was made, and where it stalled while the first one met all of the update.
     """
     found = watch.keep(run())
     if not isinstance(found.evidence, SearchEvidence):
         return found, None
     if found.local_steps is not None:
-        run = partial(run, local_steps=found.local_steps, **CLOSER)
+        run = partial(run, local_steps=found.local_steps, **AT_LENGTH)
         found = watch.keep(run())
     if not record.seeded or not _worth_another(found):
         return found, None
@@ -70,44 +70,26 @@ def twice(
     again = from_afar()
     if isinstance(found.evidence, Told) and again.evidence.loss < found.evidence.loss:
         found, again = again, found
-    if found.evidence.loss <= CLOSELY and "resume" in record.options and not doubted(found):
+    if found.evidence.loss <= CLOSELY and "resume" in record.options and against(found) is None:
         found, again = _gone_on(run, found, from_afar, again, watch, say)
     alone = converged(found) and not converged(again)  # what stalls says nothing against it
     return found, None if alone else likeness(found.images, again.images)
 
 
-def closer(
-    run: Run,
-    record: records.Attack,
-    found: Reconstruction,
-    agreement: float | None,
-    watch: Watch,
-    hides: Callable[[Reconstruction], object],
-) -> tuple[Reconstruction, float | None]:
-    """What ``twice`` returned; a search that ended as soon as it explained the update gone on where
-    that is not close enough to tell one image from two.
+def goes_on(record: records.Attack, found: Reconstruction) -> bool:
+    """Whether a search ended as soon as it explained the update, and may come closer to it."""
+    ended = found.status in (Status.CONVERGED, Status.BUDGET)
+    return ended and isinstance(found.evidence, SearchEvidence) and "resume" in record.options
 
-    Parameters
-    ----------
-    run, record, watch
-        As of ``twice``.
-    found, agreement
-        What it returned.
-    hides
-        Of a result, whether two images would not have shown: a true value where they would not.
-    """
-    ended = found.status in (Status.CONVERGED, Status.BUDGET) and "resume" in record.options
-    explains = found.evidence.loss <= EXPLAINED
-    if agreement is None or agreement < AGREED or not (explains and ended):
-        return found, agreement
+
+def closer(
+    run: Run, found: Reconstruction, agreement: float | None, watch: Watch
+) -> tuple[Reconstruction, float | None]:
+    """A search that goes on, with what ``twice`` returned; OutOfTime where it has too little."""
     each = statistics.median(watch.taken or [0.0])
-    try:
-        if not hides(found):
-            return found, agreement
-        further = watch.keep(_further(run, found, FIRST, each, watch))
-    except OutOfTime:
-        return found, agreement
-    return further, min(agreement, likeness(further.images, found.images))
+    further = watch.keep(_further(run, found, FIRST, each, watch))
+    alike = likeness(further.images, found.images)
+    return further, None if agreement is None else min(agreement, alike)
 
 
 def _gone_on(

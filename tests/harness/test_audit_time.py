@@ -143,7 +143,7 @@ def test_an_attack_of_one_s_own_ends_with_its_time(tmp_path, capsys):
         records.ATTACKS.clear()
         records.ATTACKS.update(before)
     assert not found and "time was over" in found.untried[0].why
-    assert "no attack applies" not in capsys.readouterr().out
+    assert "no attack came to a result" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss, estimates", [(5.0, False), (0.05, True)])

@@ -121,8 +121,8 @@ def test_nothing_is_begun_that_the_time_does_not_hold(fast, digit):
 def test_a_doubt_takes_belief_away_and_gives_none():
     full = Belief(Explains.FULLY, None, False, 1e-6, 40.0)
     little = Belief(Explains.LITTLE, None, False, 1.0)
-    several, one = (type("Ends", (), {"explaining": n}) for n in (2, 1))
-    assert many_starts.doubted(full, one) == full
-    assert many_starts.doubted(full, several).grade is Explains.PARTLY
-    assert "2 different pictures" in many_starts.doubted(full, several).doubt
-    assert many_starts.doubted(little, several).grade is Explains.LITTLE
+    several, one = (many_starts.against(type("Ends", (), {"explaining": n})) for n in (2, 1))
+    assert full.less(one) == full
+    assert full.less(several).grade is Explains.PARTLY
+    assert "2 different pictures" in full.less(several).doubt
+    assert little.less(several).grade is Explains.LITTLE

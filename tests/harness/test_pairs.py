@@ -12,6 +12,8 @@ from dlm_core.beyond import exact
 from dlm_core.beyond.unrolled import unrolled_dlm
 from dlm_core.federated import train_locally
 from dlm_core.harness import pairs
+from dlm_core.harness.look import first_look
+from dlm_core.harness.watch import OutOfTime
 from dlm_core.observation import observe
 from tests.harness.audited import SHAPE, asked, snapshots
 
@@ -93,7 +95,7 @@ def test_the_client_s_own_steps_are_taken_with_twice_as_many(init, kin, how):
         model = lenet(init)
         seen = observe(model, *sent(model, fours()[:count], **how), SHAPE)
         found = unrolled_dlm(seen, **told, **patient)
-        assert (pairs.doubt(seen, found, kin) is None) == (count == 1)
+        assert (pairs.against(seen, found, first_look(seen, 1, {})) is None) == (count == 1)
 
 
 def squared(scores, labels):
@@ -125,5 +127,40 @@ def test_where_two_images_would_have_shown_one_is_believed(init, rate):
     model = lenet(init)
     seen = observe(model, *snapshots(model, ZEROS[:1], LABELS[:1], lr=rate), SHAPE)
     before = copy.deepcopy(seen.model.state_dict())
-    assert pairs.doubt(seen, exact.recover(seen), "sgd") is None
+    assert pairs.against(seen, exact.recover(seen), first_look(seen, 1, {})) is None
     assert all(torch.equal(w, before[name]) for name, w in seen.model.state_dict().items())
+
+
+class Later:
+    """In place of ``pairs.against``: raises what it is told, as an alarm or a user would."""
+
+    def __init__(self, raised):
+        self.raised = raised
+
+    def __call__(self, *given):
+        raise self.raised
+
+
+@pytest.mark.parametrize("attack", ["dlm_plus", "exact"])
+def test_what_was_not_held_against_two_images_in_its_time_is_partly(attack, monkeypatch, tmp_path):
+    one = snapshots(lenet("paper"), ZEROS[:1], LABELS[:1], lr=0.1)
+    monkeypatch.setattr(pairs, "against", Later(OutOfTime()))
+    found = asked(lenet("paper"), one, tmp_path, attack=attack)
+    assert found.verdict == "partly" and not found.interrupted
+    assert found.beliefs[attack].doubt == pairs.UNASKED
+
+
+@pytest.mark.parametrize("attack", ["dlm_plus", "exact"])
+def test_an_interrupt_meanwhile_keeps_what_was_found(attack, monkeypatch, tmp_path):
+    one = snapshots(lenet("paper"), ZEROS[:1], LABELS[:1], lr=0.1)
+    monkeypatch.setattr(pairs, "against", Later(KeyboardInterrupt()))
+    found = asked(lenet("paper"), one, tmp_path, attack=attack)
+    assert found.interrupted and list(found) == [attack] and found.verdict == "partly"
+
+
+def test_images_are_held_against_pairs_once_where_nothing_goes_on(monkeypatch, tmp_path):
+    called, against = [], pairs.against
+    monkeypatch.setattr(pairs, "against", lambda *given: called.append(given) or against(*given))
+    one = snapshots(lenet("paper"), ZEROS[:1], LABELS[:1], lr=0.1)
+    assert asked(lenet("paper"), one, tmp_path, attack="dlm_plus").verdict == "leaked"
+    assert len(called) == 1
