@@ -180,10 +180,9 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     coarse
         {name: half precision that a tensor of the weights was rounded to}.
 
-    Raises
-    ------
-    Exception
-        None: whatever a user's network raises is ``unread``.
+    Notes
+    -----
+    Whatever a user's network raises is ``unread``.
     """
     bias = seen.head.delta_bias
     moved = [bool(layer.any()) for layer in seen.delta]

@@ -18,8 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
-
 from dlm_core import check, data, records
 from dlm_core.harness import (
     devices,
@@ -227,7 +225,7 @@ class Report:
     def claim(
         self,
         statement: str,
-        finding: Finding | bool | numpy.bool_,
+        finding: Finding,
         evidence: str = "",
         *,
         whose: Literal["released", "abstract", "ours"],
@@ -240,19 +238,16 @@ class Report:
         statement
             In words.
         finding
-            Of ``harness.evidence``: criterion, numbers and verdict. A bool is taken as well; it
-            keeps neither criterion nor n, and no numbered notebook gives one.
+            Of ``harness.evidence``: criterion, numbers and verdict.
         evidence
-            The numbers that decide a bool; beside a finding, further ones.
+            Further numbers.
         whose
             "released": of a released experiment, in its own setting. "abstract": a sentence of the
             paper's abstract, in a setting of ours. "ours".
         cause
             The likely reason where it does not hold.
         """
-        if not isinstance(finding, Finding):
-            finding = _unmeasured(bool(finding), evidence)
-        elif evidence:
+        if evidence:
             finding = dataclasses.replace(finding, evidence=f"{finding.evidence}; {evidence}")
         cause = cause if finding.verdict is Verdict.FAILS else ""
         self.claims.append(
@@ -337,13 +332,6 @@ class Report:
 def _json(number: float) -> float | str:
     """JSON has no infinity: "-inf" is the PSNR of no picture."""
     return number if math.isfinite(number) else str(number)
-
-
-def _unmeasured(holds: bool, evidence: str) -> Finding:
-    """The finding of a claim whose criterion is in its notebook's code alone."""
-    verdict = Verdict.HOLDS if holds else Verdict.FAILS
-    nothing: dict[str, Any] = {"criterion": "", "interval": None, "n": None, "units": ""}
-    return Finding(evidence=evidence, verdict=verdict, **nothing)
 
 
 def _drawn(figure: Any, kind: str, notes: Mapping[str, Any]) -> bytes:

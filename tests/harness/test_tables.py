@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from dlm_core.harness import report, settings, sweeps, tables
+from dlm_core.harness import evidence, report, settings, sweeps, tables
 from dlm_core.harness.trials import Trial, repeated
 
 FRAME = pandas.DataFrame(
@@ -244,20 +244,21 @@ def run(tmp_path, monkeypatch):
     return report.Report("91_works", profile="quick")
 
 
-@pytest.mark.parametrize(
-    "holds", [math.nan, "no", "", None, 1, 0.0, [], [False], numpy.array([True]), torch.ones(1)]
-)
-def test_a_verdict_is_a_bool_and_nothing_that_counts_as_true(run, holds):
-    with pytest.raises(ValueError, match="^finding is .*; it takes .*True or False"):
-        run.claim("it works", holds, "1 of 1", whose="ours")
+WORKS = evidence.computed(1.0, "the run", quantity="share")
+
+
+@pytest.mark.parametrize("finding", [True, numpy.True_, math.nan, "no", None, 1, WORKS])
+def test_a_claim_takes_a_finding_with_its_criterion_and_no_bool(run, finding):
+    with pytest.raises(ValueError, match="^finding is .*; it takes .*Finding"):
+        run.claim("it works", finding, "1 of 1", whose="ours")
     assert run.claims == []
 
 
-@pytest.mark.parametrize("holds", [True, numpy.True_, pandas.Series([True]).all()])
-def test_a_bool_may_be_numpy_s(run, holds, capsys):
-    run.claim("it works", holds, "1 of 1", whose="ours")
-    run.claim("it fails", not holds, "0 of 1", whose="released", cause="on purpose")
+def test_a_claim_prints_its_verdict_and_keeps_a_cause_where_it_fails(run, capsys):
+    run.claim("it works", WORKS.at_least(1), "1 of 1", whose="ours", cause="none")
+    run.claim("it fails", WORKS.at_least(2), "0 of 1", whose="released", cause="on purpose")
     assert [claim["verdict"] for claim in run.claims] == ["holds", "does not hold"]
+    assert [claim["cause"] for claim in run.claims] == ["", "on purpose"]
     assert "[holds] it works" in capsys.readouterr().out
     run.finish()
 
@@ -267,7 +268,7 @@ def test_a_claim_of_nobody_s_is_refused(run, whose):
     with pytest.raises(
         ValueError, match="whose is .*; it takes 'released' or 'abstract' or 'ours'"
     ):
-        run.claim("it works", True, "1 of 1", whose=whose)
+        run.claim("it works", WORKS.at_least(1), "1 of 1", whose=whose)
     assert run.claims == []
 
 
@@ -289,11 +290,12 @@ def test_a_run_is_called_by_its_profile_only_where_it_has_the_profile_s_sizes():
 WRITER = """
 import sys
 import pandas
-from dlm_core.harness import report
+from dlm_core.harness import evidence, report
 run = report.Report(sys.argv[1], profile="quick")
 for i in range(40):
     run.table(pandas.DataFrame({"number": range(200), "writer": sys.argv[2]}), sys.argv[2])
-run.claim("it works", True, "40 tables", whose="ours")
+tables = evidence.computed(40, "tables", quantity="count")
+run.claim("it works", tables.at_least(40), whose="ours")
 run.finish()
 """
 

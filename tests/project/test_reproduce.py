@@ -33,7 +33,7 @@ def command(*arguments, environment, **options):
 
 
 NOTEBOOK = """
-from dlm_core import data, report, sweeps, trials
+from dlm_core import data, evidence, report, sweeps, trials
 run = report.Report("{name}", profile=profile, images=images)
 client = trials.Client(learning_rate=0.05)
 options = {{"max_evaluations": 5}}
@@ -43,7 +43,8 @@ plan = [
 table = sweeps.table(plan, sweeps.sweep(plan))
 run.table(table[["index", "psnr", "loss"]], "a table")
 {more}
-run.claim("it runs", True, f"{{len(table)}} trials", whose="ours")
+ran = evidence.computed(len(table), "trials", quantity="count")
+run.claim("it runs", ran.at_least(1), whose="ours")
 run.finish()
 """
 

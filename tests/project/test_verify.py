@@ -79,7 +79,7 @@ def test_what_is_not_recorded_is_not_the_same_machine():
 CELL = """
 import os
 from pathlib import Path
-from dlm_core import report, sweeps, trials
+from dlm_core import evidence, report, sweeps, trials
 run = report.Report("{name}", profile=profile, images=images)
 client = trials.Client(learning_rate=0.05)
 plan = [trials.Trial("dlm_plus", {{"max_evaluations": 5}}, "digits", index=i, client=client)
@@ -88,8 +88,8 @@ finished = len(list(Path(os.environ["DLM_STORE"]).rglob("*.safetensors")))
 table = sweeps.table(plan, sweeps.sweep(plan))
 {more}
 run.table(table[["index", "psnr", "loss"]], "a table")
-said = f"{{finished}} trials"
-run.claim("No trial was finished before", finished == 0, said, whose="ours")
+before = evidence.computed(finished, "trials finished", quantity="count")
+run.claim("No trial was finished before", before.at_most(0), whose="ours")
 run.finish()
 """
 BREAKS = 'if Path("{flag}").exists(): raise RuntimeError("on purpose")'
