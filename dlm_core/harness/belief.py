@@ -30,6 +30,15 @@ from dlm_core.results import Explains, Reconstruction, Status
 EXPLAINED, PARTLY = 1e-3, 0.1
 # dB between the images of two searches that found the same: right ones 40 and more, wrong below 20.
 AGREED = 25.0
+# What is to be said of a batch that its reason does not confirm.
+UNCONFIRMED = {
+    Reason.NOT_ONE_STEP: (
+        "one step on these images does not explain the update; several steps "
+        "may, or images of which one is a darker copy of another"
+    ),
+    Reason.UNTESTED: "rounding alone may have left such an update, so nothing confirms it",
+    Reason.UNSETTLED: "no test confirms that these are images and not mixtures of them",
+}
 FAR = 10.0  # a second search starts so much further from grey
 
 
@@ -341,11 +350,8 @@ def against(found: Reconstruction, look: Look) -> str | None:
             f"and {counted(count, 'image')} in {counted(steps, 'step')} "
             f"leave {count * steps} at most"
         )
-    if isinstance(found.evidence, Traces) and found.evidence.reason is Reason.NOT_ONE_STEP:
-        return (
-            "one step on these images does not explain the update; several steps "
-            "may, or images of which one is a darker copy of another"
-        )
+    if isinstance(found.evidence, Traces) and found.evidence.reason in UNCONFIRMED:
+        return UNCONFIRMED[found.evidence.reason]
     return _limit(count, pixels, look)
 
 

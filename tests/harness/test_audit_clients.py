@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import data, metrics, models
+from dlm_core.beyond.batches import Reason
 from dlm_core.harness.belief import believe
 from dlm_core.results import Explains
 from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
@@ -237,3 +238,15 @@ def test_a_mixture_that_no_zeros_settle_is_vouched_for_by_nothing_that_is_said(t
     assert found["exact_batch"].evidence.reason == "unsettled" and found.verdict == "partly"
     assert "it vouches for none of its pictures" in said
     assert "the client normalised" not in said
+
+
+@pytest.mark.parametrize("reason", [Reason.UNSETTLED, Reason.UNTESTED, Reason.NOT_ONE_STEP])
+def test_a_whole_batch_that_nothing_confirms_is_partly(reason, tmp_path):
+    model = network(linear(64, 200), nn.ReLU, linear(200, 10))
+    sent = snapshots(model, IMAGES[:2], LABELS[:2])
+    found = asked(model, sent, tmp_path, num_images=2, attack="exact_batch")
+    whole = found["exact_batch"]
+    assert found.verdict == "leaked" and whole.evidence.recovered.all()
+    shown = replace(whole, evidence=replace(whole.evidence, reason=reason))
+    believed = believe(shown, None, found.look)
+    assert believed.grade is Explains.PARTLY and believed.doubt
