@@ -20,6 +20,11 @@ HEADINGS = {
     "success_30": "share at 30 dB",
     "psnr": "PSNR, dB",
     "psnr_50": "median PSNR, dB",
+    "psnr_mean": "mean PSNR, dB",
+    "psnr_std": "its standard deviation",
+    "psnr_max": "largest PSNR, dB",
+    "psnr_unaware": "PSNR of DLM+, not told, dB",
+    "at_truth": "loss at the truth",
     "ssim": "SSIM",
     "lpips": "LPIPS",
     "released_psnr": "released PSNR, dB",
@@ -99,9 +104,9 @@ def _cells(frame: Any, name: Any, digits: int) -> list[Any]:
 
 
 def _word(value: Any, titles: Mapping[str, str]) -> Any:
-    if isinstance(value, str):
-        return titles.get(value, value)
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    if str(value) == "nan":  # a number, or one that its notebook has written out
+        return ""
+    return titles.get(value, value) if isinstance(value, str) else value
 
 
 def _number(value: float, digits: int) -> str:

@@ -37,7 +37,7 @@ def test_a_word_that_is_a_key_of_two_tables_goes_by_its_column():
 
 
 def test_gaps_are_empty_and_infinity_is_a_word():
-    frame = pandas.DataFrame({"psnr": [math.nan, math.inf, 0.25], "why": ["", math.nan, "a|b"]})
+    frame = pandas.DataFrame({"psnr": [math.nan, math.inf, 0.25], "why": ["nan", math.nan, "a|b"]})
     shown = headings.shown(frame, digits=1)
     assert shown["PSNR, dB"].tolist() == ["", "inf", "0.2"]
     assert shown["why"].tolist() == ["", "", "a|b"]
