@@ -33,7 +33,7 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.beyond import decay, lengths, ratios
 from dlm_core.beyond.rounding import Transmitted, precision_of
-from dlm_core.beyond.tracing import AWAY, NOISE, Traced
+from dlm_core.beyond.tracing import AWAY, NOISE, Traced, repeats
 from dlm_core.observation import TINY, Observation, unit_in_last_place
 from dlm_core.results import Evidence, Explains, Reconstruction, Status
 
@@ -46,6 +46,7 @@ KNOWN = 1e-3  # error of an input, relative, up to which layers are held against
 GAP = 2.5  # between the singular values of inputs and those of what else changed an update
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
 SHRUNK = 0.5  # of the weights, from which what was taken off them is no decay
+MANY_NUMBERS = 8  # of an input, fewer of which may have a mean of 0 by chance
 LEFT = 0.01  # what else changed it, of the first singular value, up to which an input is shown
 
 
@@ -116,6 +117,14 @@ class LayerInput:
         Whether later layers' updates speak of this length of ``values``; or, where chance keeps
         them from it, of another layer's. Else they are a multiple of the input if weight and bias
         had two rates.
+    centred
+        Whether ``values`` have a mean of 0, though inputs there have another: then a client that
+        takes the mean off each row of its gradient left what else is in the input.
+    bias_apart
+        Whether the weight's update has one direction and the bias's is another: it moved by another
+        rule, or by further images that are multiples of one or black.
+    bias_alone
+        Whether the bias moved and the weight did not: its input was 0, or it was not trained.
     image
         [1, C, H, W] where ``values`` are ``pixels``: in the client's own range, whatever that is.
         None elsewhere.
@@ -143,6 +152,9 @@ class LayerInput:
     untrained: bool = False
     disputed: bool = False
     confirmed: bool = False
+    centred: bool = False
+    bias_apart: bool = False
+    bias_alone: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
 
     @property
@@ -163,6 +175,25 @@ class LayerInput:
         """What it says, in words; None for nothing."""
         if self.values is not None:
             return self._shown()
+        if self.bias_alone:
+            black = " (a black image)" if self.pixels else ""
+            return (
+                f"the bias of layer {self.name!r} moved and its weight did not: its input was 0"
+                f"{black}, or the client did not train this weight"
+            )
+        said = [self._several(), self._silhouette()]
+        return ". ".join(filter(None, said)) or None
+
+    def _silhouette(self) -> str | None:
+        if not (self.pixels and 0 < self.still < self.features) or self.untrained:
+            return None
+        return (
+            f"{self.still:,} of the {self.features:,} weights' columns of layer {self.name!r} did "
+            "not move: so many pixels are black in all of the client's images, unless it did not "
+            "train these"
+        )
+
+    def _several(self) -> str | None:
         if self.directions < 2:
             return None
         of = "images" if self.pixels and self.fixed else "images or steps"
@@ -175,28 +206,28 @@ class LayerInput:
 
     def _shown(self) -> str:
         which = "the image, " if self.pixels else ""
-        known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
-        if self.mixed > self.error:
-            known += (
-                " if one image left it. A mean of several images' inputs would look the same here, "
-                f"and be off by about {self.mixed:.0e}"
-            )
         beside = f" beside {self._beside}" if self.decay else ""
         said = (
             f"the input of layer {self.name!r} ({which}{self.features:,} numbers) "
-            f"stands in the update{beside}, {known}"
+            f"stands in the update{beside}, {self._to}"
         )
+        if self.centred:
+            return (
+                f"{said}, but for its mean: its numbers add up to 0, as where the client takes the "
+                "mean off its gradients' rows"
+            )
+        if self.bias_apart:
+            return (
+                f"{said}: the weight's update has one direction, and the bias moved by another "
+                "rule, or by further images that are darker copies of it or black"
+            )
         mixture = "" if self.single else self._mixture
         if self.untrained:
+            multiple = "; or all of it is a multiple of the input, as of two rates"
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: "
                 "the client did not train these, and they are not 0 as they seem"
-                + (
-                    ""
-                    if self.confirmed
-                    else "; or all of it is a multiple of the input, as of two rates"
-                )
-                + mixture
+                f"{multiple * (not self.confirmed)}{mixture}"
             )
         if self.disputed:
             return (
@@ -209,13 +240,22 @@ class LayerInput:
                 " (or a multiple of it, if the client's rates for weight and bias differ: nothing "
                 "else in the update fixes its length)"
             )
-        said += mixture
-        if self.pixels and self.still:
-            said += (
-                f". Of these numbers {self.still:,} are 0, as their weights did not move. "
-                "They are black, unless the client did not train them"
-            )
-        return said
+        black = (
+            f". Of these numbers {self.still:,} are 0, as their weights did not move. "
+            "They are black, unless the client did not train them"
+        )
+        return f"{said}{mixture}{black * bool(self.pixels and self.still)}"
+
+    @property
+    def _to(self) -> str:
+        """How exactly."""
+        known = f"to {self.error:.0e}" if self.scaled else f"up to its length, to {self.error:.0e}"
+        if self.mixed <= self.error:
+            return known
+        return (
+            f"{known} if one image left it. A mean of several images' inputs would look the same "
+            f"here, and be off by about {self.mixed:.0e}"
+        )
 
     @property
     def _mixture(self) -> str:
@@ -386,7 +426,8 @@ def read(
         if weight is not None:
             bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
             moved[name] = weight, bias
-    found = [_of_layer(traced, name, *both) for name, both in moved.items()]
+    slopes = _constant_slopes(next(reversed(moved.values()), None))
+    found = [_of_layer(traced, name, *both, slopes) for name, both in moved.items()]
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
@@ -527,65 +568,161 @@ def _moved(
     return _Moved(old - new.double(), variance, old)
 
 
-def _of_layer(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) -> LayerInput:
+class _Move(NamedTuple):
+    """A layer's move without its weight decay, and the directions in it.
+
+    Attributes
+    ----------
+    delta, variance
+        [outputs, features], or with the bias [outputs, features + 1].
+    decay
+        What multiple of the weights was taken off.
+    scaled
+        Whether the bias is its last column.
+    spectrum
+        Of ``delta``.
+    rank, standing
+        As of ``LayerInput``.
+    beside
+        What the other directions are of the first.
+    one
+        Whether it is one direction, or one that stands alone.
+    """
+
+    delta: torch.Tensor
+    variance: torch.Tensor
+    decay: float
+    scaled: bool
+    spectrum: "_Spectrum"
+    rank: int
+    standing: int
+    beside: float
+    one: bool
+
+    @classmethod
+    def of(cls, weight: _Moved, bias: _Moved | None, *, images: bool = False) -> "_Move":
+        """Of a layer's weight and bias; whether nothing but ``images`` are its inputs, and not
+        steps.
+        """
+        scaled = bias is not None and bool(bias.delta.any())
+        whole = _Moved.of_both(weight, bias if scaled else None)
+        (delta, variance, _), decayed = _without_decay(whole, scaled)
+        spectrum, full = _spectrum(delta, variance), min(weight.delta.shape)
+        rank = standing = _rank(weight.delta, delta, spectrum.rank)
+        if 1 < rank < full:  # features of several images are more alike than half precision tells
+            standing = spectrum.large if images else spectrum.standing
+        largest = max(spectrum.largest, TINY)
+        beside = float(spectrum.values[1:].norm()) / largest if rank > 1 else 0.0
+        read = rank == 1 or (1 < rank < full and images)
+        one = read and standing == 1 and beside <= LEFT
+        return cls(delta, variance, decayed, scaled, spectrum, rank, standing, beside, one)
+
+    @property
+    def left(self) -> torch.Tensor:
+        """[outputs] its first direction among them."""
+        return _left(self.delta, self.spectrum)
+
+    @property
+    def hidden(self) -> float:
+        """The relative size of a direction that rounding hides."""
+        return self.spectrum.limit / self.spectrum.largest
+
+
+def _constant_slopes(last: tuple[_Moved, _Moved | None] | None) -> torch.Tensor | None:
+    """The last layer's δ, of one direction, where its loss has the same slopes for any images of a
+    class; None where it has not.
+    """
+    move = None if last is None else _Move.of(*last)
+    if move is None or move.rank != 1 or not repeats(move.left, move.hidden):
+        return None
+    return move.left
+
+
+def _of_layer(
+    traced: Traced,
+    name: str,
+    weight: _Moved,
+    bias: _Moved | None,
+    slopes: torch.Tensor | None,
+) -> LayerInput:
     outputs, features = weight.delta.shape
-    scaled = bias is not None and bool(bias.delta.any())
-    whole = _Moved.of_both(weight, bias if scaled else None)
-    (delta, variance, _), decayed = _without_decay(whole, scaled)
-    spectrum = _spectrum(delta, variance)
-    largest, full = spectrum.largest, min(outputs, features)
-    rank = _rank(weight.delta, delta, spectrum.rank)
-    standing, pixels = rank, traced.is_pixels(name)
-    image_s = pixels and name in traced.fixed  # nothing but images, not steps, are its inputs
-    if 1 < rank < full:  # features of several images are more alike than half precision can tell
-        standing = spectrum.large if image_s else spectrum.standing
+    pixels, fixed = traced.is_pixels(name), name in traced.fixed
+    move = _Move.of(weight, bias, images=pixels and fixed)
     about: dict[str, Any] = {
         "name": name,
         "features": features,
         "outputs": outputs,
         "pixels": pixels,
-        "rank": rank,
-        "standing": standing,
-        "fixed": name in traced.fixed,
+        "rank": move.rank,
+        "standing": move.standing,
+        "fixed": fixed,
         "rows": traced.rows[name],
-        "scaled": scaled,
-        "decay": decayed,
-    }
-    beside = float(spectrum.values[1:].norm()) / max(largest, TINY) if rank > 1 else 0.0
-    read = rank == 1 or (1 < rank < full and image_s)
-    if not read or standing != 1 or traced.rows[name] != 1 or beside > LEFT:
+        "scaled": move.scaled,
+        "decay": move.decay,
+        "bias_alone": move.scaled and not weight.delta.any(),
+    } | _still(weight)
+    if traced.rows[name] != 1:
         return LayerInput(**about)
-    left, hidden = _left(delta, spectrum), spectrum.limit / largest
-    along, noise = left @ delta, left.square() @ variance  # [features (+ 1)]
+    if move.scaled and not move.one:
+        of_weight = _Move.of(weight, None, images=pixels and fixed)
+        if of_weight.one:
+            move = of_weight
+            about |= {"scaled": False, "decay": move.decay, "bias_apart": True}
+    return (
+        LayerInput(**about | _input(traced, name, move, slopes))
+        if move.one
+        else LayerInput(**about)
+    )
+
+
+def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) -> dict[str, Any]:
+    """What a move of one direction adds to what is said of a layer; nothing where it is its bias's
+    alone, or nearly.
+    """
+    left, largest = move.left, move.spectrum.largest
+    features = move.delta.shape[1] - move.scaled
+    along, noise = left @ move.delta, left.square() @ move.variance  # [features (+ 1)]
     values = along[:features]
-    arithmetic = ARITHMETIC * largest / math.sqrt(outputs * features)
+    arithmetic = ARITHMETIC * largest / math.sqrt(len(left) * features)
     size = max(float(values.square().mean().sqrt()), TINY)
     error = (float(noise[:features].mean().sqrt()) + arithmetic) / size
-    unit = float(along[-1]) if scaled else 0.0
+    unit = float(along[-1]) if move.scaled else 0.0
     of_unit = float(noise[-1].sqrt()) / max(abs(unit), TINY)
-    if not error < 1:  # the bias moved alone, or nearly
-        return LayerInput(**about)
-    if of_unit > LENGTH:  # the bias moved by no more than rounding, if at all
-        about["scaled"] = scaled = False
+    if not error < 1:
+        return {}
+    scaled = move.scaled and of_unit <= LENGTH  # the bias moved by more than rounding
     values = values / (unit if scaled else float(values.norm()))
-    error = math.hypot(error, beside, of_unit if scaled else 0.0)
-    image = traced.image_of(name, values) if scaled and about["pixels"] else None
-    about |= _still(weight) | {"odd": _odd(left, hidden)}
-    signs = even(values, error)
-    one_row = int(delta.any(1).sum()) == 1
-    one = rank == 1 and scaled and not signs and not one_row
-    single = one and traced.tells_apart(name, values, left, hidden)
-    about |= {"single": single, "alone": single, "one_row": one_row, "signs": signs}
-    about["mixed"] = _apart(traced, name, values, left, hidden) if single else 0.0
-    return LayerInput(**about, values=values, error=error, image=image)
+    error = math.hypot(error, move.beside, of_unit if scaled else 0.0)
+    signs, one_row = even(values, error), int(move.delta.any(1).sum()) == 1
+    one = move.rank == 1 and scaled and not signs and not one_row
+    single = one and traced.tells_apart(name, values, left, move.hidden, slopes)
+    centred = traced.has_mean(name) and _without_mean(values, error)
+    return {
+        "values": values,
+        "error": error,
+        "scaled": scaled,
+        "odd": _odd(left, move.hidden),
+        "signs": signs,
+        "one_row": one_row,
+        "single": single,
+        "alone": single and not centred,
+        "centred": centred,
+        "mixed": _apart(traced, name, values, move, slopes) if single else 0.0,
+        "image": traced.image_of(name, values) if scaled and traced.is_pixels(name) else None,
+    }
+
+
+def _without_mean(values: torch.Tensor, error: float) -> bool:
+    """Whether an input's numbers have a mean of 0, as a chance of many can hardly leave them."""
+    return len(values) > MANY_NUMBERS and bool(values.sum().abs() <= NOISE * error * values.norm())
 
 
 def _apart(
-    traced: Traced, name: str, values: torch.Tensor, left: torch.Tensor, hidden: float
+    traced: Traced, name: str, values: torch.Tensor, move: _Move, slopes: torch.Tensor | None
 ) -> float:
     """``LayerInput.mixed``."""
     least, greatest = traced.apart(name)
-    if least >= AWAY or traced.tells_apart(name, values, left, hidden, least):
+    if least >= AWAY or traced.tells_apart(name, values, move.left, move.hidden, slopes, least):
         return 0.0
     return greatest
 

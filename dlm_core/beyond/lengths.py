@@ -27,6 +27,7 @@ SPARE = 3
 DEPENDENT = 1e-9  # of columns
 BACKWARDS = 0.3  # of a sum, what interpolation may take from one of its points
 WORSE = 5.0  # by how much the others have to fit worse
+ALIKE = 1e-3  # how nearly scores are multiples
 
 Link = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,7 +81,9 @@ def fixed(
     except Exception:  # whatever a user's network raises
         return False
     scores = torch.stack([each.scores for each in way], 1)
-    if any(_by_scores(scores, signal) for signal in signals):
+    # with biases of 0 another loss may follow the scores of a multiple nearly as well
+    sharply = _multiples(scores[:, 0])
+    if any(_by_scores(scores, signal, sharply) for signal in signals):
         return True
     return any(
         _by_direction(torch.stack([one.inputs[each] for one in way], 1), update)
@@ -98,7 +101,14 @@ def _by_direction(way: torch.Tensor, update: torch.Tensor) -> bool:
     return _first_alone([_left(each.T, update.T) for each in way], FITS)
 
 
-def _by_scores(way: torch.Tensor, signal: torch.Tensor) -> bool:
+def _multiples(scores: torch.Tensor) -> bool:
+    """Whether the scores [factors, K] are those of the first times the factors."""
+    factors = torch.tensor(FACTORS).to(scores)[:, None]
+    away = (scores - factors * scores[0]).norm(dim=1)
+    return bool((away <= ALIKE * scores[0].norm()).all())
+
+
+def _by_scores(way: torch.Tensor, signal: torch.Tensor, sharply: bool) -> bool:
     """Whether δ follows the scores [factors, shares, K] of the first factor alone."""
     if way.shape[2] != len(signal):
         return False
@@ -113,7 +123,7 @@ def _by_scores(way: torch.Tensor, signal: torch.Tensor) -> bool:
             spare = len(target) - columns
             if spare < (1 if columns == 1 else SPARE):
                 continue
-            limit = FITS if spare >= SPARE else SHARPLY
+            limit = SHARPLY if sharply or spare < SPARE else FITS
             alone = _first_alone([_left(one[others], target) for one in each], limit)
             if alone and _on_the_way(each[0][others], target):
                 return True

@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ PROBES = 4
 ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
 SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
 FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
+
+
+T = TypeVar("T")
 
 
 class _Map(NamedTuple):
@@ -232,16 +235,14 @@ class Traced:
 
     def contradicts(self, image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Whether an image gives other inputs of later layers than these, which are known up to
-        their length; where dropout or ReLU left nothing, they say nothing.
+        their length; where ReLU left nothing, and where chance reaches in training, they say
+        nothing.
         """
-        for train in (False, True):  # as the client trained, or as its network answers
-            try:
-                passed = self._pass(image, train=train)
-            except Exception:  # one image in batch norm
-                continue
-            if all(_alike(passed[name][0].flatten(), each) for name, each in inputs.items()):
-                return False
-        return bool(inputs)
+        passes, sure = self._without_chance(image, inputs)
+        return bool(sure) and not any(
+            all(_alike(passed[name][0].flatten(), each) for name, each in sure.items())
+            for passed in passes
+        )
 
     def disagrees(
         self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
@@ -256,15 +257,25 @@ class Traced:
         inputs
             {later layer: (its input, whether its length is known)}.
         """
+        passes, sure = self._without_chance(image, inputs)
+        return bool(sure) and not any(
+            all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
+            for passed in passes
+        )
+
+    def _without_chance(
+        self, image: torch.Tensor, inputs: Mapping[str, T]
+    ) -> tuple[list[dict[str, list[torch.Tensor]]], dict[str, T]]:
+        """(what passes through the layers, as the client trained and as its network answers; those
+        ``inputs`` that chance does not reach).
+        """
+        answered = self._pass(image)
         try:
             train, again = (self._pass(image, train=True, seed=seed) for seed in (0, 1))
         except Exception:  # one image in batch norm
-            train = again = self._pass(image)
+            train = again = answered
         sure = {name: each for name, each in inputs.items() if train[name][0].equal(again[name][0])}
-        return bool(sure) and not any(
-            all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
-            for passed in (train, self._pass(image))
-        )
+        return [train, answered], sure
 
     def leads_elsewhere(
         self,
@@ -384,6 +395,16 @@ class Traced:
         distances = torch.pdist(passed) / passed.norm(dim=1).mean().clamp(min=TINY)
         return float(distances.min()), float(distances.max())
 
+    def has_mean(self, name: str) -> bool:
+        """Whether the numbers of a layer's inputs do not add up to 0 whatever the image is, as
+        behind layer norm; False where a network does not tell.
+        """
+        try:
+            passed = [each[name].flatten() for each in self._drawn]
+        except Exception:  # whatever a user's network raises
+            return False
+        return all(bool(x.sum().abs() > NEAR * x.norm()) for x in passed)
+
     @functools.cached_property
     def _drawn(self) -> list[dict[str, torch.Tensor]]:
         """What passes through the layers, for each of a few smooth images alone."""
@@ -399,6 +420,7 @@ class Traced:
         values: torch.Tensor,
         left: torch.Tensor,
         hidden: float,
+        slopes: torch.Tensor | None,
         away: float = AWAY,
     ) -> bool:
         """Whether δ turns where this input changes: then two inputs would show as two. It does not
@@ -407,15 +429,14 @@ class Traced:
         so much that it is not ``hidden`` by rounding: the relative size of a direction that is,
         where the inputs are so far ``away``, relative to their size.
         Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
+        Of a loss of constant ``slopes`` δ turns only where the network between does.
         """
         noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
         one = torch.ones_like(noise[:1])
         given = values * torch.cat([one, 1 + self.near * noise, 1 + away * noise]).to(values)
         try:
-            signals = self._signals(name, given, left)
+            signals = self._signals(name, given, left, slopes)
             fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
-            if not fits and _repeats(left, hidden):  # a loss of constant slopes, for any images
-                return False
             turned = torch.stack([_turned(each) for each in fits or signals])
         except Exception:  # a network that takes one image, or gives no gradient: nothing is known
             return False
@@ -423,10 +444,13 @@ class Traced:
         turns = max(TURNS * self.near, 1e2 * torch.finfo(self.dtype).eps)
         return bool((near > turns).all() and (far > HIDDEN * hidden).all())
 
-    def _signals(self, name: str, given: torch.Tensor, left: torch.Tensor) -> list[torch.Tensor]:
-        """dL/dz at the layer's output for each input [N, features], L the usual loss; for the
-        labels whose classes have the highest scores and the lowest, since others turn no less, and
-        for the class that moved most where ``left`` is of the scores.
+    def _signals(
+        self, name: str, given: torch.Tensor, left: torch.Tensor, slopes: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """dL/dz at the layer's output for each input [N, features], L the usual loss, or one of
+        constant ``slopes``; for the labels whose classes have the highest scores and the lowest,
+        since others turn no less, and for the class that moved most where ``left`` is of the
+        scores.
         """
         kept: dict[str, torch.Tensor] = {}
 
@@ -445,7 +469,9 @@ class Traced:
                 grey = self.grey(len(given)).to(self.device, self.dtype)
                 output = scores(self.model(grey)).flatten(1)
                 losses = [F.softplus(output).sum()]
-                if output.shape[1] > 1:
+                if slopes is not None and len(slopes) == output.shape[1]:
+                    losses = [(output @ slopes.to(output)).sum()]
+                elif output.shape[1] > 1:
                     order = output[0].argsort()
                     labels = {int(order[at]) for at in (0, -1, -2)}
                     if len(left) == output.shape[1]:
@@ -478,8 +504,11 @@ def _same(found: torch.Tensor, expected: torch.Tensor, scaled: bool) -> bool:
     return bool((found - expected).norm() <= SAME * expected.norm())
 
 
-def _repeats(signal: torch.Tensor, hidden: float) -> bool:
-    """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss."""
+def repeats(signal: torch.Tensor, hidden: float) -> bool:
+    """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss: its
+    slopes are then the same for all images of a class. Below ``hidden`` rounding hides how they
+    differ.
+    """
     sizes = (signal.abs() / signal.abs().max()).sort().values
     sizes = sizes[sizes > NOISE * hidden]
     same = sizes.diff() < NOISE * hidden

@@ -50,6 +50,7 @@ PATIENCE = 4  # steps without a smaller misfit that end it
 ALL = 0.01  # of the mean Ω of a layer: what each of its entries has at least
 EXACT = 3.0  # times rounding, at which a misfit has converged
 FITS = 1e-3  # relative error up to which the layer's own bias moved as cross-entropy moves it
+OUTSIDE = 4.0  # expected errors by which a pixel may leave [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,9 @@ def weighted(
     Returns
     -------
     Reconstruction
-        Its losses are, step by step, the geometric mean over features and convolutions of the
+        Its pixels lie in [0, 1] but for those of a client that normalised its images untold: where
+        more lies outside than its expected error explains, they are as the network saw them. Its
+        losses are, step by step, the geometric mean over features and convolutions of the
         squared relative misfit; ``Told`` is its evidence. It vouches for nothing: most of an image
         may be the prior's.
 
@@ -140,7 +143,7 @@ def weighted(
         values = told.values if told else lambda pixels: pixels
         problem = _Problem(network, values, num_coordinates)
         found = _best(problem, seed, restarts, max_steps, far)
-    images = found.images.clamp(0, 1).to(problem.label.device)
+    images = _in_range(found.images, found.evidence).to(problem.label.device)
     return Reconstruction(
         images=images,
         labels=problem.label,
@@ -150,6 +153,13 @@ def weighted(
         client=ClientEstimate(learning_rate=problem.learning_rate),
         seconds=time.perf_counter() - began,
     )
+
+
+def _in_range(images: torch.Tensor, told: Told) -> torch.Tensor:
+    """Images in [0, 1], where they leave it by no more than the error that is to be expected."""
+    clamped = images.clamp(0, 1)
+    error = 10 ** (-told.expected_psnr / 20)
+    return clamped if (images - clamped).abs().max() <= OUTSIDE * error else images
 
 
 def affordable(image_shape: Sequence[int]) -> int:

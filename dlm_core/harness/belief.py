@@ -260,7 +260,7 @@ def likeness(images: torch.Tensor, others: torch.Tensor) -> float:
     all of them are believed together.
     """
     images, others = images.double().cpu(), others.double().cpu()
-    matched = images[metrics.match(images, others)]
+    matched = images[metrics.match(images.clamp(0, 1), others.clamp(0, 1))]
     errors = (matched - others).square().flatten(1).mean(1)
     return float(-10 * errors.max().clamp(min=1e-30).log10())
 

@@ -152,7 +152,9 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
         )
         return Leak("label", by, unknown, said, (towards[0],))
     directions = 1 if last is None else max(1, last.directions)
-    if abs(float(delta.sum())) > left or len(towards) > directions:
+    # of signs the sum says nothing
+    balanced = look.kin == "adam" or abs(float(delta.sum())) <= left
+    if not balanced or len(towards) > directions:
         return None
     classes = f"class {towards[0]} is" if len(towards) == 1 else f"classes {_listed(towards)} are"
     # the other way round the update would speak of the other classes as well

@@ -1,0 +1,161 @@
+"""Kinds of clients on which an audit once said too much or too little, each by what is right."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dlm_core import metrics
+from dlm_core.beyond import inputs
+from dlm_core.observation import observe
+from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
+
+SAME = torch.tensor([3, 3])
+HINGE = F.multi_margin_loss
+MLP = (linear(64, 32), nn.ReLU, linear(32, 10))
+
+
+def psnr(found, image):
+    return metrics.psnr(found.double(), image.double(), data_range=1.0)
+
+
+def trained(model, optimizers, images=IMAGES[:1], targets=LABELS[:1], change=None):
+    """(W_t, W_{t+1}) of one step of optimizers, made for the model, with changed gradients."""
+    client = copy.deepcopy(model).train()
+    steps = optimizers(client)
+    F.cross_entropy(client(images), targets).backward()
+    if change is not None:
+        change(client)
+    for each in steps:
+        each.step()
+    return copy.deepcopy(model.state_dict()), client.state_dict()
+
+
+def absolute(scores, labels):
+    return F.l1_loss(scores, 2.0 * F.one_hot(labels, 10) - 1)
+
+
+@pytest.mark.parametrize("loss", [HINGE, absolute])
+def test_without_an_activation_a_hinge_s_mean_of_two_is_no_image(loss, tmp_path):
+    model = network(linear(64, 32), linear(32, 10))
+    found = asked(model, snapshots(model, IMAGES[[0, 2]], SAME, loss=loss), tmp_path)
+    assert psnr(found["division"].images, IMAGES[[0, 2]].mean(0, keepdim=True)) > 100
+    assert found.verdict == "partly" and not any(each.what == "image" for each in found.leaks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_layer_s_input_of_two_is_a_mean_under_a_hinge(seed, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), *(layer() for layer in MLP))
+    seen = observe(model, *snapshots(model, IMAGES[:2], SAME, loss=HINGE), SHAPE)
+    last = inputs.layer_inputs(seen)[-1]
+    assert last.values is not None and not last.alone
+    assert "or a mean of several inputs" in (last.sentence or "")
+
+
+def half(images):
+    return (images - 0.5) / 0.5
+
+
+@pytest.mark.parametrize("change", [half, lambda images: (images - 0.13) / 0.31])
+def test_pixels_outside_0_and_1_that_a_search_finds_are_not_cut_off(change, tmp_path, capsys):
+    strided = partial(nn.Conv2d, 8, 8, 3, stride=2, padding=1)
+    layers = partial(nn.Conv2d, 1, 8, 3, padding=1), nn.ReLU, strided, nn.ReLU, nn.Flatten
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer() for layer in layers), nn.Linear(128, 10))
+    image = change(IMAGES[:1])
+    found = asked(model, snapshots(model, image), tmp_path, attack="weighted")
+    off = (found["weighted"].images - image).abs().max()
+    assert found.verdict == "leaked" and off < 1e-3
+    assert "outside [0, 1]: the client normalised its images" in capsys.readouterr().out
+
+
+def rates(factor, client):
+    """Biases at another rate than weights."""
+    groups = [[w for w in client.parameters() if (w.ndim > 1) is large] for large in (True, False)]
+    return [torch.optim.SGD(group, lr=lr) for group, lr in zip(groups, (0.1, factor * 0.1))]
+
+
+@pytest.mark.parametrize("image", range(4))
+def test_biases_of_0_at_half_the_rate_leave_no_image_of_twice_the_brightness(image, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(image)
+        model = nn.Sequential(nn.Flatten(), *(layer() for layer in MLP))
+    for layer in (model[1], model[3]):
+        nn.init.zeros_(layer.bias)
+    one = slice(image, image + 1)
+    sent = trained(model, partial(rates, 0.5), IMAGES[one], LABELS[one])
+    found = asked(model, sent, tmp_path, attack="division")
+    off = (found["division"].images - 2 * IMAGES[one]).abs().max()
+    assert off < 1e-4 and found.verdict == "partly"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_in_the_middle_does_not_make_black_pixels_untrained(share, tmp_path, capsys):
+    model = network(*MLP[:2], partial(nn.Dropout, share), linear(32, 16), nn.ReLU, linear(16, 10))
+    found = asked(model, snapshots(model), tmp_path)
+    assert found.verdict == "leaked" and psnr(found["division"].images, IMAGES[:1]) > 120
+    assert "They are black, unless" in capsys.readouterr().out
+
+
+def centralised(client):
+    for w in client.parameters():
+        if w.ndim > 1:
+            w.grad -= w.grad.mean(1, keepdim=True)
+
+
+def sgd(client):
+    return [torch.optim.SGD(client.parameters(), lr=0.1)]
+
+
+def test_an_input_without_its_mean_is_not_called_the_input(tmp_path, capsys):
+    model = network(*MLP[:2], nn.Dropout, MLP[2])
+    found = asked(model, trained(model, sgd, change=centralised), tmp_path, attack="division")
+    assert "but for its mean: its numbers add up to 0" in capsys.readouterr().out
+    assert found.verdict == "partly"
+    assert not any(each.what.startswith(("image", "input of layer '1'")) for each in found.leaks)
+
+
+def test_an_input_behind_layer_norm_has_no_mean_to_lose(tmp_path):
+    model = network(*MLP[:1], partial(nn.LayerNorm, 32), MLP[2])
+    found = asked(model, snapshots(model), tmp_path)
+    assert "input of layer '3'" in {each.what for each in found.leaks}
+
+
+def adam_s_biases(client):
+    weights, biases = ([w for w in client.parameters() if (w.ndim > 1) is a] for a in (True, False))
+    return [torch.optim.SGD(weights, lr=0.1), torch.optim.Adam(biases, lr=1e-3)]
+
+
+def test_a_bias_that_moves_by_another_rule_leaves_the_direction_of_the_image(tmp_path, capsys):
+    model = network(*MLP)
+    found = asked(model, trained(model, adam_s_biases), tmp_path, minutes=0.2)
+    first = found.look.layers[0]
+    assert first.bias_apart and not first.alone and not first.scaled
+    image = IMAGES[0].flatten().double()
+    assert F.cosine_similarity(first.values, image, 0) > 1 - 1e-6
+    assert "and the bias moved by another rule" in capsys.readouterr().out
+    assert found.verdict == "partly"
+
+
+def test_a_black_image_is_said_to_be_one_perhaps(tmp_path, capsys):
+    model = network(*MLP)
+    asked(model, snapshots(model, torch.zeros(1, 1, 8, 8)), tmp_path, minutes=0.2)
+    assert "its input was 0 (a black image), or the client did not train" in capsys.readouterr().out
+
+
+def test_one_step_of_adam_tells_the_label_and_which_pixels_are_black(tmp_path, capsys):
+    def adam(client):
+        return [torch.optim.Adam(client.parameters(), lr=1e-3)]
+
+    model = network(*MLP)
+    found = asked(model, trained(model, adam), tmp_path, minutes=0.2)
+    said, black = capsys.readouterr().out, int((IMAGES[0] == 0).sum())
+    assert f"{black} of the 64 weights' columns of layer '1' did not move" in said
+    assert [each.classes for each in found.leaks] == [(int(LABELS[0]),)]
+    assert found.verdict == "partly"
