@@ -125,6 +125,8 @@ class LayerInput:
         rule, or by further images that are multiples of one or black.
     bias_alone
         Whether the bias moved and the weight did not: its input was 0, or it was not trained.
+    entries
+        Whether ``values`` were read entry by entry, as others were changed one by one.
     image
         [1, C, H, W] where ``values`` are ``pixels``: in the client's own range, whatever that is.
         None elsewhere.
@@ -155,6 +157,7 @@ class LayerInput:
     centred: bool = False
     bias_apart: bool = False
     bias_alone: bool = False
+    entries: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
 
     @property
@@ -220,6 +223,11 @@ class LayerInput:
             return (
                 f"{said}: the weight's update has one direction, and the bias moved by another "
                 "rule, or by further images that are darker copies of it or black"
+            )
+        if self.entries:
+            return (
+                f"{said}, by the entries that agree on it: others were changed one by one, as "
+                f"clipping by value or a mask changes them{self._mixture}"
             )
         mixture = "" if self.single else self._mixture
         if self.untrained:
@@ -668,11 +676,26 @@ def _of_layer(
         if of_weight.one:
             move = of_weight
             about |= {"scaled": False, "decay": move.decay, "bias_apart": True}
-    return (
-        LayerInput(**about | _input(traced, name, move, slopes))
-        if move.one
-        else LayerInput(**about)
-    )
+    if move.one:
+        return LayerInput(**about | _input(traced, name, move, slopes))
+    return LayerInput(**about | (_by_entries(traced, name, weight, bias) if pixels else {}))
+
+
+def _by_entries(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) -> dict[str, Any]:
+    """The same of a layer that sees an image, where single entries of its move were changed."""
+    if bias is None or not bias.delta.any() or not weight.delta.any():
+        return {}
+    found = ratios.by_entries(weight.delta, bias.delta, weight.variance, bias.variance)
+    if found is None:
+        return {}
+    values, error = found
+    return {
+        "values": values,
+        "error": error,
+        "entries": True,
+        "signs": even(values, error),
+        "image": traced.image_of(name, values),
+    }
 
 
 def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) -> dict[str, Any]:

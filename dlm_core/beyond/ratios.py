@@ -5,6 +5,7 @@ Where the update of such a weight is that of its bias times one vector, and the 
 are so for any image, the vector is what the weight was multiplied with.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from dlm_core.beyond.tracing import NOISE, Traced
 
 ARITHMETIC = 4e-6  # of an update's size: what the client's float32 arithmetic leaves
+CLIPPED = 1e-3  # how nearly entries are of the largest size, which clipping by value leaves
+AGREE, FEWEST = 0.6, 3  # the share of a column's entries, and how many, that have one ratio
 ANY = 1e-6  # how nearly a gradient in float64 is its bias's times one vector
 
 Pair = tuple[str, str, bool]  # a weight, its bias, and whether its columns are the outputs
@@ -63,6 +66,32 @@ def input_of(
     noise = (of_bias.square() @ variance).mean() / unit.square()
     error = (noise + r.square().mean() * of_bias_s.mean() / unit).sqrt() / r.square().mean().sqrt()
     return r, float(error) + ARITHMETIC
+
+
+def by_entries(
+    delta: torch.Tensor, of_bias: torch.Tensor, variance: torch.Tensor, of_bias_s: torch.Tensor
+) -> tuple[torch.Tensor, float] | None:
+    """As ``input_of``, where single entries were changed: clipped by value, masked, left out. Each
+    number of the input is the median of its column's ratios; None where one has too few that agree.
+    """
+    largest = delta.abs().max()
+    kept = (delta != 0) & (delta.abs() < (1 - CLIPPED) * largest)
+    live = (of_bias.abs() > NOISE * of_bias_s.sqrt()) & (of_bias.abs() < (1 - CLIPPED) * largest)
+    kept &= live[:, None]
+    ratios_s = delta / of_bias[:, None]
+    r = torch.where(kept, ratios_s, math.nan).nanmedian(0).values
+    black = ~delta.any(0)
+    r = torch.where(black, 0.0, r)
+    if not r.isfinite().all() or not r.any():
+        return None
+    noise = (variance + of_bias_s[:, None] * r.square()).sqrt() / of_bias[:, None].abs()
+    size = r.square().mean().sqrt()
+    agree = kept & ((ratios_s - r).abs() <= NOISE * noise + ARITHMETIC * size)
+    counts, agreeing = kept.sum(0)[~black], agree.sum(0)[~black]
+    if bool((agreeing < FEWEST).any()) or bool((agreeing < AGREE * counts).any()):
+        return None
+    error = torch.where(agree, noise, math.nan).nanmedian(0).values[~black]
+    return r, float(error.square().mean().sqrt() / size) + ARITHMETIC
 
 
 def used_as_one(traced: Traced, pair: Pair, probes: torch.Tensor) -> torch.Tensor | None:

@@ -150,12 +150,41 @@ def test_a_black_image_is_said_to_be_one_perhaps(tmp_path, capsys):
 
 
 def test_one_step_of_adam_tells_the_label_and_which_pixels_are_black(tmp_path, capsys):
-    def adam(client):
-        return [torch.optim.Adam(client.parameters(), lr=1e-3)]
-
     model = network(*MLP)
     found = asked(model, trained(model, adam), tmp_path, minutes=0.2)
     said, black = capsys.readouterr().out, int((IMAGES[0] == 0).sum())
     assert f"{black} of the 64 weights' columns of layer '1' did not move" in said
     assert [each.classes for each in found.leaks] == [(int(LABELS[0]),)]
     assert found.verdict == "partly"
+
+
+def clipped(client):
+    for w in client.parameters():
+        w.grad.clamp_(-0.03, 0.03)
+
+
+def masked(client):
+    draw = torch.Generator().manual_seed(0)
+    for w in client.parameters():
+        if w.ndim > 1:
+            w.grad *= torch.rand(w.shape, generator=draw) < 0.5
+
+
+@pytest.mark.parametrize("change, width", [(clipped, 32), (clipped, 64), (masked, 64)])
+def test_an_image_shows_in_the_entries_that_were_left(change, width, tmp_path, capsys):
+    model = network(linear(64, width), nn.ReLU, linear(width, 10))
+    found = asked(model, trained(model, sgd, change=change), tmp_path, attack="division")
+    assert psnr(found["division"].images, IMAGES[:1]) > 80
+    assert "by the entries that agree on it" in capsys.readouterr().out
+    assert found.verdict == "partly"
+
+
+def adam(client):
+    return [torch.optim.Adam(client.parameters(), lr=1e-3)]
+
+
+@pytest.mark.parametrize("count, optimizer", [(2, sgd), (3, sgd), (5, sgd), (1, adam), (4, adam)])
+def test_the_entries_of_several_images_and_of_signs_agree_on_none(count, optimizer):
+    model = network(linear(64, 64), nn.ReLU, linear(64, 10))
+    sent = trained(model, optimizer, IMAGES[:count], LABELS[:count])
+    assert inputs.layer_inputs(observe(model, *sent, SHAPE))[0].values is None
