@@ -47,6 +47,7 @@ GAP = 2.5  # between the singular values of inputs and those of what else change
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
 SHRUNK = 0.5  # of the weights, from which what was taken off them is no decay
 MANY_NUMBERS = 8  # of an input, fewer of which may have a mean of 0 by chance
+FINE = 1e-4  # of a direction, what rounding may hide for δ's numbers to be held against each other
 LEFT = 0.01  # what else changed it, of the first singular value, up to which an input is shown
 
 
@@ -641,9 +642,9 @@ def _constant_slopes(last: tuple[_Moved, _Moved | None] | None) -> torch.Tensor 
     class; None where it has not.
     """
     move = None if last is None else _Move.of(*last)
-    if move is None or move.rank != 1 or not repeats(move.left, move.hidden):
+    if move is None or move.rank != 1 or move.hidden > FINE:
         return None
-    return move.left
+    return move.left if repeats(move.left, move.hidden) else None
 
 
 def _of_layer(

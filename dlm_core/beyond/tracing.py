@@ -437,6 +437,8 @@ class Traced:
         try:
             signals = self._signals(name, given, left, slopes)
             fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
+            if not fits and repeats(left, hidden):  # a loss of constant slopes, for any images
+                return False
             turned = torch.stack([_turned(each) for each in fits or signals])
         except Exception:  # a network that takes one image, or gives no gradient: nothing is known
             return False
