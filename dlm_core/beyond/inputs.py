@@ -218,7 +218,7 @@ class LayerInput:
         if self.centred:
             return (
                 f"{said}, but for its mean: its numbers add up to 0, as where the client takes the "
-                "mean off its gradients' rows"
+                "mean off its gradients' rows, or off each of its images"
             )
         if self.bias_apart:
             return (
