@@ -193,8 +193,8 @@ class LayerInput:
             return None
         return (
             f"{self.still:,} of the {self.features:,} weights' columns of layer {self.name!r} did "
-            "not move: so many pixels are black in all of the client's images, unless it did not "
-            "train these"
+            "not move: so many pixels are black in all of the client's images, or so dark that "
+            "rounding or thinning took their moves away, unless it did not train these"
         )
 
     def _several(self) -> str | None:
@@ -218,7 +218,7 @@ class LayerInput:
         if self.centred:
             return (
                 f"{said}, but for its mean: its numbers add up to 0, as where the client takes the "
-                "mean off its gradients' rows"
+                "mean off its gradients' rows, or off each of its images"
             )
         if self.bias_apart:
             return (
@@ -226,9 +226,11 @@ class LayerInput:
                 "rule, or by further images that are darker copies of it or black"
             )
         if self.entries:
+            unmoved = f". {self.still:,} of these numbers moved no weight: they are 0, or left out"
             return (
                 f"{said}, by the entries that agree on it: others were changed one by one, as "
                 f"clipping by value or a mask changes them{self._mixture}"
+                f"{unmoved * bool(self.still)}"
             )
         mixture = "" if self.single else self._mixture
         if self.untrained:

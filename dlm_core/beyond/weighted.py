@@ -112,11 +112,11 @@ def weighted(
     Returns
     -------
     Reconstruction
-        Its pixels lie in [0, 1] but for those of a client that normalised its images untold: where
-        more lies outside than its expected error explains, they are as the network saw them. Its
-        losses are, step by step, the geometric mean over features and convolutions of the
-        squared relative misfit; ``Told`` is its evidence. It vouches for nothing: most of an image
-        may be the prior's.
+        Its pixels lie in [0, 1] but for those of a client that normalised its images untold: of a
+        search that met all of the update they are as the network saw them, where more lies outside
+        than its expected error explains. Its losses are, step by step, the geometric mean over
+        features and convolutions of the squared relative misfit; ``Told`` is its evidence. It
+        vouches for nothing: most of an image may be the prior's.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def weighted(
         values = told.values if told else lambda pixels: pixels
         problem = _Problem(network, values, num_coordinates)
         found = _best(problem, seed, restarts, max_steps, far)
-    images = _in_range(found.images, found.evidence).to(problem.label.device)
+    images = _in_range(found).to(problem.label.device)
     return Reconstruction(
         images=images,
         labels=problem.label,
@@ -155,11 +155,14 @@ def weighted(
     )
 
 
-def _in_range(images: torch.Tensor, told: Told) -> torch.Tensor:
-    """Images in [0, 1], where they leave it by no more than the error that is to be expected."""
-    clamped = images.clamp(0, 1)
-    error = 10 ** (-told.expected_psnr / 20)
-    return clamped if (images - clamped).abs().max() <= OUTSIDE * error else images
+def _in_range(found: "_Found") -> torch.Tensor:
+    """The images in [0, 1], unless a search that met all of the update leaves it by more than the
+    error that is to be expected; one that stalled may do so anywhere.
+    """
+    clamped = found.images.clamp(0, 1)
+    error = 10 ** (-found.evidence.expected_psnr / 20)
+    outside = (found.images - clamped).abs().max() > OUTSIDE * error
+    return found.images if outside and found.status is Status.CONVERGED else clamped
 
 
 def affordable(image_shape: Sequence[int]) -> int:

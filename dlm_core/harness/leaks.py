@@ -160,8 +160,10 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     # the other way round the update would speak of the other classes as well
     reversible = int((delta > 0).sum()) <= directions
     order = ", and if the files have not changed places" * reversible
+    # its signs may be those of the decay of a bias that its image hardly moves
+    decay = ", and if no weight decay acts on biases" * (look.kin == "adam")
     said = (
-        f"{classes} among the labels, if {ASSUMED}{order} (others may be, too): "
+        f"{classes} among the labels, if {ASSUMED}{order}{decay} (others may be, too): "
         "the last bias moved towards no other class"
     )
     return Leak("label", by, unknown, said, tuple(towards))
