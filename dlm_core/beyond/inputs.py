@@ -76,8 +76,9 @@ class LayerInput:
         input.
     values
         [features] float64, the input itself where ``rank`` and ``rows`` are 1, or where of an
-        image's pixels one direction ``standing`` is much the largest; of a layer without bias, or
-        whose bias moved by no more than rounding, its direction, of length 1. None elsewhere.
+        image's pixels one direction ``standing`` is much the largest, or by ``entries``; of a layer
+        without bias, or whose bias moved by no more than rounding or is ``bias_apart``, its
+        direction, of length 1. None elsewhere.
     error
         Root mean square error of ``values`` from rounding and from what else is in the update,
         relative to their root mean square.
@@ -88,7 +89,7 @@ class LayerInput:
         Whether the layer's update tells one input from several; else ``values`` may be a weighted
         mean of several that are alike to it.
     alone
-        Whether it does, and no other layer speaks against that input.
+        Whether it does, and neither another layer nor its mean (``centred``) speaks against it.
     mixed
         How far, relative, inputs of several images are from each other, where all images' inputs
         are so alike that a mean of them would not show; 0 where it would. Of smooth random images.
@@ -105,8 +106,8 @@ class LayerInput:
         The one output whose row moved against all others, where there is one among three or more:
         of a last layer, the label's.
     still
-        Numbers of ``values`` that are 0 because no weight of theirs moved: the input is 0 there, or
-        the client did not train them.
+        Numbers of the input that moved no weight, which are 0 in ``values``: the input is 0 there,
+        or the client did not train them.
     untrained
         Whether it did not: the network itself has no weight there, or a later layer's input is not
         that of this image.
@@ -437,8 +438,12 @@ def read(
         if weight is not None:
             bias = None if layer.bias is None else _moved(before, after, f"{name}.bias")
             moved[name] = weight, bias
-    slopes = _constant_slopes(next(reversed(moved.values()), None))
-    found = [_of_layer(traced, name, *both, slopes) for name, both in moved.items()]
+    moves = {
+        name: _Move.of(*both, images=traced.is_pixels(name) and name in traced.fixed)
+        for name, both in moved.items()
+    }
+    slopes = _constant_slopes(next(reversed(moves.values()), None))
+    found = [_of_layer(traced, name, *moved[name], moves[name], slopes) for name in moved]
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
@@ -617,8 +622,8 @@ class _Move(NamedTuple):
         """
         scaled = bias is not None and bool(bias.delta.any())
         whole = _Moved.of_both(weight, bias if scaled else None)
-        (delta, variance, _), decayed = _without_decay(whole, scaled)
-        spectrum, full = _spectrum(delta, variance), min(weight.delta.shape)
+        (delta, variance, _), spectrum, decayed = _without_decay(whole, scaled)
+        full = min(weight.delta.shape)
         rank = standing = _rank(weight.delta, delta, spectrum.rank)
         if 1 < rank < full:  # features of several images are more alike than half precision tells
             standing = spectrum.large if images else spectrum.standing
@@ -639,14 +644,13 @@ class _Move(NamedTuple):
         return self.spectrum.limit / self.spectrum.largest
 
 
-def _constant_slopes(last: tuple[_Moved, _Moved | None] | None) -> torch.Tensor | None:
+def _constant_slopes(last: _Move | None) -> torch.Tensor | None:
     """The last layer's δ, of one direction, where its loss has the same slopes for any images of a
     class; None where it has not.
     """
-    move = None if last is None else _Move.of(*last)
-    if move is None or move.rank != 1 or move.hidden > FINE:
+    if last is None or last.rank != 1 or last.hidden > FINE:
         return None
-    return move.left if repeats(move.left, move.hidden) else None
+    return last.left if repeats(last.left, last.hidden) else None
 
 
 def _of_layer(
@@ -654,11 +658,11 @@ def _of_layer(
     name: str,
     weight: _Moved,
     bias: _Moved | None,
+    move: _Move,
     slopes: torch.Tensor | None,
 ) -> LayerInput:
     outputs, features = weight.delta.shape
     pixels, fixed = traced.is_pixels(name), name in traced.fixed
-    move = _Move.of(weight, bias, images=pixels and fixed)
     about: dict[str, Any] = {
         "name": name,
         "features": features,
@@ -686,7 +690,7 @@ def _of_layer(
 
 def _by_entries(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) -> dict[str, Any]:
     """The same of a layer that sees an image, where single entries of its move were changed."""
-    if bias is None or not bias.delta.any() or not weight.delta.any():
+    if bias is None:
         return {}
     found = ratios.by_entries(weight.delta, bias.delta, weight.variance, bias.variance)
     if found is None:
@@ -722,7 +726,7 @@ def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) 
     signs, one_row = even(values, error), int(move.delta.any(1).sum()) == 1
     one = move.rank == 1 and scaled and not signs and not one_row
     single = one and traced.tells_apart(name, values, left, move.hidden, slopes)
-    centred = traced.has_mean(name) and _without_mean(values, error)
+    centred = _without_mean(values, error) and traced.has_mean(name)
     return {
         "values": values,
         "error": error,
@@ -763,13 +767,14 @@ def _rank(of_weight: torch.Tensor, delta: torch.Tensor, rank: int) -> int:
     return min(of_weight.shape) if every else rank
 
 
-def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, float]:
-    """(a layer's move without its weight decay, c): of the bias as well, or of the weight alone, as
-    some clients set it; the move as it is and 0 where that leaves no fewer directions.
+def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, "_Spectrum", float]:
+    """(a layer's move without its weight decay, its directions, c): of the bias as well, or of the
+    weight alone, as some clients set it; the move as it is and 0 where that leaves no fewer
+    directions.
     """
     spectrum = _spectrum(moved.delta, moved.variance)
     if spectrum.rank < 2:
-        return moved, 0.0
+        return moved, spectrum, 0.0
     weight_s = moved.before.clone()
     if scaled:
         weight_s[:, -1] = 0
@@ -779,9 +784,10 @@ def _without_decay(moved: _Moved, scaled: bool) -> tuple[_Moved, float]:
         if found is None or found.directions >= least:
             continue
         without = moved._replace(delta=moved.delta - found.factor * decayed)
-        if _spectrum(without.delta, moved.variance).rank <= found.directions:
-            best, least, factor = without, found.directions, found.factor
-    return best, factor
+        left = _spectrum(without.delta, moved.variance)
+        if left.rank <= found.directions:
+            best, spectrum, least, factor = without, left, found.directions, found.factor
+    return best, spectrum, factor
 
 
 def _moving(delta: torch.Tensor) -> int:

@@ -74,6 +74,8 @@ def by_entries(
     """As ``input_of``, where single entries were changed: clipped by value, masked, left out. Each
     number of the input is the median of its column's ratios; None where one has too few that agree.
     """
+    if not delta.any() or not of_bias.any():
+        return None
     largest = delta.abs().max()
     kept = (delta != 0) & (delta.abs() < (1 - CLIPPED) * largest)
     live = (of_bias.abs() > NOISE * of_bias_s.sqrt()) & (of_bias.abs() < (1 - CLIPPED) * largest)

@@ -132,8 +132,9 @@ def _held(
         if doubt and goes_on(record, found) and not pairs.signs_alone(found, look):
             found, agreement = closer(run, found, agreement, watch)
             belief = believe(found, agreement, look)
-            doubt = pairs.against(seen, found, look)
-    return found, belief.less(doubt) if belief.grade is Explains.FULLY else belief
+            whole = belief.grade is Explains.FULLY
+            doubt = pairs.against(seen, found, look) if whole else None
+    return found, belief.less(doubt)
 
 
 def _unheld(found: Reconstruction, look: Look) -> Belief:

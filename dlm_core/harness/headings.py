@@ -60,7 +60,7 @@ def shown(frame: tables.Frame, digits: int) -> Any:
     frame
         A pandas DataFrame, such as ``sweeps.summarise`` returns.
     digits
-        Decimals of its numbers; counts have none. Shares that have an interval are in per cent.
+        Decimals of its numbers; counts have none. Shares of successes are in per cent.
 
     Returns
     -------
