@@ -11,6 +11,7 @@ from dlm_core import metrics, models, records
 from dlm_core.beyond import batches
 from dlm_core.federated import train_locally
 from dlm_core.harness.trials import Trial, observe, run_trial
+from dlm_core.results import Explains
 
 SHAPE, CLASSES = (1, 8, 8), 10
 
@@ -161,7 +162,7 @@ def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
     basis = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     noise = torch.full((12, 4), 1e-12, dtype=torch.float64)
     mixture = batches._Mixture(basis, noise)
-    moved = batches._MovedUnits(basis, -basis[:, 0], basis, basis.sum(1), noise[:, 0])
+    moved = batches._MovedUnits(basis, -basis[:, 0], basis, basis.sum(1), *[noise[:, 0]] * 2)
     rounds = batches._sparse_directions(mixture, moved, max_rounds=3, seed=0)
     for directions in rounds:
         assert directions.isfinite().all()
@@ -245,15 +246,44 @@ def test_in_half_precision_no_wrong_picture_is_vouched_for(transmitted):
         assert not (found.vouched[order] & (error > 0.1)).any()
 
 
-def test_an_image_and_black_share_a_direction_and_are_not_said_to_be_images():
-    images = torch.cat([picture(), torch.zeros(1, *SHAPE)])
-    seen, *_ = client(2, images=images, labels=[3, 4])
+SHARING = {  # a batch in which one direction stands for two images
+    "black": torch.cat([picture(), torch.zeros(1, *SHAPE)]),
+    "a darker copy": torch.cat([picture(), 0.5 * picture()]),
+    "two greys": torch.cat([torch.full((1, *SHAPE), 0.3), torch.full((1, *SHAPE), 0.7)]),
+}
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+@pytest.mark.parametrize("images", SHARING.values(), ids=SHARING)
+def test_a_direction_that_images_share_is_vouched_for_as_none_of_them(images, local_steps):
+    """What is found has neither's brightness; the bias moved by more than its trace."""
+    seen, *_ = client(2, images=images, labels=[3, 4], local_steps=local_steps)
     found = batches.recover_batch(seen)
-    assert found.rank == 1
+    assert found.rank == 1 and found.reason is batches.Reason.SHARED
+    assert not found.vouched.any() and found.evidence.explains is not Explains.FULLY
     assert "not one SGD step on these images" in found.verdict
     assert found.verdict.startswith("1 of 1 images shown: ")
-    assert "no two images share one" in found.verdict and "settles" not in found.verdict
+    assert "stands for several images" in found.verdict
     assert found.learning_rate is None
+
+
+def test_beside_a_black_image_no_other_is_vouched_for():
+    """The bias of a black image's units is given to the others' traces, and with it brightness."""
+    _, images, _ = client(2)
+    with_black = torch.cat([images, torch.zeros(1, *SHAPE)])
+    seen, *_ = client(3, images=with_black, labels=[0, 1, 2])
+    found = batches.recover_batch(seen)
+    assert found.rank == 2 and not found.vouched.any()
+
+
+@pytest.mark.parametrize("local_steps", [3, 10])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_after_several_steps_images_with_a_direction_each_are_vouched_for(size, local_steps):
+    seen, images, _ = client(size, local_steps=local_steps)
+    found = batches.recover_batch(seen, num_images=size)
+    assert found.reason is batches.Reason.NOT_ONE_STEP and found.vouched.all()
+    assert errors(found, images)[1].max() < 1e-3
+    assert "at one rate" in found.verdict
 
 
 def test_a_unit_that_an_image_hardly_turns_on_says_nothing_against_one_step():

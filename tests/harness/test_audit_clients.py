@@ -250,3 +250,14 @@ def test_a_whole_batch_that_nothing_confirms_is_partly(reason, tmp_path):
     shown = replace(whole, evidence=replace(whole.evidence, reason=reason))
     believed = believe(shown, None, found.look)
     assert believed.grade is Explains.PARTLY and believed.doubt
+
+
+def test_an_image_beside_black_is_shown_as_a_direction_and_not_as_an_image(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = network(linear(64, 200), nn.ReLU, linear(200, 10))
+    images = torch.cat([IMAGES[:1], 0 * IMAGES[:1]])
+    sent = snapshots(model, images, torch.tensor([3, 4]))
+    found = asked(model, sent, tmp_path, num_images=2, attack="exact_batch")
+    said = capsys.readouterr().out
+    assert found.verdict == "partly" and "a direction stands for several images" in said
+    assert "it vouches for none of its pictures" in said
