@@ -150,8 +150,9 @@ class Traces(Evidence):
             ),
             Reason.SHARED: (
                 f"it was not one SGD step on these images ({found}), and the first layer's bias "
-                "moved by more than their traces: a direction stands for several images, as for an "
-                "image and its darker copy or black, so none need be as shown"
+                "moved otherwise than by their traces: by another rule, or a direction stands for "
+                "several images, as for an image and its darker copy or black; none need be as "
+                "shown"
             ),
             Reason.UNMOVED: "no unit of the first layer moved by more than rounding",
             Reason.TOO_FEW_UNITS: (
@@ -617,11 +618,12 @@ def _explain(
     if not one_step and num_images is None:  # then nothing is known of copies either
         each = once
     total = num_images or len(each)
-    reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
-    if not (one_step and tested):
-        reason = Reason.SHARED if shared else Reason.NOT_ONE_STEP
     if not tested:
         reason = Reason.UNTESTED
+    elif one_step:
+        reason = Reason.UNTRACED if total > len(each) else Reason.EXPLAINED
+    else:
+        reason = Reason.SHARED if shared else Reason.NOT_ONE_STEP
     # where one image is a mixture, the others may be
     trusted = (one_step and tested) or bool((agreement > AGREES).all())
     # an image without a trace has its share in the client's mean loss
