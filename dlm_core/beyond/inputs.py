@@ -33,7 +33,7 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.beyond import decay, lengths, ratios
 from dlm_core.beyond.rounding import Transmitted, precision_of
-from dlm_core.beyond.tracing import AWAY, NOISE, Traced, repeats
+from dlm_core.beyond.tracing import AWAY, NOISE, Loss, Traced, repeats
 from dlm_core.observation import TINY, Observation, unit_in_last_place
 from dlm_core.results import Evidence, Explains, Reconstruction, Status
 
@@ -237,8 +237,9 @@ class LayerInput:
         if self.untrained:
             multiple = "; or all of it is a multiple of the input, as of two rates"
             return (
-                f"{said}, but for {self.still:,} of them. Their weights did not move: "
-                "the client did not train these, and they are not 0 as they seem"
+                f"{said}, but for {self.still:,} of them. Their weights did not move: the client "
+                "did not train these, which are not 0 then as they seem, unless it took its "
+                f"gradients at other weights than W_t, as SAM does"
                 f"{multiple * (not self.confirmed)}{mixture}"
             )
         if self.disputed:
@@ -252,11 +253,17 @@ class LayerInput:
                 " (or a multiple of it, if the client's rates for weight and bias differ: nothing "
                 "else in the update fixes its length)"
             )
-        black = (
-            f". Of these numbers {self.still:,} are 0, as their weights did not move. "
-            "They are black, unless the client did not train them"
-        )
-        return f"{said}{mixture}{black * bool(self.pixels and self.still)}"
+        return f"{said}{mixture}{self._zeros * bool(self.pixels and self.still)}"
+
+    @property
+    def _zeros(self) -> str:
+        """What the pixels are whose weights did not move."""
+        assert self.values is not None
+        said = f". Of these numbers {self.still:,} are 0, as their weights did not move. "
+        lowest, size = self.values.min(), self.values.square().mean().sqrt()
+        if lowest < -NOISE * self.error * size:
+            return f"{said}Others are below 0, so these need not be black: the client normalises"
+        return f"{said}They are black, unless the client did not train them"
 
     @property
     def _to(self) -> str:
@@ -442,8 +449,8 @@ def read(
         name: _Move.of(*both, images=traced.is_pixels(name) and name in traced.fixed)
         for name, both in moved.items()
     }
-    slopes = _constant_slopes(next(reversed(moves.values()), None))
-    found = [_of_layer(traced, name, *moved[name], moves[name], slopes) for name in moved]
+    loss = _loss(next(reversed(moves.values()), None))
+    found = [_of_layer(traced, name, *moved[name], moves[name], loss) for name in moved]
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
@@ -644,13 +651,14 @@ class _Move(NamedTuple):
         return self.spectrum.limit / self.spectrum.largest
 
 
-def _constant_slopes(last: _Move | None) -> torch.Tensor | None:
-    """The last layer's δ, of one direction, where its loss has the same slopes for any images of a
-    class; None where it has not.
+def _loss(last: _Move | None) -> Loss:
+    """What the last layer's move says of the loss: δ of one direction is its slopes, where these
+    are the same for any images of a class.
     """
-    if last is None or last.rank != 1 or last.hidden > FINE:
-        return None
-    return last.left if repeats(last.left, last.hidden) else None
+    if last is None or not last.delta.any():
+        return Loss(seen=False)
+    constant = last.rank == 1 and last.hidden <= FINE and repeats(last.left, last.hidden)
+    return Loss(seen=True, slopes=last.left if constant else None)
 
 
 def _of_layer(
@@ -659,7 +667,7 @@ def _of_layer(
     weight: _Moved,
     bias: _Moved | None,
     move: _Move,
-    slopes: torch.Tensor | None,
+    loss: Loss,
 ) -> LayerInput:
     outputs, features = weight.delta.shape
     pixels, fixed = traced.is_pixels(name), name in traced.fixed
@@ -684,7 +692,7 @@ def _of_layer(
             move = of_weight
             about |= {"scaled": False, "decay": move.decay, "bias_apart": True}
     if move.one:
-        return LayerInput(**about | _input(traced, name, move, slopes))
+        return LayerInput(**about | _input(traced, name, move, loss))
     return LayerInput(**about | (_by_entries(traced, name, weight, bias) if pixels else {}))
 
 
@@ -692,7 +700,9 @@ def _by_entries(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) 
     """The same of a layer that sees an image, where single entries of its move were changed."""
     if bias is None:
         return {}
-    found = ratios.by_entries(weight.delta, bias.delta, weight.variance, bias.variance)
+    # weights that were set to 0 tell nothing of the input
+    delta = torch.where(weight.delta == weight.before, 0.0, weight.delta)
+    found = ratios.by_entries(delta, bias.delta, weight.variance, bias.variance)
     if found is None:
         return {}
     values, error = found
@@ -705,7 +715,7 @@ def _by_entries(traced: Traced, name: str, weight: _Moved, bias: _Moved | None) 
     }
 
 
-def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) -> dict[str, Any]:
+def _input(traced: Traced, name: str, move: _Move, loss: Loss) -> dict[str, Any]:
     """What a move of one direction adds to what is said of a layer; nothing where it is its bias's
     alone, or nearly.
     """
@@ -725,7 +735,7 @@ def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) 
     error = math.hypot(error, move.beside, of_unit if scaled else 0.0)
     signs, one_row = even(values, error), int(move.delta.any(1).sum()) == 1
     one = move.rank == 1 and scaled and not signs and not one_row
-    single = one and traced.tells_apart(name, values, left, move.hidden, slopes)
+    single = one and traced.tells_apart(name, values, left, move.hidden, loss)
     centred = _without_mean(values, error) and traced.has_mean(name)
     return {
         "values": values,
@@ -737,7 +747,7 @@ def _input(traced: Traced, name: str, move: _Move, slopes: torch.Tensor | None) 
         "single": single,
         "alone": single and not centred,
         "centred": centred,
-        "mixed": _apart(traced, name, values, move, slopes) if single else 0.0,
+        "mixed": _apart(traced, name, values, move, loss) if single else 0.0,
         "image": traced.image_of(name, values) if scaled and traced.is_pixels(name) else None,
     }
 
@@ -747,12 +757,10 @@ def _without_mean(values: torch.Tensor, error: float) -> bool:
     return len(values) > MANY_NUMBERS and bool(values.sum().abs() <= NOISE * error * values.norm())
 
 
-def _apart(
-    traced: Traced, name: str, values: torch.Tensor, move: _Move, slopes: torch.Tensor | None
-) -> float:
+def _apart(traced: Traced, name: str, values: torch.Tensor, move: _Move, loss: Loss) -> float:
     """``LayerInput.mixed``."""
     least, greatest = traced.apart(name)
-    if least >= AWAY or traced.tells_apart(name, values, move.left, move.hidden, slopes, least):
+    if least >= AWAY or traced.tells_apart(name, values, move.left, move.hidden, loss, least):
         return 0.0
     return greatest
 

@@ -19,8 +19,9 @@ import torch
 
 from dlm_core.beyond.tracing import Traced
 
-# Multiples of an input that are compared: only the first may fit.
+# Multiples of an input that are compared: only the first may fit, and none beside it much better.
 FACTORS = (1.0, 0.8, 1.25)
+BESIDE = tuple(1 + 0.005 * step for step in range(-20, 21) if step)
 SHARES = (0.0, 0.5, 1.0)  # of the way from W_t to W_{t+1}
 FITS, SHARPLY = 1e-2, 1e-4  # how nearly: with equations to spare, and with few
 SPARE = 3
@@ -64,7 +65,8 @@ def fixed(
     signals
         [K] each, what δ of the last layer may be, up to a positive factor.
     """
-    given = values * torch.tensor(FACTORS, dtype=values.dtype, device=values.device)[:, None]
+    factors = torch.tensor([*FACTORS, *BESIDE], dtype=values.dtype, device=values.device)
+    given = values * factors[:, None]
     try:
         one, other = (traced.passed_behind(name, given, train=True, seed=s).scores for s in (0, 1))
     except Exception:  # one image in batch norm
@@ -82,7 +84,7 @@ def fixed(
         return False
     scores = torch.stack([each.scores for each in way], 1)
     # with biases of 0 another loss may follow the scores of a multiple nearly as well
-    sharply = _multiples(scores[:, 0])
+    sharply = _multiples(scores[: len(FACTORS), 0])
     if any(_by_scores(scores, signal, sharply) for signal in signals):
         return True
     return any(
@@ -149,7 +151,8 @@ def _on_the_way(columns: torch.Tensor, target: torch.Tensor) -> bool:
 
 
 def _first_alone(left: Sequence[float], limit: float) -> bool:
-    return left[0] <= limit and min(left[1:]) > WORSE * left[0]
+    first, others, beside = left[0], left[1 : len(FACTORS)], left[len(FACTORS) :]
+    return first <= limit and min(others) > WORSE * first and WORSE * min(beside) >= first
 
 
 def _left(columns: torch.Tensor, target: torch.Tensor) -> float:

@@ -82,7 +82,7 @@ def by_entries(
     kept &= live[:, None]
     ratios_s = delta / of_bias[:, None]
     r = torch.where(kept, ratios_s, math.nan).nanmedian(0).values
-    black = ~delta.any(0)
+    black = ~delta[live].any(0)
     r = torch.where(black, 0.0, r)
     if not r.isfinite().all() or not r.any():
         return None

@@ -251,25 +251,40 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
 
 def check_walk(model: nn.Module, image_shape: Sequence[int]) -> None:
     """Raise ValueError unless the model's own forward pass is that of its layers, one after the
-    other: a subclass of ``nn.Sequential`` may do more, and a layer may be called twice.
+    other, in training as well: a subclass of ``nn.Sequential`` may do more, and so may one of
+    ``nn.Linear``; a layer may be called twice.
     """
-    copied = copy.deepcopy(model).double().eval()
+    copied = copy.deepcopy(model).double()
     for name, module in _leaves(copied):
         if is_parametrized(module) or module._forward_pre_hooks:
             raise _unsupported(name, module, "computes its weight from other numbers")
     draws = torch.Generator().manual_seed(0)
     images = torch.rand(2, *image_shape, generator=draws, dtype=torch.float64)
-    walked = images = images.to(next(copied.parameters()).device)
-    with torch.no_grad(), own_generator(seed=0):
-        own = scores(copied(images))
-        for _, module in _leaves(copied):
-            walked = module(walked)
-    if own.shape != walked.shape or not torch.allclose(own, walked, rtol=1e-6, atol=1e-9):
+    images = images.to(next(copied.parameters()).device)
+    if not all(_is_walked(copied.train(mode), images) for mode in (False, True)):
         kind = type(model).__name__
         raise ValueError(
             f"the model ({kind}) does more than to call its layers one after the other, "
             "so that they cannot be walked"
         )
+
+
+def _is_walked(model: nn.Module, images: torch.Tensor) -> bool:
+    """Whether the scores are those of the layers, one after the other."""
+    with torch.no_grad(), own_generator(seed=0, device=images.device):
+        own = scores(model(images))
+    walked = images
+    with torch.no_grad(), own_generator(seed=0, device=images.device):
+        for _, module in _leaves(model):
+            walked = _plainly(module, walked)
+    return own.shape == walked.shape and torch.allclose(own, walked, rtol=1e-6, atol=1e-9)
+
+
+def _plainly(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of x, and what a class derived from it would not have to."""
+    if isinstance(module, nn.Linear):
+        return nn.Linear.forward(module, x)
+    return nn.Conv2d.forward(module, x) if isinstance(module, nn.Conv2d) else module(x)
 
 
 def first_linear(layers: Sequence[Layer]) -> int:

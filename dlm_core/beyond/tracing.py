@@ -6,9 +6,11 @@ import contextlib
 import copy
 import functools
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,6 +30,7 @@ PROBES = 4
 ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
 SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
 FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
+FITS_EXACTLY = 1 - 5e-7  # the same where nothing else speaks of the loss: 0.1 % of δ's length
 
 
 T = TypeVar("T")
@@ -47,6 +50,21 @@ class _Map(NamedTuple):
     position: torch.Tensor
     factor: torch.Tensor
     constant: torch.Tensor
+
+
+class Loss(NamedTuple):
+    """What the last layer's move says of the client's loss.
+
+    Attributes
+    ----------
+    seen
+        Whether that layer moved.
+    slopes
+        [K] the loss's slopes in the scores, where they are the same for any images of a class.
+    """
+
+    seen: bool
+    slopes: torch.Tensor | None = None
 
 
 class Passed(NamedTuple):
@@ -76,14 +94,15 @@ class Traced:
         self.shape = tuple(image_shape)
         self.device = next(self.model.parameters()).device
         self.seen: dict[str, list[torch.Tensor]] = {}
+        self.by_chance: set[str] = set()
         self.maps: dict[str, _Map | None] = {}
         named = self.model.named_modules()
         self.linear = {name: each for name, each in named if isinstance(each, nn.Linear)}
         self.returned: Any = None
         for name, module in self.linear.items():
             module.register_forward_pre_hook(
-                lambda _, given, named, name=name: self.seen.setdefault(name, []).append(
-                    (given[0] if given else named["input"]).double()
+                lambda _, given, named, name=name: self._enters(
+                    name, given[0] if given else named["input"]
                 ),
                 with_kwargs=True,
             )
@@ -99,10 +118,23 @@ class Traced:
         self.near = NEAR if self.dtype == torch.float64 else NEAR32
         once = {n: each[0] for n, each in passed.items() if len(each) == 1}
         self.fixed: set[str] = set()
-        shared = self._used_elsewhere(once)
+        shared = self._used_elsewhere(once) | self._used_elsewhere(once, train=True)
         once = {n: each for n, each in once.items() if n not in shared}
         self.layers = {name: self.linear[name] for name in once}
         self.rows = {name: each[..., 0].numel() for name, each in once.items()}
+
+    def _enters(self, name: str, given: torch.Tensor) -> None:
+        self.seen.setdefault(name, []).append(given.double())
+        if not _same_state(self.began, self._chance()):
+            self.by_chance.add(name)
+
+    def _chance(self) -> list[Any]:
+        """Where the generators stand that networks draw from."""
+        of_numpy: Any = numpy.random.get_state(legacy=False)
+        states = [torch.get_rng_state(), random.getstate()[1], *of_numpy["state"].values()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
 
     def grey(self, count: int = 1) -> torch.Tensor:
         """[count, C, H, W], for where the images do not matter."""
@@ -159,16 +191,19 @@ class Traced:
     ) -> dict[str, list[torch.Tensor]]:
         """{layer: what passed through it}, in eval mode, or in the one the client trains in."""
         self.model.train(train)
-        self.seen = {}
+        self.seen, self.by_chance = {}, set()
         kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.set_grad_enabled(grad), own_generator(seed=seed, device=self.device):
+            self.began = self._chance()
             self.returned = self.model(images.to(self.device, self.dtype))
         for name, buffer in self.model.named_buffers():  # batch norm's statistics
             buffer.copy_(kept[name])
         return self.seen
 
-    def _used_elsewhere(self, names: Iterable[str]) -> set[str]:
-        """Layers whose weight or bias does more than the layer: their gradient is not δ·[x; 1]ᵀ."""
+    def _used_elsewhere(self, names: Iterable[str], *, train: bool = False) -> set[str]:
+        """Layers whose weight or bias does more than the layer, or another thing in training: their
+        gradient is not δ·[x; 1]ᵀ.
+        """
         layers = {name: self.linear[name] for name in names}
         signals: dict[str, torch.Tensor] = {}
 
@@ -184,7 +219,8 @@ class Traced:
         noise = torch.rand(1, *self.shape, generator=self.generator, dtype=torch.float64)
         try:
             self.model.requires_grad_(True)
-            seen = {name: each[0] for name, each in self._pass(noise, grad=True).items()}
+            passed = self._pass(noise, train=train, grad=True)
+            seen = {name: each[0] for name, each in passed.items()}
             given = {name: each.detach() for name, each in seen.items()}
             self.fixed = {name for name, each in seen.items() if not each.requires_grad}
             total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
@@ -357,12 +393,13 @@ class Traced:
         probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
         images = probes.reshape(-1, *self.shape)
         names = [name for name, rows in self.rows.items() if rows == 1]
+        drawn: set[str] = set()
 
         def each(start: int, *, train: bool) -> dict[str, list[torch.Tensor]]:
-            passed = [
-                self._pass(image[None], train=train, seed=start + i)
-                for i, image in enumerate(images)
-            ]
+            passed = []
+            for i, image in enumerate(images):
+                passed.append(self._pass(image[None], train=train, seed=start + i))
+                drawn.update(self.by_chance)
             return {name: [one[name][0].flatten() for one in passed] for name in names}
 
         in_eval = each(0, train=False)
@@ -379,7 +416,8 @@ class Traced:
         return probes, {
             name: inputs
             for name, inputs in alone.items()
-            if together[name].shape == inputs.shape
+            if name not in drawn
+            and together[name].shape == inputs.shape
             and self._close(together[name], inputs)
             and all(map(torch.equal, in_eval[name], in_training[name]))
         }
@@ -420,7 +458,7 @@ class Traced:
         values: torch.Tensor,
         left: torch.Tensor,
         hidden: float,
-        slopes: torch.Tensor | None,
+        loss: Loss,
         away: float = AWAY,
     ) -> bool:
         """Whether δ turns where this input changes: then two inputs would show as two. It does not
@@ -429,14 +467,15 @@ class Traced:
         so much that it is not ``hidden`` by rounding: the relative size of a direction that is,
         where the inputs are so far ``away``, relative to their size.
         Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
-        Of a loss of constant ``slopes`` δ turns only where the network between does.
+        Of a loss of constant slopes δ turns only where the network between does.
         """
         noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
         one = torch.ones_like(noise[:1])
         given = values * torch.cat([one, 1 + self.near * noise, 1 + away * noise]).to(values)
         try:
-            signals = self._signals(name, given, left, slopes)
-            fits = [each for each in signals if F.cosine_similarity(each[0], left, 0).abs() > FITS]
+            signals = self._signals(name, given, left, loss)
+            enough = FITS if loss.seen else FITS_EXACTLY
+            fits = [s for s in signals if F.cosine_similarity(s[0], left, 0).abs() > enough]
             if not fits and repeats(left, hidden):  # a loss of constant slopes, for any images
                 return False
             turned = torch.stack([_turned(each) for each in fits or signals])
@@ -447,12 +486,12 @@ class Traced:
         return bool((near > turns).all() and (far > HIDDEN * hidden).all())
 
     def _signals(
-        self, name: str, given: torch.Tensor, left: torch.Tensor, slopes: torch.Tensor | None
+        self, name: str, given: torch.Tensor, left: torch.Tensor, loss: Loss
     ) -> list[torch.Tensor]:
         """dL/dz at the layer's output for each input [N, features], L the usual loss, or one of
-        constant ``slopes``; for the labels whose classes have the highest scores and the lowest,
-        since others turn no less, and for the class that moved most where ``left`` is of the
-        scores.
+        constant slopes, which it may be as well where it was not seen; for the labels whose classes
+        have the highest scores and the lowest, since others turn no less, and for the class that
+        moved most where ``left`` is of the scores.
         """
         kept: dict[str, torch.Tensor] = {}
 
@@ -471,6 +510,7 @@ class Traced:
                 grey = self.grey(len(given)).to(self.device, self.dtype)
                 output = scores(self.model(grey)).flatten(1)
                 losses = [F.softplus(output).sum()]
+                slopes = loss.slopes
                 if slopes is not None and len(slopes) == output.shape[1]:
                     losses = [(output @ slopes.to(output)).sum()]
                 elif output.shape[1] > 1:
@@ -482,14 +522,21 @@ class Traced:
                         F.cross_entropy(output, torch.full_like(output[:, 0], label).long())
                         for label in sorted(labels)
                     ]
+                if not loss.seen:
+                    losses.append((output * _slope(output[0])).sum())
                 return [
-                    torch.autograd.grad(loss, kept["output"], retain_graph=True)[0]
+                    torch.autograd.grad(each, kept["output"], retain_graph=True)[0]
                     .double()
                     .flatten(1)
-                    for loss in losses
+                    for each in losses
                 ]
         finally:
             hook.remove()
+
+
+def _same_state(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether no number was drawn in between."""
+    return all(numpy.array_equal(a, b) for a, b in zip(one, other))
 
 
 def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

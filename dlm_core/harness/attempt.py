@@ -9,7 +9,7 @@ from dlm_core import records
 from dlm_core.beyond.attention import plain_attention
 from dlm_core.beyond.inputs import Ratio
 from dlm_core.coordinates import cosines
-from dlm_core.harness import pairs
+from dlm_core.harness import pairs, symmetries
 from dlm_core.harness.belief import Belief, against, believe
 from dlm_core.harness.foretell import SEARCHES, foretold
 from dlm_core.harness.look import Look
@@ -134,6 +134,8 @@ def _held(
             belief = believe(found, agreement, look)
             whole = belief.grade is Explains.FULLY
             doubt = pairs.against(seen, found, look) if whole else None
+        read = isinstance(found.evidence, Ratio)  # pixel by pixel
+        doubt = doubt or (None if read else symmetries.against(seen))
     return found, belief.less(doubt)
 
 

@@ -1,15 +1,18 @@
 """Kinds of clients on which an audit once said too much or too little, each by what is right."""
 
 import copy
+import random
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import metrics
+from dlm_core import data, metrics, models
 from dlm_core.beyond import inputs
+from dlm_core.harness import symmetries
 from dlm_core.observation import observe
 from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
 
@@ -188,3 +191,172 @@ def test_the_entries_of_several_images_and_of_signs_agree_on_none(count, optimiz
     model = network(linear(64, 64), nn.ReLU, linear(64, 10))
     sent = trained(model, optimizer, IMAGES[:count], LABELS[:count])
     assert inputs.layer_inputs(observe(model, *sent, SHAPE))[0].values is None
+
+
+class Disturbed(nn.Linear):
+    """Noise on its input, in training."""
+
+    def forward(self, x):
+        return super().forward(x + 0.3 * torch.randn_like(x) if self.training else x)
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.3, self.training))
+
+
+class Columns(nn.Linear):
+    """Without half of its columns, in training."""
+
+    def forward(self, x):
+        kept = 2.0 * (torch.rand(self.in_features) < 0.5) if self.training else 1.0
+        return F.linear(x, kept * self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Disturbed, Dropping, Columns])
+def test_what_a_layer_does_to_its_input_in_training_is_not_the_image(kind, tmp_path):
+    model = network(partial(kind, 64, 32), nn.ReLU, linear(32, 10))
+    found = asked(model, snapshots(model), tmp_path, minutes=0.05)
+    assert found.verdict == "partly" and "division" not in found and "exact" not in found
+    assert not any("'1'" in each.what for each in found.leaks)
+
+
+class Sometimes(nn.Module):
+    """Turns an image over by chance, in training; ``draw`` says by whose."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x.flip(-1) if self.training and self.draw() < 0.1 else x
+
+
+CHANCES = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: numpy.random.random(),  # noqa: NPY002
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("draw", CHANCES.values(), ids=CHANCES)
+def test_an_image_that_a_network_may_turn_over_is_not_read_off_its_first_layer(draw):
+    model = nn.Sequential(Sometimes(draw), nn.Flatten(), *(layer() for layer in MLP))
+    first = inputs.layer_inputs(observe(model, *snapshots(model), SHAPE))[0]
+    assert first.values is not None and first.image is None and not first.pixels
+
+
+class Idle(nn.Module):
+    """Two heads; the one that is called last trains nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 16))
+        self.used, self.idle = nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        features = self.body(x)
+        used = self.used(features)
+        return self.idle(features), used
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_hinge_is_thought_of_where_the_last_layer_did_not_move(seed, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        frozen = nn.Sequential(
+            nn.Flatten(), *(nn.Linear(*n) for n in [(64, 32), (32, 16), (16, 10)])
+        )
+        idle = Idle()
+    frozen[-1].requires_grad_(False)
+    of_second = lambda returned, labels: HINGE(returned[1], labels)  # noqa: E731
+    for model, loss in ((frozen, HINGE), (idle, of_second)):
+        sent = snapshots(model, IMAGES[[0, 2]], SAME, loss=loss)
+        found = asked(model, sent, tmp_path, attack="division")
+        assert psnr(found["division"].images, IMAGES[[0, 2]].mean(0, keepdim=True)) > 100
+        assert found.verdict == "partly" and not found["division"].vouched.any()
+
+
+def test_behind_an_activation_one_image_is_still_read_where_the_last_layer_is_frozen(tmp_path):
+    model = network(linear(64, 32), nn.Sigmoid, linear(32, 10))
+    model[-1].requires_grad_(False)
+    found = asked(model, snapshots(model), tmp_path, attack="division")
+    assert psnr(found["division"].images, IMAGES[:1]) > 100
+    assert "mean of several" not in found["division"].evidence.said
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_biases_at_nearly_the_weights_rate_are_not_said_to_have_it(factor, tmp_path):
+    model = network(*MLP)
+    sent = trained(model, partial(rates, factor))
+    found = asked(model, sent, tmp_path, attack="division")
+    assert "or a multiple of it" in found["division"].evidence.said and found.verdict == "partly"
+
+
+class Mirrored(nn.Module):
+    """The same of an image and of its mirror image."""
+
+    def __init__(self):
+        super().__init__()
+        strided = nn.Conv2d(8, 4, 3, stride=2, padding=1)
+        layers = nn.Conv2d(1, 8, 3, padding=1), nn.Sigmoid(), strided, nn.Sigmoid(), nn.Flatten()
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x) + self.body(x.flip(-1)))
+
+
+def test_of_an_image_and_its_mirror_image_none_is_called_leaked(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = Mirrored()
+        for w in model.parameters():
+            nn.init.uniform_(w, -0.5, 0.5)
+    digits = data.load("digits", n=6)
+    sent = snapshots(model, digits.images[5:], digits.labels[5:])
+    found = asked(model, sent, tmp_path, attack="dlm_plus")
+    assert psnr(found["dlm_plus"].images, digits.images[5:].flip(-1)) > 25
+    assert found.verdict == "partly"
+    assert "its mirror image" in found.beliefs["dlm_plus"].doubt
+
+
+def test_lenet_is_no_such_network():
+    model = models.build("lenet", SHAPE, 10, init="paper")
+    assert symmetries.against(observe(model, *snapshots(model), SHAPE)) is None
+
+
+def test_zeros_of_a_client_that_normalises_are_not_black():
+    image = half(IMAGES[:1])
+    image[..., 0, :] = 0.0  # padded with grey
+    model = network(*MLP)
+    first = inputs.layer_inputs(observe(model, *snapshots(model, image), SHAPE))[0]
+    assert first.still >= 8 and "They are black" not in first.sentence
+    assert "need not be black" in first.sentence
+
+
+def test_gradients_at_other_weights_do_not_make_black_pixels_untrained():
+    """SAM steps by the gradient at weights that are moved against it first."""
+    model = network(*MLP)
+    climbed = copy.deepcopy(model)
+    F.cross_entropy(climbed(IMAGES[:1]), LABELS[:1]).backward()
+    length = torch.stack([w.grad.norm() for w in climbed.parameters()]).norm()
+    with torch.no_grad():
+        for w in climbed.parameters():
+            w += 0.5 * w.grad / length
+    _, there = trained(climbed, lambda client: [torch.optim.SGD(client.parameters(), lr=0.1)])
+    before, up = model.state_dict(), climbed.state_dict()
+    sent = {name: before[name] - (up[name] - there[name]) for name in before}
+    first = inputs.layer_inputs(observe(model, before, sent, SHAPE))[0]
+    assert psnr(first.image, IMAGES[:1]) > 100
+    assert "unless it took its gradients at other weights" in first.sentence
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_an_image_shows_in_the_weights_that_pruning_left(share, tmp_path):
+    model = network(linear(64, 64), nn.ReLU, linear(64, 10))
+    before, sent = snapshots(model)
+    for name in ("1.weight", "3.weight"):
+        smallest = sent[name].abs() <= sent[name].abs().quantile(share)
+        sent[name] = sent[name].masked_fill(smallest, 0.0)
+    found = asked(model, (before, sent), tmp_path, attack="division")
+    assert found.verdict == "partly" and psnr(found["division"].images, IMAGES[:1]) > 80

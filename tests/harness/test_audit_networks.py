@@ -78,7 +78,7 @@ def test_columns_that_were_not_trained_are_not_called_black(tmp_path, capsys):
     found = asked(model, untrained(model), tmp_path, attack="division")
     assert found.verdict == "partly"
     said = capsys.readouterr().out
-    assert "the client did not train these, and they are not 0 as they seem" in said
+    assert "the client did not train these, which are not 0 then as they seem" in said
 
 
 def test_columns_without_weights_are_not_called_black(tmp_path):

@@ -1,0 +1,69 @@
+"""Whether a network leaves the same update of an image and of its mirror image, or of one that is
+turned: then no search can tell which of them the client had.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from dlm_core import objectives
+from dlm_core.beyond.attention import plain_attention
+from dlm_core.federated import loss as training_loss
+from dlm_core.harness import clues
+from dlm_core.observation import Observation
+from dlm_core.threads import own_generator
+
+ALIKE = 1e-5  # how far apart, relative, two updates are that differ by arithmetic alone
+# {in words: [N, C, H, W] -> the same}.
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "its mirror image": lambda x: x.flip(-1),
+    "it upside down": lambda x: x.flip(-2),
+    "it turned by half": lambda x: x.flip(-2, -1),
+    "it turned by a quarter": lambda x: x.rot90(1, (-2, -1)),
+    "its mirror image in the diagonal": lambda x: x.transpose(-2, -1),
+}
+
+
+def against(seen: Observation) -> str | None:
+    """What speaks against any picture that a search finds; None for nothing, or where a network
+    does not tell.
+
+    Parameters
+    ----------
+    seen
+        What the observer sees.
+    """
+    try:
+        same = next(filter(None, (_same(seen, name) for name in OTHERS)), None)
+    except Exception:  # whatever a user's network raises
+        return None
+    if same is None:
+        return None
+    return (
+        f"of an image and of {same} this network leaves the same update: which of them the client "
+        "had is not told"
+    )
+
+
+def _same(seen: Observation, name: str) -> str | None:
+    """The name, where what it stands for leaves the update of an image of noise."""
+    draw = torch.Generator().manual_seed(0)
+    image = torch.rand(1, *seen.image_shape, generator=draw)
+    other = OTHERS[name](image)
+    if other.shape != image.shape:
+        return None
+    one, two = (_gradient(seen, each) for each in (image, other))
+    apart = torch.stack([(a - b).norm() for a, b in zip(one, two)]).norm()
+    return name if apart <= ALIKE * torch.stack([a.norm() for a in one]).norm() else None
+
+
+def _gradient(seen: Observation, image: torch.Tensor) -> list[torch.Tensor]:
+    model = copy.deepcopy(seen.model)
+    if not clues.insists(model, seen.image_shape):
+        model = model.double()
+    weight = next(model.parameters())
+    label = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    with plain_attention(), own_generator(seed=0, device=weight.device):
+        found = objectives.gradient(model, training_loss, image.to(weight), label)
+    return [each.detach().double() for each in found]
