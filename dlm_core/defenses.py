@@ -10,7 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -100,13 +100,16 @@ class Setting:
         about: dict[str, Any] = {"observer": self.observer, "repeats": self.repeats}
         return defend(seen, self.name, seed=seed, **about, **self.options)
 
-    def noise_variance(self, seen: Observation) -> list[float]:
+    def noise_variance(self, seen: Observation, received: nn.Module | None = None) -> list[float]:
         """Variance of what the defence's noise adds to an entry of Δ.
 
         Parameters
         ----------
         seen
             What the observer sees, defended.
+        received
+            The network as the client received it, where whoever asks knows it, as its owner does.
+            None goes by what of it is seen.
 
         Returns
         -------
@@ -125,7 +128,18 @@ class Setting:
                     "or random=False where it draws none"
                 )
             return [0.0] * len(seen.delta)
-        return [variance / self.repeats for variance in self.record.variance(seen, self)]
+        setting, snapshots = self, 1
+        if received is not None and self._noises_both:
+            # as to who knows W_t; what is seen of it has noise of its own
+            seen = replace(seen, model=received)
+            setting, snapshots = replace(self, observer="server"), 2
+        variances = self.record.variance(seen, setting)
+        return [snapshots * variance / self.repeats for variance in variances]
+
+    @property
+    def _noises_both(self) -> bool:
+        """Whether W_t is defended as well."""
+        return self.observer == "channel" and self.record.acts_on == "snapshot"
 
     def kept(self, seen: Observation) -> list[torch.Tensor] | None:
         """Where Δ shows the update, as in ``kept``; None for a defence that leaves nothing out."""
@@ -161,12 +175,21 @@ def kept(seen: Observation, of_update: bool) -> list[torch.Tensor]:
 
 
 def _noise_variance(seen: Observation, setting: Setting) -> list[float]:
-    """Of ``noise``: its unit variance times (c · scale)², once for each snapshot that is noised."""
+    """Of ``noise``: its unit variance times (c · scale)², once for each snapshot that is noised.
+
+    On the channel W_t has noise as well, which lengthens its rows: c there is what the rows had
+    without.
+    """
     told = setting.strength
-    unit = 2 if told["distribution"] == "laplace" else 1
-    snapshots = 2 if setting.observer == "channel" else 1
-    factors = [float(undone_clip(p.detach(), told["clip"])) for p in seen.model.parameters()]
-    return [snapshots * unit * (factor * told["scale"]) ** 2 for factor in factors]
+    unit = (2 if told["distribution"] == "laplace" else 1) * told["scale"] ** 2
+    channel = setting.observer == "channel"
+    variances = []
+    for p in seen.model.parameters():
+        length = p[0].numel() if p.ndim > 1 else p.numel()
+        longer = math.sqrt(1 + length * unit / (told["clip"] ** 2 * setting.repeats))
+        factor = float(undone_clip(p.detach() / (longer if channel else 1), told["clip"]))
+        variances.append((2 if channel else 1) * unit * factor**2)
+    return variances
 
 
 def _mechanism_variance(seen: Observation, setting: Setting) -> list[float]:
@@ -466,13 +489,14 @@ def defend(
     _check_options(record, options)
     before, names = seen.model.state_dict(), seen.parameter_names
     what = f"what defence {record.key!r} returned"
+    shared = _shared(seen.model)
 
     def sent(weights: StateDict, draw: int) -> StateDict:
         """``weights`` as ``record``, a defence of snapshots, leaves them."""
         own = {"seed": draw} if record.random else {}
         defended = record.function(copy.deepcopy(weights), parameters=names, **own, **options)
         check_fit(what, check.fitting(what, defended, dict), weights)
-        return _finite(what, defended)
+        return _finite(what, {**defended, **{name: defended[own] for name, own in shared.items()}})
 
     def moved(draw: int) -> StateDict:
         """W_{t+1} after the update as ``record``, a defence of updates, leaves it."""
@@ -486,6 +510,7 @@ def defend(
             )
         steps = zip(names, update)
         after = {n: (before[n].double() - u).to(before[n].dtype) for n, u in steps}
+        after |= {name: after[own] for name, own in shared.items()}
         return _finite(what, {**seen.weights_after, **after})
 
     draws = [2 * (seed + 10_007 * answer) for answer in range(repeats)]
@@ -496,6 +521,16 @@ def defend(
     if observer == "channel":
         model.load_state_dict(_mean([sent(before, draw) for draw in draws]))
     return _observed(seen, model, afters)
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """{name in the state dict: the parameter's own}, of tensors that layers share: a defence is
+    given one of their names.
+    """
+    own = {id(p): name for name, p in model.named_parameters()}
+    every = model.state_dict(keep_vars=True).items()
+    names = {name: own.get(id(tensor), name) for name, tensor in every}
+    return {name: first for name, first in names.items() if name != first}
 
 
 def _finite(what: str, weights: StateDict) -> StateDict:

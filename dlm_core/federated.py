@@ -105,7 +105,8 @@ def train_locally(
     model.load_state_dict(rounded(model.state_dict(), transmitted))
     client = copy.deepcopy(model)
     stepper = optimizer_of(kind, client.parameters(), learning_rate, optimizer_options or {})
-    seen = descend(model, client, stepper, images, labels, local_steps, batch_size, clear_gradients)
+    given = images.detach(), labels  # no gradient of the client's is left in the caller's images
+    seen = descend(model, client, stepper, *given, local_steps, batch_size, clear_gradients)
     if transmitted is None:
         return seen
     return replace(seen, weights_after=rounded(seen.weights_after, transmitted))
@@ -268,10 +269,9 @@ def rounds(
         seen = [train(model, images, labels, **training) for images, labels in clients]
         if defend:
             seen = [defend(each, turn, client) for client, each in enumerate(seen)]
-        model = copy.deepcopy(model)
         sizes = [len(labels) for _, labels in clients]
         model.load_state_dict(average([each.weights_after for each in seen], sizes))
-        yield model, seen
+        yield copy.deepcopy(model), seen  # whoever measures it may change its mode
 
 
 def head_for(model: nn.Module, images: Images, labels: Labels) -> tuple[str, nn.Linear]:

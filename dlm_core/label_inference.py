@@ -11,6 +11,10 @@ from dlm_core.observation import TINY, Observation, check_per_parameter
 ROUNDS = 10  # of counts -> learning rate -> counts
 
 
+class Untold(ValueError, torch.linalg.LinAlgError):
+    """No label stands in the update: a trial without a picture."""
+
+
 @check.renamed(steps="local_steps")
 @check.arguments
 def infer(
@@ -43,6 +47,8 @@ def infer(
     ValueError
         Where the model does not end in a linear layer with bias, or ``trusted`` comes with
         several images.
+    Untold
+        Where the last layer did not change: a ValueError, too.
 
     Notes
     -----
@@ -52,8 +58,8 @@ def infer(
     bias update; η and c then follow by turns, c rounded to B in all. Over several steps p̄ is
     the mean output of the last layer as it learns from h̄, which is taken to stay as it is.
 
-    Where the bias of the label's class is not to be trusted, its row of weights fell as a
-    whole, for features of one sign.
+    Where the bias of the label's class is not to be trusted, or no bias fell (one that is frozen),
+    its row of weights fell as a whole, for features of one sign.
     """
     layer, d_weight, d_bias = seen.head.layer, seen.head.delta_weight, seen.head.delta_bias
     if trusted is not None:
@@ -66,9 +72,14 @@ def infer(
         masks = dict(zip(seen.parameter_names, trusted))
         weight_name, bias_name = seen.head.names
         d_weight, d_bias = d_weight * masks[weight_name], d_bias * masks[bias_name]
-        return (d_bias if d_bias.min() < 0 else d_weight.sum(1)).argmin()[None]
-    if num_images == 1:
-        return d_bias.argmin()[None]
+    if trusted is not None or num_images == 1:
+        fell = d_bias if d_bias.min() < 0 else d_weight.sum(1)
+        if not fell.any():
+            raise Untold(
+                "the last layer did not change, so no label can be read off it; "
+                "give it where an attack takes one (labels)"
+            )
+        return fell.argmin()[None]
     if not d_bias.any():
         raise ValueError(
             "the last layer's bias did not change, "

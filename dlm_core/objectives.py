@@ -2,10 +2,12 @@
 
 Both have one tensor per layer: ``g`` is the gradient of the loss at W_t for dummy data, ``d``
 the observed Δ = W_t - W_{t+1} (DLG: Δ/η). Each returns a scalar, zero where the two agree (up
-to positive scale, where it says so), differentiable in ``g`` and, for DLM, in ``k``.
+to positive scale, where it says so), differentiable in ``g`` and, for DLM, in ``k``, and raises
+ValueError for lists of different lengths.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def gradients_of(value: torch.Tensor, parameters: Tensors) -> list[torch.Tensor 
 
 def squared_distance(g: Tensors, d: Tensors) -> torch.Tensor:
     """Σ_layers ‖g - d‖²: DLG (Zhu et al. 2019), with d = Δ/η."""
-    return _total(_dot(a - b, a - b) for a, b in zip(g, d))
+    return _total(_dot(a - b, a - b) for a, b in _each(g, d))
 
 
 def scaled_distance(g: Tensors, d: Tensors, k: torch.Tensor | float) -> torch.Tensor:
@@ -68,7 +70,7 @@ def scaled_distance(g: Tensors, d: Tensors, k: torch.Tensor | float) -> torch.Te
     k
         A scalar, about 1/η; DLM optimises it too.
     """
-    return _total(_dot(a - k * b, a - k * b) for a, b in zip(g, d))
+    return _total(_dot(a - k * b, a - k * b) for a, b in _each(g, d))
 
 
 def normalised_distance(g: Tensors, d: Tensors) -> torch.Tensor:
@@ -108,7 +110,7 @@ def weighted(
     """
 
     def between(g: Tensors, d: Tensors, *k: torch.Tensor) -> torch.Tensor:
-        g, d = ([w * layer for w, layer in zip(weights, each)] for each in (g, d))
+        g, d = ([w * layer for w, layer in _each(weights, each)] for each in (g, d))
         return distance(g, d, *k)
 
     return between
@@ -138,7 +140,14 @@ def _total(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def _inner(a: Tensors, b: Tensors) -> torch.Tensor:
     """Inner product of two lists of tensors."""
-    return _total(_dot(one, other) for one, other in zip(a, b))
+    return _total(_dot(one, other) for one, other in _each(a, b))
+
+
+def _each(a: Sequence[Any], b: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
+    """Layer by layer; ValueError where one has more of them, which would be left out unseen."""
+    if len(a) != len(b):
+        raise ValueError(f"one list has {len(a)} layers and the other {len(b)}; both take as many")
+    return zip(a, b)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -183,7 +183,7 @@ def observe(
     model
         The network; a copy takes the weights of ``before``.
     before, after
-        W_t and W_{t+1}.
+        W_t and W_{t+1}; copies are kept, so that a client may train on.
     image_shape
         (C, H, W).
 
@@ -196,7 +196,8 @@ def observe(
     model = copy.deepcopy(model)
     model.load_state_dict(before)
     name, head = find_head(model, image_shape)
-    return Observation(model, dict(after), tuple(image_shape), head.out_features, name)
+    sent = {key: tensor.detach().clone() for key, tensor in after.items()}
+    return Observation(model, sent, tuple(image_shape), head.out_features, name)
 
 
 def _unchanged(model: nn.Module, after: StateDict) -> Unchanged:

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_core import attacks, defenses, federated, label_inference, models, records
+from dlm_core import (
+    attacks,
+    data,
+    defenses,
+    federated,
+    information,
+    label_inference,
+    models,
+    records,
+)
 from dlm_core.beyond import adaptive
 from dlm_core.harness.trials import Trial
 from dlm_core.harness.utility import Federation
@@ -763,3 +772,77 @@ def test_a_defence_that_works_in_place_spoils_nothing(digit, observer):
         torch.equal(tensor, found.weights_after[name])
         for name, tensor in expected.weights_after.items()
     )
+
+
+NOISES = [(name, scale) for name in ("laplace", "gaussian") for scale in (1e-3, 1e-2, 0.1)]
+
+
+@pytest.mark.parametrize("distribution, scale", NOISES)
+@pytest.mark.parametrize("owner", [True, False], ids=["owner", "observer"])
+def test_the_released_noise_s_variance_is_what_it_adds_on_the_channel(owner, distribution, scale):
+    """Of W_t the observer sees rows that the noise made longer, and the owner those before."""
+    model = models.build("lenet", (1, 8, 8), 10).double()
+    images, labels, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(model, images, labels, learning_rate=0.01)
+    setting = defenses.Setting("noise", {"scale": scale, "distribution": distribution})
+    ratios = []
+    for seed in range(10):
+        defended = setting.defend(seen, seed)
+        said = setting.noise_variance(defended, seen.model if owner else None)
+        added = [(a - b).square().mean() for a, b in zip(defended.delta, seen.delta)]
+        ratios.append([float(a / s) for a, s in zip(added, said)])
+    large = [p.numel() >= 100 for p in model.parameters()]
+    mean = torch.tensor(ratios).mean(0)[large]
+    # the longest of many noisy rows is longer than they are in the mean
+    assert ((mean > (0.85 if owner else 0.55)) & (mean < 1.15)).all()
+
+
+def test_an_owner_s_bound_under_noise_on_the_channel_is_that_of_a_dense_jacobian():
+    model = models.build("lenet", (1, 8, 8), 10).double()
+    images, labels, *_ = data.load("digits", n=1)
+    images, rate, scale = images.double(), 1000.0, 0.1
+    parameters = list(model.parameters())
+    factors = [float(defenses.undone_clip(p.detach(), 0.2)) for p in parameters]
+
+    def update(x):
+        value = torch.nn.functional.cross_entropy(model(x), labels)
+        g = torch.autograd.grad(value, parameters, create_graph=True)
+        each = zip(g, factors)
+        return torch.cat([(rate * a / (2**0.5 * c * scale)).flatten() for a, c in each])
+
+    jacobian = torch.autograd.functional.jacobian(update, images).flatten(1)
+    left = torch.linalg.inv(jacobian.T @ jacobian + 16 * torch.eye(64).double()).diagonal()
+    defence = {"name": "noise", "scale": scale, "distribution": "gaussian"}
+    found = information.of_update(model, images, labels, learning_rate=rate, defence=defence)
+    assert found.bound_psnr == pytest.approx(-10 * math.log10(float(left.mean())), abs=0.1)
+
+
+SENT = [n for n, each in records.DEFENCES.items() if each.acts_on in ("snapshot", "update")]
+
+
+class Tied(torch.nn.Module):
+    """Two layers of one weight; the state dict has it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.b(torch.sigmoid(self.a(x.flatten(1))))))
+
+
+@pytest.mark.parametrize("observer", ["channel", "server"])
+@pytest.mark.parametrize("name", SENT)
+def test_a_weight_that_layers_share_is_sent_defended_by_all_its_names(name, observer):
+    images, labels, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(Tied(), images, labels, learning_rate=0.1)
+    example = records.DEFENCES[name].example
+    sent = defenses.defend(seen, name, observer=observer, **example)
+    one, other = (sent.weights_after[f"{layer}.weight"] for layer in "ab")
+    assert torch.equal(one, other) and not torch.equal(one, seen.weights_after["a.weight"])
+    received = sent.model.state_dict()
+    assert torch.equal(received["a.weight"], received["b.weight"])
+    noised = records.DEFENCES[name].acts_on == "snapshot" and observer == "channel"
+    assert torch.equal(received["b.weight"], seen.model.a.weight) is not noised

@@ -366,3 +366,41 @@ def test_weights_can_be_rounded_on_their_way(small, digit):
             assert torch.equal(sent, sent.to(torch.bfloat16).float())
         assert torch.equal(model.state_dict()[name], before[name])
         assert not torch.equal(before[name], seen.model.state_dict()[name])
+
+
+def test_an_observation_keeps_what_was_sent_while_the_client_trains_on():
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("mlp", (1, 8, 8), 10)
+    client = models.build("mlp", (1, 8, 8), 10)
+    with torch.no_grad():
+        client[-1].bias += 1.0
+    seen = federated.observe(model, model.state_dict(), client.state_dict(), (1, 8, 8))
+    with torch.no_grad():
+        client[-1].bias += 1.0
+    assert float(seen.delta[-1].abs().max()) == pytest.approx(1.0)
+
+
+def test_rounds_go_on_as_they_were_whatever_is_done_to_the_model_they_yield():
+    images, labels, *_ = data.load("digits", n=4)
+    torch.manual_seed(0)
+    normed = [torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)]
+    model = torch.nn.Sequential(*normed, torch.nn.ReLU(), torch.nn.Linear(16, 10)).train()
+    ends = []
+    for measured in (False, True):
+        for after, _ in federated.rounds(
+            model, [(images, labels)], num_rounds=3, learning_rate=0.1
+        ):
+            if measured:
+                after.eval()[1].weight.data.zero_()
+            else:
+                ends.append(after)
+        if measured:
+            ends.append(after)
+    assert torch.equal(ends[2][4].weight, ends[3][4].weight)
+
+
+def test_training_leaves_no_gradient_in_the_caller_s_images():
+    images, labels, *_ = data.load("digits", n=2)
+    images = images.clone().requires_grad_()
+    federated.train_locally(models.build("mlp", (1, 8, 8), 10), images, labels, learning_rate=0.1)
+    assert images.grad is None

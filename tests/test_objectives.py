@@ -102,3 +102,20 @@ def test_the_gradient_of_a_frozen_and_of_an_unused_parameter_is_zero():
     loss = objectives.normalised_distance(found, [torch.ones_like(g) for g in full])
     (slope,) = torch.autograd.grad(loss, x)
     assert slope.isfinite().all() and slope.any()
+
+
+DISTANCES = [
+    objectives.squared_distance,
+    objectives.normalised_distance,
+    objectives.cosine_distance,
+    lambda g, d: objectives.scaled_distance(g, d, 1.0),
+]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_layers_that_one_list_lacks_are_not_left_out_unseen(distance):
+    g = [torch.ones(3), torch.ones(2)]
+    with pytest.raises(ValueError, match="2 layers and the other 1"):
+        distance(g, g[:1])
+    with pytest.raises(ValueError, match="1 layers and the other 2"):
+        objectives.weighted(distance, [1.0])(g, g)

@@ -120,3 +120,21 @@ def test_trusted_has_an_entry_of_each_parameter_s_shape(client):
                 call(seen, trusted=trusted)
         with pytest.raises(ValueError, match=message):
             attacks.dlm_plus(seen, trusted=trusted, labels=client[1])
+
+
+@pytest.mark.parametrize("label", [1, 7])
+def test_the_label_is_read_where_the_last_bias_is_frozen(label):
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = models.build("mlp", (1, 8, 8), 10)
+    model[-1].bias.requires_grad_(False)
+    seen = federated.train_locally(model, image, torch.tensor([label]), learning_rate=0.1)
+    assert label_inference.infer(seen).tolist() == [label]
+
+
+def test_no_label_is_made_up_where_the_last_layer_is_frozen():
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = models.build("mlp", (1, 8, 8), 10)
+    model[-1].requires_grad_(False)
+    seen = federated.train_locally(model, image, torch.tensor([1]), learning_rate=0.1)
+    with pytest.raises(ValueError, match="the last layer did not change"):
+        label_inference.infer(seen)

@@ -111,7 +111,7 @@ def _of_any(
     defended: tuple[Setting, Observation] | None,
 ) -> Tensors:
     held = dict(model.named_parameters())
-    sent = _as_sent(held, update, defended)
+    sent = _as_sent(model, update, defended)
     computed = _as_computed(client, images, held)
     found = {}
     for name, delta in update.items():
@@ -157,7 +157,7 @@ def _as_computed(client: Client, images: torch.Tensor, held: Mapping[str, torch.
 
 
 def _as_sent(
-    held: Mapping[str, torch.Tensor], update: Tensors, defended: tuple[Setting, Observation] | None
+    model: nn.Module, update: Tensors, defended: tuple[Setting, Observation] | None
 ) -> dict[str, _Sent]:
     """What a defence does to Δ: clipping is a factor, which the observer is granted."""
     if defended is None:
@@ -169,7 +169,8 @@ def _as_sent(
     if setting.record.acts_on == "update" and "clip" in setting.strength:
         length = torch.stack([d.norm() for d in update.values()]).norm()
         factor = float((setting.strength["clip"] / length).clamp(max=1))
+    held = dict(model.named_parameters())
     kept = setting.kept(seen) or [torch.ones_like(p, dtype=torch.bool) for p in held.values()]
-    each = zip(held, setting.noise_variance(seen), kept)
+    each = zip(held, setting.noise_variance(seen, model), kept)
     every = {n: _Sent(torch.full_like(k, v, dtype=torch.float64), factor, k) for n, v, k in each}
     return {name: every[name] for name in update}

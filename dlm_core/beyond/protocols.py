@@ -114,7 +114,9 @@ def aggregate(
     if not curious:
         return everyone
     sizes = [len(labels) for _, labels in clients]
-    return _moved(model, others(everyone.delta, seen[-1].delta, sum(sizes) / sizes[-1]), shape)
+    # by what it received itself, whatever others see of that
+    own = federated.observe(model, model.state_dict(), seen[-1].weights_after, shape)
+    return _moved(model, others(everyone.delta, own.delta, sum(sizes) / sizes[-1]), shape)
 
 
 @check.arguments

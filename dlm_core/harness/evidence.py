@@ -157,7 +157,16 @@ def share(
     of
         A pandas Series of bool, one for each row, where something else is asked; then ``quantity``
         names it.
+
+    Raises
+    ------
+    ValueError
+        For an ``of`` that is not of these rows, in this order, or not of True and False alone.
     """
+    if of is not None and not (hasattr(of, "isin") and of.index.equals(frame.index)):
+        raise ValueError("of is no Series of frame's rows; it takes one value for each of them")
+    if of is not None and not of.isin([True, False]).all():
+        raise ValueError("of has other values than True and False; it takes these alone")
     hits = tables.psnrs(frame) >= at if of is None else of
     numbers, units = _each_image(frame, hits.astype(float), numpy.mean)
     low, high = tables.wilson(sum(numbers), len(numbers))

@@ -316,12 +316,23 @@ def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
         Dataclasses; a row has their fields, options spread out.
     records
         One for each trial, in the same order; a row has their numbers, "arrays" aside.
+
+    Raises
+    ------
+    ValueError
+        Where a record has a number by the name of one of its trial's, as the evidence of an attack
+        of one's own may.
     """
     import pandas
 
     rows = []
     for trial, record in zip(trials, records, strict=True):
-        rows.append({**_flat(trial), **_numbers(record)})
+        of_trial, found = _flat(trial), _numbers(record)
+        if both := sorted(of_trial.keys() & found):
+            raise ValueError(
+                f"records has {both}, and so has the trial; they take names of their own"
+            )
+        rows.append(of_trial | found)
     return pandas.DataFrame(rows)
 
 

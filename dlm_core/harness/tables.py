@@ -23,13 +23,13 @@ WITHOUT_A_PICTURE = (
 
 @check.arguments
 def where(frame: Frame, **columns: Any) -> Any:
-    """The rows in which each column has the value given, or one of a list of values; dots in names
-    are written as "__".
+    """The rows in which each column has the value given, or one of several (a list, a range, a
+    Series); dots in names are written as "__".
     """
     for name, value in columns.items():
         name = name.replace("__", ".")
         check.one_of("column", name, frame.columns)
-        several = isinstance(value, (list, tuple, set))
+        several = isinstance(value, Iterable) and not isinstance(value, str)
         frame = frame[frame[name].isin(list(value)) if several else frame[name] == value]
     return frame
 

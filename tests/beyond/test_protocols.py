@@ -346,3 +346,17 @@ def test_a_worker_of_data_parallel_imports_no_attack():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["noise", "clip_and_noise"])
+def test_a_curious_client_subtracts_what_it_sent_itself(model, clients, name):
+    """On the channel others see W_t with noise, which it received without."""
+
+    def defend(seen, turn, client):
+        return defenses.defend(seen, name, seed=client, **records.DEFENCES[name].example)
+
+    found = protocols.aggregate(model, clients[:2], curious=True, learning_rate=0.1, defend=defend)
+    other = defend(federated.train_locally(model, *clients[0], learning_rate=0.1), 0, 0)
+    own = federated.observe(model, model.state_dict(), other.weights_after, other.image_shape)
+    for a, b in zip(found.delta, own.delta):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()

@@ -100,7 +100,8 @@ def test_a_step_that_is_not_like_a_sign_is_a_sentence(optimizer, learning_rate, 
         try:
             read = signlike.read(seen)
         except ValueError as error:
-            assert "not one step of Adam" in str(error)
+            said = ("not one step of Adam", "the last layer did not change")
+            assert any(each in str(error) for each in said)
             assert found.optimizer not in ("adam", "adamw", "rmsprop")
         else:
             assert read.learning_rate > 0 and 0 < read.eps < math.inf

@@ -173,3 +173,23 @@ def test_what_two_criteria_ask_of_is_said_once():
     found = evidence.middle([1.0] * 12, "a", quantity="b", unit="dB", units="images")
     both = evidence.every([found.at_least(-3), found.at_most(3)])
     assert both.evidence.count("a: ") == 1 and both.verdict is Verdict.HOLDS
+
+
+@pytest.mark.parametrize(
+    "of, said",
+    [
+        (lambda every: every, "no Series of frame's rows"),
+        (lambda every: every[:3], "no Series of frame's rows"),
+        (lambda every: list(every[every.index >= 6]), "no Series of frame's rows"),
+        (lambda every: every[every.index >= 6].astype(float) * 2, "other values than True and"),
+        (lambda every: every[every.index >= 6].where(every.index[6:] > 6), "other values than"),
+    ],
+    ids=["all rows", "fewer", "a list", "numbers", "a gap"],
+)
+def test_a_share_of_other_rows_is_refused(of, said):
+    columns = {"dataset": "digits", "index": range(6), "seed": 0, "model": "mlp", "psnr": 9.0}
+    frame = pandas.DataFrame(columns)
+    both = pandas.concat([frame, frame], ignore_index=True)
+    second = both[both.index >= 6]
+    with pytest.raises(ValueError, match=said):
+        evidence.share(second, "second", of=of(both.psnr > 8), quantity="share")

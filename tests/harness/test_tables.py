@@ -386,3 +386,17 @@ def test_only_bundled_sets_are_called_bundled(monkeypatch):
 def test_an_installed_copy_is_of_no_revision_whatever_repository_lies_around_it(monkeypatch):
     monkeypatch.setattr(report, "in_checkout", lambda: False)
     assert report.revision.__wrapped__() == "unknown"
+
+
+SEVERAL = [[2, 0], (2, 0), {2, 0}, range(2, -1, -2), numpy.array([2, 0]), pandas.Series([2, 0])]
+
+
+@pytest.mark.parametrize("values", SEVERAL, ids=lambda each: type(each).__name__)
+def test_rows_with_one_of_several_values_in_any_container(values):
+    frame = pandas.DataFrame({"index": range(3)})
+    assert list(tables.where(frame, index=values)["index"]) == [0, 2]
+
+
+def test_a_record_that_speaks_of_its_trial_s_own_columns_is_refused():
+    with pytest.raises(ValueError, match=r"\['index', 'seed'\]"):
+        sweeps.table([Trial("grey")], [{"psnr": 1.0, "seed": 3, "index": 7}])
