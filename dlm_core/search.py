@@ -30,7 +30,7 @@ from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
 from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
-from dlm_core.threads import for_network
+from dlm_core.threads import for_network, own_generator
 
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
@@ -309,7 +309,9 @@ class Prepared:
     def run(self) -> Reconstruction:
         """Search, by itself."""
         began = time.perf_counter()
-        with for_network(self.seen.model):
+        device = next(self.seen.model.parameters()).device
+        # what the network draws itself, as dropout does, follows from the seed as well
+        with for_network(self.seen.model), own_generator(self.seed, device):
             problem, searches = self.problem, []
             for restart in range(self.restarts):
                 variables, to_images = self.start(restart)

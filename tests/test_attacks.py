@@ -379,3 +379,18 @@ def test_images_one_pixel_high_or_wide_are_searched(shape, weight):
     found = attacks.dlm_plus(seen, total_variation=weight)
     assert math.isfinite(found.loss) and found.status != "diverged"
     assert weight or psnr(found, image) > 30
+
+
+def test_dropout_in_a_search_draws_from_its_seed_and_leaves_the_caller_s_generator():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 32), torch.nn.Sigmoid(), torch.nn.Dropout(0.5)]
+    model = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(32, 10)).train()
+    image, label, *_ = data.load("digits", n=1)
+    seen = federated.train_locally(model, image, label, learning_rate=0.1)
+    found = []
+    for elsewhere in (1, 2):
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        found.append(attacks.dlm_plus(seen, seed=0, max_evaluations=20).images)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*found)
