@@ -239,7 +239,7 @@ class LayerInput:
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: the client "
                 "did not train these, which are not 0 then as they seem, unless it took its "
-                f"gradients at other weights than W_t, as SAM does"
+                "gradients at other weights than W_t, as SAM does"
                 f"{multiple * (not self.confirmed)}{mixture}"
             )
         if self.disputed:
@@ -262,7 +262,7 @@ class LayerInput:
         said = f". Of these numbers {self.still:,} are 0, as their weights did not move. "
         lowest, size = self.values.min(), self.values.square().mean().sqrt()
         if lowest < -NOISE * self.error * size:
-            return f"{said}Others are below 0, so these need not be black: the client normalises"
+            return f"{said}Others are below 0, so these need not be black"
         return f"{said}They are black, unless the client did not train them"
 
     @property
