@@ -315,24 +315,15 @@ def table(trials: Iterable[Any], records: Iterable[Mapping[str, Any]]) -> Any:
     trials
         Dataclasses; a row has their fields, options spread out.
     records
-        One for each trial, in the same order; a row has their numbers, "arrays" aside.
-
-    Raises
-    ------
-    ValueError
-        Where a record has a number by the name of one of its trial's, as the evidence of an attack
-        of one's own may.
+        One for each trial, in the same order; a row has their numbers, "arrays" aside, as
+        "found.NAME" where the trial has that name itself.
     """
     import pandas
 
     rows = []
     for trial, record in zip(trials, records, strict=True):
-        of_trial, found = _flat(trial), _numbers(record)
-        if both := sorted(of_trial.keys() & found):
-            raise ValueError(
-                f"records has {both}, and so has the trial; they take names of their own"
-            )
-        rows.append(of_trial | found)
+        own, found = _flat(trial), _numbers(record)
+        rows.append(own | {f"found.{n}" if n in own else n: each for n, each in found.items()})
     return pandas.DataFrame(rows)
 
 

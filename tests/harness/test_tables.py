@@ -397,6 +397,10 @@ def test_rows_with_one_of_several_values_in_any_container(values):
     assert list(tables.where(frame, index=values)["index"]) == [0, 2]
 
 
-def test_a_record_that_speaks_of_its_trial_s_own_columns_is_refused():
-    with pytest.raises(ValueError, match=r"\['index', 'seed'\]"):
-        sweeps.table([Trial("grey")], [{"psnr": 1.0, "seed": 3, "index": 7}])
+def test_what_a_record_finds_does_not_replace_what_its_trial_is():
+    """As the evidence of an attack of one's own may name it."""
+    (row,) = sweeps.table([Trial("grey")], [{"psnr": 1.0, "seed": 3, "index": 7}]).to_dict(
+        "records"
+    )
+    assert (row["seed"], row["index"], row["psnr"]) == (0, 0, 1.0)
+    assert (row["found.seed"], row["found.index"]) == (3, 7)
