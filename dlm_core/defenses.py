@@ -181,14 +181,15 @@ def _noise_variance(seen: Observation, setting: Setting) -> list[float]:
     without.
     """
     told = setting.strength
-    unit = (2 if told["distribution"] == "laplace" else 1) * told["scale"] ** 2
-    channel = setting.observer == "channel"
+    unit = 2 if told["distribution"] == "laplace" else 1
+    snapshots, added = 1, 0.0  # what noise adds to a clipped row's squared length, by its entries
+    if setting.observer == "channel":
+        snapshots, added = 2, unit * (told["scale"] / told["clip"]) ** 2 / setting.repeats
     variances = []
     for p in seen.model.parameters():
         length = p[0].numel() if p.ndim > 1 else p.numel()
-        longer = math.sqrt(1 + length * unit / (told["clip"] ** 2 * setting.repeats))
-        factor = float(undone_clip(p.detach() / (longer if channel else 1), told["clip"]))
-        variances.append((2 if channel else 1) * unit * factor**2)
+        factor = float(undone_clip(p.detach() / math.sqrt(1 + length * added), told["clip"]))
+        variances.append(snapshots * unit * (factor * told["scale"]) ** 2)
     return variances
 
 

@@ -72,7 +72,7 @@ def infer(
         masks = dict(zip(seen.parameter_names, trusted))
         weight_name, bias_name = seen.head.names
         d_weight, d_bias = d_weight * masks[weight_name], d_bias * masks[bias_name]
-    if trusted is not None or num_images == 1:
+    if num_images == 1:
         fell = d_bias if d_bias.min() < 0 else d_weight.sum(1)
         if not fell.any():
             raise Untold(

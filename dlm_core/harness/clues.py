@@ -76,6 +76,12 @@ def insists(model: nn.Module, image_shape: Sequence[int]) -> bool:
     return False
 
 
+def precise(model: nn.Module, image_shape: Sequence[int]) -> nn.Module:
+    """A copy in float64, or in the network's own precision where it ``insists`` on that."""
+    copied = copy.deepcopy(model)
+    return copied if insists(model, image_shape) else copied.double()
+
+
 def _passed(model: nn.Module, images: torch.Tensor, seed: int) -> Any:
     with torch.no_grad(), own_generator(seed=seed, device=images.device):
         return model(images)

@@ -163,11 +163,7 @@ def share(
     ValueError
         For an ``of`` that is not of these rows, in this order, or not of True and False alone.
     """
-    if of is not None and not (hasattr(of, "isin") and of.index.equals(frame.index)):
-        raise ValueError("of is no Series of frame's rows; it takes one value for each of them")
-    if of is not None and not of.isin([True, False]).all():
-        raise ValueError("of has other values than True and False; it takes these alone")
-    hits = tables.psnrs(frame) >= at if of is None else of
+    hits = tables.psnrs(frame) >= at if of is None else _of_rows(of, frame)
     numbers, units = _each_image(frame, hits.astype(float), numpy.mean)
     low, high = tables.wilson(sum(numbers), len(numbers))
     return Measured(
@@ -347,6 +343,15 @@ def _joined(findings: list[Finding], all_: Verdict, one: Verdict, word: str) -> 
         n=decides.n,
         units=decides.units,
     )
+
+
+def _of_rows(of: Any, frame: Any) -> Any:
+    """``of``, where it is True or False of each row."""
+    if not (hasattr(of, "isin") and of.index.equals(frame.index)):
+        raise ValueError("of is no Series of frame's rows; it takes one value for each of them")
+    if not of.isin([True, False]).all():
+        raise ValueError("of has other values than True and False; it takes these alone")
+    return of
 
 
 def _column(frame: Any, name: str) -> Any:

@@ -7,7 +7,6 @@ the question is asked of the very image that was found: of two that differ from 
 computed, and held against what the image itself leaves unexplained.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -162,9 +161,7 @@ def _client(
     seen: Observation, found: Reconstruction, kin: str
 ) -> Callable[[torch.Tensor], Tensors]:
     """The update of images, by the client that was found; of as many more, each by its label."""
-    model = copy.deepcopy(seen.model)
-    if not clues.insists(model, seen.image_shape):
-        model = model.double()
+    model = clues.precise(seen.model, seen.image_shape)
     dtype = next(model.parameters()).dtype
     optimizer = found.client.optimizer or kin
     simulated = partial(

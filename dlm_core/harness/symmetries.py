@@ -2,10 +2,10 @@
 turned: then no search can tell which of them the client had.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from dlm_core import objectives
 from dlm_core.beyond.attention import plain_attention
@@ -37,8 +37,11 @@ def against(seen: Observation) -> str | None:
     draw = torch.Generator().manual_seed(0)
     image = torch.rand(1, *seen.image_shape, generator=draw)
     try:
-        own = _gradient(seen, image)
-        same = next((name for name, turn in OTHERS.items() if _same(seen, turn(image), own)), None)
+        model = clues.precise(seen.model, seen.image_shape)
+        own = _gradient(model, image)
+        turned = {name: turn(image) for name, turn in OTHERS.items()}
+        fit = {name: each for name, each in turned.items() if each.shape == image.shape}
+        same = next((name for name, each in fit.items() if _same(model, each, own)), None)
     except Exception:  # whatever a user's network raises
         return None
     if same is None:
@@ -49,11 +52,9 @@ def against(seen: Observation) -> str | None:
     )
 
 
-def _same(seen: Observation, image: torch.Tensor, expected: list[torch.Tensor]) -> bool:
-    """Whether an image of the right shape leaves the update that is expected."""
-    if image.shape[1:] != seen.image_shape:
-        return False
-    rest = [a - b for a, b in zip(_gradient(seen, image), expected)]
+def _same(model: nn.Module, image: torch.Tensor, expected: list[torch.Tensor]) -> bool:
+    """Whether an image leaves the update that is expected."""
+    rest = [a - b for a, b in zip(_gradient(model, image), expected)]
     return _length(rest) <= ALIKE * _length(expected)
 
 
@@ -61,10 +62,7 @@ def _length(update: list[torch.Tensor]) -> float:
     return float(torch.stack([each.norm() for each in update]).norm())
 
 
-def _gradient(seen: Observation, image: torch.Tensor) -> list[torch.Tensor]:
-    model = copy.deepcopy(seen.model)
-    if not clues.insists(model, seen.image_shape):
-        model = model.double()
+def _gradient(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     weight = next(model.parameters())
     label = torch.zeros(1, dtype=torch.int64, device=weight.device)
     with plain_attention(), own_generator(seed=0, device=weight.device):
