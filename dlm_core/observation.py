@@ -223,13 +223,13 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
 
     One grey image is sent through a copy of the network in eval mode, and every linear layer's
     output is compared with the network's; where none is it (scores are transformed once more), the
-    last one called is taken.
+    last one called that has as many outputs is taken.
 
     Raises
     ------
     ValueError
         Where the network cannot take an image of this shape, or returns no scores, or calls no
-        linear layer, or that one has no bias.
+        linear layer of so many outputs, or that one has no bias.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
     traced = copy.deepcopy(model).eval()
@@ -250,12 +250,13 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
         ) from None
     output = scores(returned)
     last = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
-    if not called or (last or called)[-1][1].bias is None:
+    last = last or [entry for entry in called if output.shape[-1:] == (entry[1].out_features,)]
+    if not last or last[-1][1].bias is None:
         raise ValueError(
             "the model does not end in an nn.Linear layer with bias; "
             "class scores must come from one"
         )
-    name = (last or called)[-1][0]
+    name = last[-1][0]
     head = model.get_submodule(name)
     assert isinstance(head, nn.Linear)
     return name, head

@@ -197,12 +197,21 @@ class Traced:
             self.began = self._chance()
             self.returned = self.model(images.to(self.device, self.dtype))
         for name, buffer in self.model.named_buffers():  # batch norm's statistics
-            buffer.copy_(kept[name])
+            buffer.data.copy_(kept[name])  # unseen by autograd, which does not use them
         return self.seen
 
     def _used_elsewhere(self, names: Iterable[str], *, train: bool = False) -> set[str]:
         """Layers whose weight or bias does more than the layer, or another thing in training: their
-        gradient is not δ·[x; 1]ᵀ.
+        gradient is not δ·[x; 1]ᵀ. No layer, where the network has no gradient.
+        """
+        for count in (1, 2):  # in training batch norm may need two
+            with contextlib.suppress(Exception):  # whatever a user's network raises
+                return self._otherwise_used(names, count, train=train)
+        return set()
+
+    def _otherwise_used(self, names: Iterable[str], count: int, *, train: bool) -> set[str]:
+        """The same, by so many images; whatever a user's network raises where it is differentiated
+        is raised.
         """
         layers = {name: self.linear[name] for name in names}
         signals: dict[str, torch.Tensor] = {}
@@ -216,7 +225,7 @@ class Traced:
             for name, layer in layers.items()
         ]
         parameters = [w for layer in layers.values() for w in layer.parameters(recurse=False)]
-        noise = torch.rand(1, *self.shape, generator=self.generator, dtype=torch.float64)
+        noise = torch.rand(count, *self.shape, generator=self.generator, dtype=torch.float64)
         try:
             self.model.requires_grad_(True)
             passed = self._pass(noise, train=train, grad=True)
@@ -227,8 +236,6 @@ class Traced:
             grads = torch.autograd.grad(
                 total.sum(), [*signals.values(), *parameters], allow_unused=True
             )
-        except Exception:  # whatever a user's network raises where it is differentiated
-            return set()
         finally:
             self.model.requires_grad_(False)
             for hook in hooks:

@@ -291,7 +291,7 @@ def _entered(
 
 def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) -> Iterator[str]:
     """What many starts say of a search where a GPU runs them, which may take belief in it away, and
-    what stays open of its brightness.
+    what stays open of its brightness where its picture explains something.
     """
     result, record = found.results[key], records.ATTACKS[run.attack]
     try:
@@ -302,6 +302,8 @@ def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) 
         if ends is not None:
             found.beliefs[key] = found.beliefs[key].less(many_starts.against(ends))
             yield clusters.sentence(ends)
+    if found.beliefs[key].grade is Explains.LITTLE:
+        return
     try:
         said = brightness.unfixed(run.attack, seen, result)
     except Exception as why:

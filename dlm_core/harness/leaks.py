@@ -17,7 +17,10 @@ from dlm_core.observation import Observation, Unchanged
 # and how much of its size rounding may be, if its sum shall say anything.
 FITS, ROUNDED = 0.01, 0.01
 ARITHMETIC = 4e-6  # of the sum of its sizes: what float32 leaves of a sum that is 0
-ASSUMED = "the loss is cross-entropy of a softmax and labels are not smoothed or mixed"
+ASSUMED = (
+    "the loss is cross-entropy of a softmax, labels are not smoothed or mixed, and the optimizer "
+    "kept nothing from earlier rounds"
+)
 
 
 @dataclass(frozen=True)

@@ -296,14 +296,15 @@ def test_a_bias_that_is_too_coarse_to_move_gives_no_length(digit):
 class Elsewhere(nn.Module):
     """It uses the weight or the bias of its first layer, or both, outside that layer as well."""
 
-    def __init__(self, use):
+    def __init__(self, use, norm=nn.Identity):
         super().__init__()
         torch.manual_seed(0)
         self.use, self.first, self.last = use, nn.Linear(64, 64), nn.Linear(64, 10)
+        self.norm = norm()
 
     def forward(self, x):
-        x = x.flatten(1)
-        return self.last(self.use(self.first, x).relu())
+        x = self.use(self.first, x.flatten(1))
+        return self.last(self.norm(x.reshape(-1, 1, 8, 8)).flatten(1).relu())
 
 
 USES = {
@@ -313,9 +314,10 @@ USES = {
 }
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(1)])
 @pytest.mark.parametrize("use", USES)
-def test_a_weight_that_is_used_elsewhere_says_nothing_of_its_layer(use, digit):
-    model = Elsewhere(USES[use])
+def test_a_weight_that_is_used_elsewhere_says_nothing_of_its_layer(use, norm, digit):
+    model = Elsewhere(USES[use], norm)
     found = inputs.read(model, client(model, *digit), SHAPE)
     assert [each.name for each in found] == ["last"]
 

@@ -360,3 +360,37 @@ def test_an_image_shows_in_the_weights_that_pruning_left(share, tmp_path):
         sent[name] = sent[name].masked_fill(smallest, 0.0)
     found = asked(model, (before, sent), tmp_path, attack="division")
     assert found.verdict == "partly" and psnr(found["division"].images, IMAGES[:1]) > 80
+
+
+@pytest.mark.parametrize("kind", [Disturbed, Dropping, Columns])
+def test_what_a_layer_does_in_training_is_seen_beside_batch_norm_too(kind):
+    model = network(partial(kind, 64, 32), lambda: nn.BatchNorm1d(32), nn.ReLU, linear(32, 10))
+    client = copy.deepcopy(model).train()
+    client[2].eval()  # which takes no single image in train mode
+    F.cross_entropy(client(IMAGES[:1]), LABELS[:1]).backward()
+    torch.optim.SGD(client.parameters(), lr=0.1).step()
+    seen = observe(model, model.state_dict(), client.state_dict(), SHAPE)
+    assert all(each.name != "1" for each in inputs.layer_inputs(seen))
+
+
+class Cosine(nn.Module):
+    """Scores are cosines with an image per class, as CLIP has them: no layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.classes = nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, x):
+        return 10 * F.normalize(self.body(x)) @ F.normalize(self.classes).T
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_that_are_no_class_scores_tell_no_label(seed, tmp_path, capsys):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Cosine()
+    found = asked(model, snapshots(model), tmp_path)
+    assert not any(each.what == "label" for each in found.leaks)
+    assert "Error" not in capsys.readouterr().out
+    assert psnr(found["division"].images, IMAGES[:1]) > 80 and found.verdict == "leaked"
