@@ -3,6 +3,7 @@ come back.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -132,18 +133,29 @@ def optimizer_of(
     Raises
     ------
     ValueError
-        For options that it has not, or whose values it refuses.
+        For options that it has not, or whose values it refuses; for one that needs a closure.
     """
     takes = [name for name in keyword_names(kind) if name != "lr"]
     for name in options:
         check.one_of("optimizer_options", name, takes)
     try:
-        return kind(parameters, lr=learning_rate, **options)
+        made = kind(parameters, lr=learning_rate, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer_options is {check.shown(dict(options))}; "
             f"{kind.__name__} refuses it ({error})"
         ) from None
+    if _needs_closure(made):
+        raise ValueError(
+            f"client_optimizer is {kind.__name__}, whose steps evaluate the loss several times; "
+            "it takes an optimizer whose step() needs no closure"
+        )
+    return made
+
+
+def _needs_closure(stepper: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(stepper.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 @check.arguments
@@ -182,7 +194,8 @@ def descend(
         batch = torch.arange(step * batch_size, (step + 1) * batch_size) % len(images)
         if clear_gradients:
             stepper.zero_grad()
-        value = loss(client(images[batch]), labels[batch])
+        with torch.enable_grad():  # whatever the caller has switched off
+            value = loss(client(images[batch]), labels[batch])
         if not value.requires_grad:
             raise ValueError("model has nothing to train: its scores hang on no unfrozen parameter")
         value.backward()

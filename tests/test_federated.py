@@ -247,6 +247,7 @@ def test_an_observation_and_a_result_print_in_a_line(seen):
         ({"images": torch.full((1, 1, 8, 8), float("nan"))}, "images is .* and not NaN"),
         ({"images": torch.full((1, 1, 8, 8), 255.0)}, r"images is .*\[0, 1\], and not from 255"),
         ({"client_optimizer": torch.nn.Linear}, "client_optimizer is .* or a class of Optimizer"),
+        ({"client_optimizer": torch.optim.LBFGS}, "client_optimizer is LBFGS.*needs no closure"),
         ({"client_optimizer": "adan"}, "client_optimizer 'adan' is unknown.*did you mean adam"),
         (
             {"optimizer_options": {"momentun": 0.9}},
@@ -271,6 +272,20 @@ def test_bad_training_input_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         federated.train_locally(model, **arguments)
+
+
+def test_a_client_trains_where_its_caller_takes_no_gradients(digit):
+    model = models.build("lenet", (1, 8, 8), 10).to(digit[0].device)
+    with torch.no_grad():
+        seen = federated.train_locally(model, *digit, learning_rate=0.1)
+    expected = federated.train_locally(model, *digit, learning_rate=0.1)
+    assert all(map(torch.equal, seen.delta, expected.delta))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 0.5])
+def test_a_seed_that_no_generator_takes_is_named(seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}; it takes a whole number in"):
+        models.build("lenet", (1, 8, 8), 10, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -86,7 +86,7 @@ class Told(SearchEvidence):
 def weighted(
     seen: Observation,
     *,
-    seed: check.Whole = 0,
+    seed: check.Seed = 0,
     max_steps: check.Count = 16,
     restarts: check.Count = 1,
     num_coordinates: check.Count = COORDINATES,

@@ -74,7 +74,7 @@ class Measured:
     quantity
         What was measured: "median PSNR".
     value, low, high
-        The number and its interval.
+        The number and its interval, NaN where so few numbers have none.
     unit
         "dB"; "%" for shares, which are kept between 0 and 1.
     n, units
@@ -94,7 +94,8 @@ class Measured:
         if self.n is None:
             return f"{self.label}: {self._number(self.value)}"
         ends = f"[{self._number(self.low, bare=True)}, {self._number(self.high, bare=True)}]"
-        return f"{self.label}: {self._number(self.value)} {ends}"
+        shown = "[no interval of so few]" if math.isnan(self.low) else ends
+        return f"{self.label}: {self._number(self.value)} {shown}"
 
     def at_least(self, bound: float) -> Finding:
         """The finding that it is ``bound`` or more."""
@@ -253,7 +254,8 @@ def share_difference(
 def middle(
     values: Iterable[float], label: str, *, quantity: str, unit: str = "", units: str = "images"
 ) -> Measured:
-    """Median of independent numbers, with the interval of order statistics.
+    """Median of independent numbers, with the interval of order statistics; fewer than six have
+    none, since even all of their range misses the median more often than in 5 %.
 
     Parameters
     ----------
@@ -265,13 +267,13 @@ def middle(
     from scipy.stats import binom
 
     numbers = numpy.sort(_numbers(values))
-    rank = max(1, int(binom.ppf(0.025, len(numbers), 0.5)))
+    rank = int(binom.ppf(0.025, len(numbers), 0.5))
     return Measured(
         label=label,
         quantity=quantity,
         value=_centre([*numbers]),
-        low=float(numbers[rank - 1]),
-        high=float(numbers[-rank]),
+        low=float(numbers[rank - 1]) if rank else math.nan,
+        high=float(numbers[-rank]) if rank else math.nan,
         unit=unit,
         n=len(numbers),
         units=units,
@@ -285,8 +287,6 @@ def mean(
     """Mean of independent numbers, with Student's interval; as ``middle`` else."""
     numbers = _numbers(values)
     value, low, high = tables.interval([float(each) for each in numbers])
-    if len(numbers) < 2:
-        low, high = -math.inf, math.inf
     return Measured(
         label=label,
         quantity=quantity,

@@ -21,7 +21,17 @@ def judge(found: Reconstruction, images: torch.Tensor, labels: torch.Tensor) -> 
         Of B images; they are matched with the true ones first.
     images, labels
         The truth, [B, C, H, W] and [B].
+
+    Raises
+    ------
+    ValueError
+        For another number of images than the client's, or of another size.
     """
+    if found.images.shape != images.shape:
+        raise ValueError(
+            f"the attack returned images of shape {list(found.images.shape)}; "
+            f"the client's have {list(images.shape)}"
+        )
     order = metrics.match(found.images, images) if len(images) > 1 else torch.tensor([0])
     best = found.images[order]
     psnrs = metrics.psnr(best, images, data_range=1.0, per_image=True)

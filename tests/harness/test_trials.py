@@ -16,7 +16,9 @@ import psutil
 import pytest
 import torch
 
+from dlm_core import results
 from dlm_core.harness import sweeps, trials
+from dlm_core.harness.judge import judge
 from dlm_core.harness.trials import Trial
 
 FAST = Trial(
@@ -331,6 +333,13 @@ class Unlucky:
         if self.how == "raises":
             raise ZeroDivisionError("division\nby zero")
         return {"number": self.number, "arrays": {}}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (1, 8, 8), (1, 1, 8, 9)])
+def test_another_number_or_size_of_images_than_the_client_s_is_not_judged(shape):
+    found = results.baseline(torch.full(shape, 0.5))
+    with pytest.raises(ValueError, match="returned images of shape"):
+        judge(found, torch.rand(1, 1, 8, 8), torch.tensor([3]))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
