@@ -48,7 +48,8 @@ def infer(
         Where the model does not end in a linear layer with bias, or ``trusted`` comes with
         several images.
     Untold
-        Where the last layer did not change: a ValueError, too.
+        Where the last layer did not change, or a batch's moved as no cross-entropy moves it: a
+        ValueError, too.
 
     Notes
     -----
@@ -93,7 +94,13 @@ def infer(
     shares = p - d_bias / rate
     for _ in range(ROUNDS):
         p = _mean_output(logits, shares, rate / local_steps * (h @ h + 1), local_steps)
-        shares = _round_to(num_images * (p - d_bias / rate), num_images) / num_images
+        counts = num_images * (p - d_bias / rate)
+        if not counts.isfinite().all():
+            raise Untold(
+                "the last layer's bias moved as no batch under cross-entropy of a softmax moves "
+                "it, so labels cannot be read off it: give them"
+            )
+        shares = _round_to(counts, num_images) / num_images
         residual = p - shares
         rate = residual @ d_bias / residual.square().sum()
         rate = rate.clamp(min=torch.finfo(p.dtype).tiny)

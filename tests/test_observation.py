@@ -1,5 +1,6 @@
 """What an observer holds, and the last layer that is found by tracing the network."""
 
+import copy
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -138,3 +139,16 @@ def test_no_label_is_made_up_where_the_last_layer_is_frozen():
     seen = federated.train_locally(model, image, torch.tensor([1]), learning_rate=0.1)
     with pytest.raises(ValueError, match="the last layer did not change"):
         label_inference.infer(seen)
+
+
+def test_no_labels_of_a_batch_are_read_where_every_class_fell():
+    """As no cross-entropy leaves it: a loss that pulls each score up."""
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = models.build("mlp", (1, 8, 8), 10)
+    trained = copy.deepcopy(model)
+    (-trained(images).sum()).backward()
+    torch.optim.SGD(trained.parameters(), lr=0.01).step()
+    after = trained.state_dict()  # each bias of the last layer rose, all Δ are negative
+    seen = observe(model, model.state_dict(), after, (1, 8, 8))
+    with pytest.raises(ValueError, match="labels cannot be read off it: give them"):
+        label_inference.infer(seen, 2)

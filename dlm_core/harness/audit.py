@@ -302,7 +302,7 @@ def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) 
         if ends is not None:
             found.beliefs[key] = found.beliefs[key].less(many_starts.against(ends))
             yield clusters.sentence(ends)
-    if found.beliefs[key].grade is Explains.LITTLE:
+    if _little(result):
         return
     try:
         said = brightness.unfixed(run.attack, seen, result)
@@ -637,11 +637,10 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
             yield _agreed(belief.agreement)
     if isinstance(found.evidence, weighted.Told) and belief.grade is not Explains.LITTLE:
         yield _worth(found, belief)
-    # what explains little of the update is no estimate of the client
-    little = searched and found.evidence.loss > PARTLY
-    if (found.labels >= 0).all() and not little:
+    unsure = _little(found) or (belief.judged and belief.doubt is not None)
+    if (found.labels >= 0).all() and not unsure:
         yield f"labels {found.labels.tolist()}"
-    simulated = searched and not little and found.local_steps is not None
+    simulated = searched and not unsure and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
         yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:
@@ -653,6 +652,11 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
         )
     if belief.doubt is not None:
         yield f"not believed: {belief.doubt}"
+
+
+def _little(found: Reconstruction) -> bool:
+    """Whether a search explains little of the update: it is no estimate of the client then."""
+    return isinstance(found.evidence, SearchEvidence) and found.evidence.loss > PARTLY
 
 
 def _if_so_many(found: Reconstruction, belief: Belief) -> str:

@@ -394,3 +394,13 @@ def test_features_that_are_no_class_scores_tell_no_label(seed, tmp_path, capsys)
     assert not any(each.what == "label" for each in found.leaks)
     assert "Error" not in capsys.readouterr().out
     assert psnr(found["division"].images, IMAGES[:1]) > 80 and found.verdict == "leaked"
+
+
+def test_a_batch_of_another_loss_is_shown_without_labels(tmp_path, capsys):
+    """An autoencoder has no classes; its images stand in the update nonetheless."""
+    model = network(linear(64, 32), nn.ReLU, linear(32, 64))
+    sent = snapshots(model, IMAGES[:2], IMAGES[:2].flatten(1), loss=F.mse_loss)
+    found = asked(model, sent, tmp_path, num_images=2, attack="exact_batch")
+    images = found["exact_batch"].images
+    assert psnr(images[metrics.match(images, IMAGES[:2])], IMAGES[:2]) > 60
+    assert found.verdict == "partly" and "labels [" not in capsys.readouterr().out
