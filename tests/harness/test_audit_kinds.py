@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import data, metrics, models
-from dlm_core.beyond import inputs
+from dlm_core.beyond import inputs, weighted
 from dlm_core.harness import symmetries
 from dlm_core.observation import observe
 from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
@@ -404,3 +404,33 @@ def test_a_batch_of_another_loss_is_shown_without_labels(tmp_path, capsys):
     images = found["exact_batch"].images
     assert psnr(images[metrics.match(images, IMAGES[:2])], IMAGES[:2]) > 60
     assert found.verdict == "partly" and "labels [" not in capsys.readouterr().out
+
+
+def rare():
+    """A network whose first units the client's image turns on, and grey or noise do not."""
+    model = network(linear(64, 32), nn.ReLU, linear(32, 16), nn.ReLU, linear(16, 10))
+    centred = (IMAGES[0] - IMAGES[0].mean()).flatten()
+    with torch.no_grad():
+        model[1].weight.mul_(0.05).add_(centred / centred.norm())
+        model[1].bias.fill_(-0.7 * float(centred.norm()))
+        model[3].bias.fill_(0.1)
+    return model
+
+
+def test_layers_in_front_are_not_held_against_what_stands_behind_them(tmp_path):
+    model = rare()
+    noise = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for image in (torch.full_like(noise, 0.5), noise):
+        assert not model[:3](image).any()
+    found = asked(model, snapshots(model), tmp_path)
+    assert found.verdict == "leaked" and psnr(found["division"].images, IMAGES[:1]) > 80
+
+
+def test_a_search_says_that_its_layer_was_fed_zeros_and_has_no_picture():
+    front = (lambda: nn.Unflatten(1, SHAPE), lambda: nn.Conv2d(1, 4, 3), nn.ReLU, nn.Flatten)
+    model = network(*front, linear(144, 16), nn.ReLU, linear(16, 10))
+    with torch.no_grad():
+        model[2].bias.fill_(-10)
+    seen = observe(model, *snapshots(model), SHAPE)
+    with pytest.raises(torch.linalg.LinAlgError, match="'5' moved and its weight did not"):
+        weighted.weighted(seen)
