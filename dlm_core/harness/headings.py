@@ -40,6 +40,13 @@ HEADINGS = {
     "identifiable": "directions fixed",
     "half_grey": "directions to half a grey level",
     "better_than_prior": "directions better than the prior",
+    "fixed_whole": "share of images with all directions fixed",
+    "fixed_share": "share of directions fixed, median",
+    "bound_smooth": "bound, smooth prior, dB",
+    "own_attack": "its own attack",
+    "own_psnr": "median of its own attack, dB",
+    "seen": "share that some attack shows",
+    "ig_of_few": "IG on the first few, dB",
     "stop_reason": "how it ended",
 }
 # {column: (the ends of its interval, in brackets behind it, and what they are)}.
