@@ -249,7 +249,7 @@ def grey(seen: Observation, *, num_images: check.Count = 1) -> Reconstruction:
 @records.attack("noise", title="noise", colour=7, marker=".", client="any")
 @check.arguments
 def noise(
-    seen: Observation, *, num_images: check.Count = 1, seed: check.Seed = 0
+    seen: Observation, *, num_images: check.Count = 1, seed: check.Whole = 0
 ) -> Reconstruction:
     """The other one: uniform noise in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)

@@ -77,8 +77,7 @@ class Must:
 
 
 Count = Annotated[int, Range(1)]  # at least one
-Whole = Annotated[int, Range(0)]  # an index, a number that may be none
-Seed = Annotated[int, Range(0, 2**63 - 1)]  # that PyTorch's generators take
+Whole = Annotated[int, Range(0)]  # a seed, an index, a number that may be none
 Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]

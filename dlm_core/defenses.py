@@ -221,7 +221,7 @@ def noise(
     *,
     scale: check.NonNegative,
     distribution: Distribution = "laplace",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     clip: check.Positive = 0.2,
     parameters: Sequence[str] | None = None,
 ) -> StateDict:
@@ -314,7 +314,7 @@ def clip_and_noise(
     *,
     clip: check.Positive,
     noise_multiplier: check.NonNegative = 0.0,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
 ) -> list[torch.Tensor]:
     """The Gaussian mechanism: clip the update, then add normal noise in proportion to the clip.
 
@@ -390,7 +390,7 @@ def top_k(update: Update, *, percent: check.Percent) -> list[torch.Tensor]:
 )
 @check.arguments
 def quantise(
-    update: Update, *, bits: Annotated[int, check.Range(2, 53)] = 8, seed: check.Seed = 0
+    update: Update, *, bits: Annotated[int, check.Range(2, 53)] = 8, seed: check.Whole = 0
 ) -> list[torch.Tensor]:
     """Round each entry at random to one of its two neighbours on a grid, without bias.
 
@@ -454,7 +454,7 @@ def defend(
     *,
     observer: Observer = "channel",
     repeats: check.Count = 1,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     **options: Any,
 ) -> Observation:
     """Return what remains visible when the client defends itself.
@@ -671,7 +671,7 @@ def train_privately(
     clip: check.Positive,
     noise_multiplier: check.NonNegative,
     local_steps: check.Count = 1,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
 ) -> Observation:
     """Train as ``federated.train_locally`` does, by Opacus' DP-SGD (Abadi et al. 2016).
 

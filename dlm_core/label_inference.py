@@ -48,8 +48,8 @@ def infer(
         Where the model does not end in a linear layer with bias, or ``trusted`` comes with
         several images.
     Untold
-        Where the last layer did not change, or a batch's moved as no cross-entropy moves it: a
-        ValueError, too.
+        Where the last layer did not change, its outputs are no class scores, or no counts of
+        labels fit a batch's: a ValueError, too.
 
     Notes
     -----
@@ -62,6 +62,11 @@ def infer(
     Where the bias of the label's class is not to be trusted, or no bias fell (one that is frozen),
     its row of weights fell as a whole, for features of one sign.
     """
+    if not seen.has_class_scores:
+        raise Untold(
+            "the last linear layer's outputs are no class scores of the network, so no label can "
+            "be read off it; give it where an attack takes one (labels)"
+        )
     layer, d_weight, d_bias = seen.head.layer, seen.head.delta_weight, seen.head.delta_bias
     if trusted is not None:
         if num_images > 1:
@@ -82,7 +87,7 @@ def infer(
             )
         return fell.argmin()[None]
     if not d_bias.any():
-        raise ValueError(
+        raise Untold(
             "the last layer's bias did not change, "
             "so labels of a batch cannot be read off it: give them"
         )
@@ -97,8 +102,8 @@ def infer(
         counts = num_images * (p - d_bias / rate)
         if not counts.isfinite().all():
             raise Untold(
-                "the last layer's bias moved as no batch under cross-entropy of a softmax moves "
-                "it, so labels cannot be read off it: give them"
+                "no counts of labels fit the move of the last layer's bias under cross-entropy of "
+                "a softmax, so labels cannot be read off it: give them"
             )
         shares = _round_to(counts, num_images) / num_images
         residual = p - shares

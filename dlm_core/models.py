@@ -35,7 +35,7 @@ def build(
     image_shape: ImageShape = (3, 32, 32),
     num_classes: Classes = 100,
     *,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     init: str = "paper",
     **options: Any,
 ) -> nn.Module:

@@ -160,6 +160,18 @@ class Observation:
         return find_head(self.model, self.image_shape)
 
     @cached_property
+    def has_class_scores(self) -> bool:
+        """Whether the last layer's outputs are class scores: the network returns them, or as many
+        numbers in their order, as log-softmax leaves them. Cosines with an image per class are
+        others.
+        """
+        called, output = _linear_layers(self.model, self.image_shape)
+        own = next(each[2] for each in reversed(called) if each[0] == self._last_layer[0]).flatten()
+        returned = output.flatten()
+        order = own[: len(returned)].argsort()
+        return len(own) >= len(returned) and bool((returned[order].diff() >= 0).all())
+
+    @cached_property
     def head(self) -> Head:
         """The last layer with its part of Δ, found by tracing the forward pass."""
         _, layer = self._last_layer
@@ -223,13 +235,32 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
 
     One grey image is sent through a copy of the network in eval mode, and every linear layer's
     output is compared with the network's; where none is it (scores are transformed once more), the
-    last one called that has as many outputs is taken.
+    last one called is taken.
 
     Raises
     ------
     ValueError
         Where the network cannot take an image of this shape, or returns no scores, or calls no
-        linear layer of so many outputs, or that one has no bias.
+        linear layer, or that one has no bias.
+    """
+    called, output = _linear_layers(model, image_shape)
+    last = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
+    if not called or (last or called)[-1][1].bias is None:
+        raise ValueError(
+            "the model does not end in an nn.Linear layer with bias; "
+            "class scores must come from one"
+        )
+    name = (last or called)[-1][0]
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear)
+    return name, head
+
+
+def _linear_layers(
+    model: nn.Module, image_shape: Sequence[int]
+) -> tuple[list[tuple[str, nn.Linear, torch.Tensor]], torch.Tensor]:
+    """([(name, layer, its output)] as a grey image calls them, what the network returns); of a
+    copy, in eval mode.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
     traced = copy.deepcopy(model).eval()
@@ -248,18 +279,7 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
         raise ValueError(
             f"image_shape is {tuple(image_shape)}; the model does not take such an image ({said})"
         ) from None
-    output = scores(returned)
-    last = [entry for entry in called if entry[2] is output or torch.equal(entry[2], output)]
-    last = last or [entry for entry in called if output.shape[-1:] == (entry[1].out_features,)]
-    if not last or last[-1][1].bias is None:
-        raise ValueError(
-            "the model does not end in an nn.Linear layer with bias; "
-            "class scores must come from one"
-        )
-    name = last[-1][0]
-    head = model.get_submodule(name)
-    assert isinstance(head, nn.Linear)
-    return name, head
+    return called, scores(returned)
 
 
 def scores(output: Any) -> torch.Tensor:

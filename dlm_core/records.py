@@ -305,7 +305,7 @@ class Attack(Record):
 
     @check.arguments
     def __call__(
-        self, seen: Any, *, num_images: check.Count = 1, seed: check.Seed = 0, **options: Any
+        self, seen: Any, *, num_images: check.Count = 1, seed: check.Whole = 0, **options: Any
     ) -> Any:
         """Run it, with ``num_images`` and ``seed`` where it takes them."""
         if num_images > 1 and not self.several:

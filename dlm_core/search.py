@@ -190,7 +190,7 @@ def reconstruct(
     *,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     dtype: Precision = torch.float64,
     scale: check.Positive | Trained = 1.0,
     total_variation: check.NonNegative = 0.0,

@@ -182,7 +182,7 @@ def recover_batch(
     seen: Observation,
     *,
     num_images: check.Count | None = None,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     max_rounds: check.Count = 50,
 ) -> Reconstruction:
     """Recover the images of one client's update; and labels and learning rate, if it was one step.

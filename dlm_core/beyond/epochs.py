@@ -17,7 +17,7 @@ from dlm_core.observation import Observation
 
 @check.arguments
 def orders(
-    num_images: check.Count, num_epochs: check.Count, seed: check.Seed | None
+    num_images: check.Count, num_epochs: check.Count, seed: check.Whole | None
 ) -> torch.Tensor:
     """The order of the images in each epoch.
 

@@ -211,7 +211,7 @@ def of_update(
     defence: Setting | Mapping[str, Any] | None = None,
     loss: Callable[..., torch.Tensor] = federated.loss,
     prior: Prior = "white",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
 ) -> Information:
     """Return what a client's update tells of its images, at these images.
 

@@ -90,7 +90,7 @@ def order_invariant(
     batch_size: check.Count,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     over: Over = "max",
     weight: check.NonNegative = 1.0,
     **options: Any,

@@ -154,7 +154,7 @@ def plug_and_play(
     local_steps: check.Count = 1,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     max_evaluations: check.Count = STEPS,
     last_noise: check.Positive | None = None,
     training_steps: check.Count = TRAINING_STEPS,

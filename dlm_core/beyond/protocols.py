@@ -505,7 +505,7 @@ def _mean(snapshots: Sequence[StateDict], members: Sequence[int]) -> StateDict:
 
 
 @check.arguments
-def shuffled(model: nn.Module, seed: check.Seed) -> nn.Module:
+def shuffled(model: nn.Module, seed: check.Whole) -> nn.Module:
     """A copy with the entries of each parameter in another order."""
     model, draws = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():

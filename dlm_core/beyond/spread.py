@@ -100,7 +100,7 @@ def shuffled_dlm(
     momentum: Decay = 0.0,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     max_evaluations: check.Count = 400,
     **options: Any,
 ) -> Reconstruction:

@@ -85,7 +85,7 @@ def survey(
     attack: Callable[..., Any] = attacks.dlm_plus,
     *,
     starts: check.Count = 100,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     alike: check.Finite = 25.0,
     **options: Any,
 ) -> Ends:

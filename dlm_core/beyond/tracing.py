@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from dlm_core.beyond import priors
@@ -179,7 +180,9 @@ class Traced:
         return Passed(inputs, scores(self.returned).double().flatten(1))
 
     def behind(self, name: str, values: torch.Tensor) -> set[str]:
-        """Layers from this one on whose input follows from this layer's alone."""
+        """Layers from this one on whose input does not hang on the image where this one's is
+        given.
+        """
         draw = torch.Generator().manual_seed(0)
         noise = torch.rand(1, *self.shape, generator=draw, dtype=torch.float64)
         with self.instead(name, values[None]):
@@ -194,71 +197,97 @@ class Traced:
         """{layer: what passed through it}, in eval mode, or in the one the client trains in."""
         self.model.train(train)
         self.seen, self.by_chance = {}, set()
-        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        # batch norm's statistics move, of copies
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.set_grad_enabled(grad), own_generator(seed=seed, device=self.device):
             self.began = self._chance()
-            self.returned = self.model(images.to(self.device, self.dtype))
-        for name, buffer in self.model.named_buffers():  # batch norm's statistics
-            buffer.data.copy_(kept[name])  # unseen by autograd, which does not use them
+            given = images.to(self.device, self.dtype)
+            self.returned = functional_call(self.model, buffers, (given,))
         return self.seen
 
     def _used_elsewhere(self, names: Iterable[str], *, train: bool = False) -> set[str]:
         """Layers whose weight or bias does more than the layer, or another thing in training: their
         gradient is not δ·[x; 1]ᵀ. No layer, where the network has no gradient.
         """
+        layers = {name: self.linear[name] for name in names}
         for count in (1, 2):  # in training batch norm may need two
-            with contextlib.suppress(Exception):  # whatever a user's network raises
-                return self._otherwise_used(names, count, train=train)
+            try:
+                signals, inputs, gradients = self._differentiated(layers, count, train=train)
+            except Exception:  # whatever a user's network raises
+                continue
+            return {
+                name
+                for name, delta in signals.items()
+                if not self._of_a_layer(delta, inputs[name], *gradients[name])
+            }
         return set()
 
-    def _otherwise_used(self, names: Iterable[str], count: int, *, train: bool) -> set[str]:
-        """The same, by so many images; whatever a user's network raises where it is differentiated
-        is raised.
+    def _differentiated(
+        self, layers: Mapping[str, nn.Linear], count: int, *, train: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, list[Any]]]:
+        """({layer: δ of its outputs}, {layer: its inputs}, {layer: gradients of weight and bias}),
+        of so many images and some loss; layers are left out that the loss does not hang on.
         """
-        layers = {name: self.linear[name] for name in names}
-        signals: dict[str, torch.Tensor] = {}
+        added: dict[str, torch.Tensor] = {}
 
         def probed(name: str, output: torch.Tensor) -> torch.Tensor:
-            signals[name] = torch.zeros_like(output, requires_grad=True)
-            return output + signals[name]
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
 
         hooks = [
             layer.register_forward_hook(lambda _, __, output, name=name: probed(name, output))
             for name, layer in layers.items()
         ]
-        parameters = [w for layer in layers.values() for w in layer.parameters(recurse=False)]
+        parameters = [w for each in layers.values() for w in each.parameters(recurse=False)]
         noise = torch.rand(count, *self.shape, generator=self.generator, dtype=torch.float64)
         try:
             self.model.requires_grad_(True)
             passed = self._pass(noise, train=train, grad=True)
             seen = {name: each[0] for name, each in passed.items()}
-            given = {name: each.detach() for name, each in seen.items()}
             self.fixed = {name for name, each in seen.items() if not each.requires_grad}
             total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
-            grads = torch.autograd.grad(
-                total.sum(), [*signals.values(), *parameters], allow_unused=True
-            )
+            wanted = [*added.values(), *parameters]
+            grads = torch.autograd.grad(total.sum(), wanted, allow_unused=True)
         finally:
             self.model.requires_grad_(False)
             for hook in hooks:
                 hook.remove()
-        of_output = dict(zip(signals, grads))
-        of_weight = dict(zip(map(id, parameters), grads[len(signals) :]))
-        found = set()
-        for name, layer in layers.items():
-            if of_output[name] is None:
-                continue
-            delta, x = of_output[name].double().flatten(0, -2), given[name].flatten(0, -2)
-            for w, expected in ((layer.weight, delta.T @ x), (layer.bias, delta.sum(0))):
-                own = None if w is None else of_weight.get(id(w))
-                if own is not None and not self._close(own.double(), expected):
-                    found.add(name)
-        return found
+        of_output = dict(zip(added, grads))
+        of_own = dict(zip(map(id, parameters), grads[len(added) :]))
+        used = {name: delta for name, delta in of_output.items() if delta is not None}
+        gradients = {
+            name: [of_own.get(id(w)) for w in (layers[name].weight, layers[name].bias)]
+            for name in used
+        }
+        return used, {name: seen[name].detach() for name in used}, gradients
 
-    def _close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
-        """Whether two results are the same but for arithmetic."""
+    def _of_a_layer(
+        self,
+        delta: torch.Tensor,
+        x: torch.Tensor,
+        of_weight: torch.Tensor | None,
+        of_bias: torch.Tensor | None,
+    ) -> bool:
+        """Whether these are the gradients δ·xᵀ and δ, summed over rows, but for arithmetic: of what
+        is summed, since in front of batch norm all of a bias's cancels.
+        """
+        delta, x = delta.double().flatten(0, -2), x.double().flatten(0, -2)
+        summed = [(of_weight, delta.T @ x, delta.abs().T @ x.abs())]
+        summed.append((of_bias, delta.sum(0), delta.abs().sum(0)))
+        return all(
+            own is None or self._close(own.double(), expected, size)
+            for own, expected, size in summed
+        )
+
+    def _close(
+        self, found: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None
+    ) -> bool:
+        """Whether two results are the same but for arithmetic, of numbers of that size, or of their
+        own.
+        """
         tolerance = 1e-6 if self.dtype == torch.float64 else 1e-3
-        return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+        size = expected if size is None else size
+        return bool((found - expected).abs().max() <= tolerance * size.abs().max())
 
     def is_pixels(self, name: str) -> bool:
         """Whether the layer's input is the image's pixels, each times a factor and plus a constant,

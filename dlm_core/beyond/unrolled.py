@@ -71,7 +71,7 @@ def unrolled_dlm(
     batch_size: check.Count | None = None,
     num_images: check.Count = 1,
     labels: str | Labels = "inferred",
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     max_evaluations: check.Count = 400,
     **options: Any,
 ) -> Reconstruction:

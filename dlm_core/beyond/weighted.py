@@ -90,7 +90,7 @@ class Told(SearchEvidence):
 def weighted(
     seen: Observation,
     *,
-    seed: check.Seed = 0,
+    seed: check.Whole = 0,
     max_steps: check.Count = 16,
     restarts: check.Count = 1,
     num_coordinates: check.Count = COORDINATES,
@@ -128,7 +128,8 @@ def weighted(
         Where no layer's update shows its input, or others than convolutions, activations and pools
         stand in front of it.
     Unfed
-        Where the first linear layer was fed nothing but zeros: a ValueError, too.
+        Where the first linear layer was fed nothing but zeros, or its weight was not trained: a
+        ValueError, too.
 
     Notes
     -----
@@ -245,8 +246,8 @@ def _first_input(seen: Observation) -> LayerInput:
     for each in layer_inputs(seen):
         if each.bias_alone:
             raise Unfed(
-                f"the bias of layer {each.name!r} moved and its weight did not: what it was fed "
-                "was 0, or the client did not train it, and the update shows no other input there"
+                f"the bias of layer {each.name!r} moved and its weight did not: it was fed zeros, "
+                "or the client did not train this weight; no features of the image stand in it"
             )
         if each.values is not None and each.scaled and not each.disputed and each.rows == 1:
             if each.pixels:

@@ -246,6 +246,8 @@ def share_difference(
     gained = [ours - theirs for ours, theirs in pairs]
     quantity = f"difference in the share at {at:g} dB"
     found = mean(gained, label, quantity=quantity, unit="%", units=units)
+    if math.isnan(found.low):
+        return found
     # Student's interval knows no bounds, and shares have some.
     return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 

@@ -144,7 +144,7 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     towards = [int(each) for each in (delta < 0).nonzero()]
     size = float(delta.abs().sum())
     left = NOISE * math.sqrt(float(variance.sum())) + ARITHMETIC * size
-    if len(delta) < 3 or not towards or left > ROUNDED * size:
+    if len(delta) < 3 or not towards or left > ROUNDED * size or not seen.has_class_scores:
         return None
     by, unknown = "label inference", math.nan
     last = next((each for each in look.layers if f"{each.name}.weight" == seen.head.names[0]), None)

@@ -330,7 +330,7 @@ class Report:
 
 
 def _json(number: float) -> float | str:
-    """JSON has no infinity: "-inf" is the PSNR of no picture."""
+    """JSON has no infinity and no NaN: "-inf" is the PSNR of no picture, "nan" no interval."""
     return number if math.isfinite(number) else str(number)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import torch
 
 from dlm_core import check, data, federated, records
-from dlm_core.check import Count, Positive, Seed, Whole
+from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
@@ -165,7 +165,7 @@ class Trial:
     client: Client = field(default_factory=Client)
     defence: Setting | None = None
     protocol: Protocol | None = None
-    seed: Seed = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         parts = {"client": Client.of, "defence": Setting.of, "protocol": Protocol.of}

@@ -202,7 +202,7 @@ class Trained:
 
     change: Change = field(default_factory=Change)
     num_rounds: check.Count = 12
-    seed: check.Seed = 0
+    seed: check.Whole = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "change", typed("change", Change, self.change))

@@ -100,7 +100,7 @@ class Federation:
     num_clients: check.Count = 5
     num_rounds: check.Count = 30
     client: Training = field(default_factory=lambda: Training(batch_size=96))
-    seed: check.Seed = 0
+    seed: check.Whole = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "client", typed("client", Training, self.client))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import attacks, data, federated, models
-from dlm_core.beyond import inputs
+from dlm_core.beyond import inputs, tracing
 from dlm_core.observation import observe
 
 SHAPE = (1, 8, 8)
@@ -320,6 +320,27 @@ def test_a_weight_that_is_used_elsewhere_says_nothing_of_its_layer(use, norm, di
     model = Elsewhere(USES[use], norm)
     found = inputs.read(model, client(model, *digit), SHAPE)
     assert [each.name for each in found] == ["last"]
+
+
+class Tokens(nn.Module):
+    """A layer for each row of an image, with batch norm behind it; in float32 alone or not."""
+
+    def __init__(self, insists):
+        super().__init__()
+        torch.manual_seed(0)
+        self.insists, self.first, self.norm = insists, nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = x.reshape(-1, 8, 8)
+        x = self.first(x.float() if self.insists else x).transpose(1, 2)
+        return self.last(self.norm(x).relu().mean(2))
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_a_layer_in_front_of_batch_norm_is_a_plain_one(insists):
+    """Behind it all of the gradient of its bias cancels, and what is left is rounding."""
+    assert [*tracing.Traced(Tokens(insists), SHAPE).layers] == ["first", "last"]
 
 
 @pytest.mark.parametrize(

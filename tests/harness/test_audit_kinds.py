@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import data, metrics, models
+from dlm_core import data, label_inference, metrics, models
 from dlm_core.beyond import inputs, weighted
 from dlm_core.harness import symmetries
 from dlm_core.observation import observe
@@ -376,24 +376,55 @@ def test_what_a_layer_does_in_training_is_seen_beside_batch_norm_too(kind):
 class Cosine(nn.Module):
     """Scores are cosines with an image per class, as CLIP has them: no layer's output."""
 
-    def __init__(self):
+    def __init__(self, features):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
-        self.classes = nn.Parameter(torch.randn(10, 16))
+        layers = nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, features)
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+        self.classes = nn.Parameter(torch.randn(10, features))
 
     def forward(self, x):
         return 10 * F.normalize(self.body(x)) @ F.normalize(self.classes).T
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_features_that_are_no_class_scores_tell_no_label(seed, tmp_path, capsys):
+@pytest.mark.parametrize("features", [8, 10, 16])
+def test_features_that_are_no_class_scores_tell_no_label(features, tmp_path):
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Cosine()
+        torch.manual_seed(0)
+        model = Cosine(features)
     found = asked(model, snapshots(model), tmp_path)
-    assert not any(each.what == "label" for each in found.leaks)
-    assert "Error" not in capsys.readouterr().out
     assert psnr(found["division"].images, IMAGES[:1]) > 80 and found.verdict == "leaked"
+    assert not any(each.what == "label" for each in found.leaks)
+    seen = observe(model, *snapshots(model), SHAPE)
+    with pytest.raises(label_inference.Untold, match="no class scores"):
+        label_inference.infer(seen)
+
+
+RETURNED = {
+    "as they are": lambda z: z,
+    "log-softmax": lambda z: z.log_softmax(1),
+    "in two axes": lambda z: z.view(-1, 5, 2),
+    "without those beyond nine": lambda z: z[:, :9],
+    "sigmoid": torch.sigmoid,
+}
+
+
+class Returning(nn.Sequential):
+    """A network that makes something of its last layer's scores."""
+
+    def forward(self, x):
+        return RETURNED[self.kind](super().forward(x))
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_scores_that_a_network_returns_in_another_form_tell_the_label(kind):
+    model = network(*MLP, kind=Returning)
+    model.kind = kind
+
+    def loss(returned, labels):
+        return F.nll_loss(returned.flatten(1).log_softmax(1), labels)
+
+    seen = observe(model, *snapshots(model, loss=loss), SHAPE)
+    assert seen.has_class_scores and label_inference.infer(seen).tolist() == LABELS[:1].tolist()
 
 
 def test_a_batch_of_another_loss_is_shown_without_labels(tmp_path, capsys):

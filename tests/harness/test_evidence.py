@@ -62,12 +62,13 @@ def test_a_median_of_few_has_no_interval_that_95_percent_of_samples_would_not_ke
     found = evidence.middle([float(i) for i in range(n)], "x", quantity="q", unit="dB")
     assert math.isnan(found.low) == math.isnan(found.high) == (0.5 ** (n - 1) > 0.05)
     assert ("no interval" in str(found)) == (n < 6)
-    assert found.at_least(0.0).verdict is Verdict.UNDECIDED
 
 
 def test_a_mean_of_one_has_no_interval():
     found = evidence.mean([3.0], "x", quantity="q", unit="dB")
     assert math.isnan(found.low) and str(found) == "x: 3.0 dB [no interval of so few]"
+    found = evidence.share_difference(frame([30.0]), frame([10.0]), "x")
+    assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_wilson_s_interval_is_scipy_s():
