@@ -147,12 +147,14 @@ class Traced:
         return Passed(inputs, scores(self.returned).double().flatten(1))
 
     def behind(self, name: str, values: torch.Tensor) -> set[str]:
-        """Layers whose input follows from this layer's alone."""
+        """Layers from this one on whose input follows from this layer's alone."""
         draw = torch.Generator().manual_seed(0)
         noise = torch.rand(1, *self.shape, generator=draw, dtype=torch.float64)
         with self.instead(name, values[None]):
             one, two = (self._pass(images) for images in (self.grey(), noise))
-        return {each for each in self.layers if torch.equal(one[each][0], two[each][0])}
+        order = list(self.layers)  # in front of it inputs may be the same for both images as well
+        later = order[order.index(name) :]
+        return {each for each in later if torch.equal(one[each][0], two[each][0])}
 
     def _pass(
         self, images: torch.Tensor, *, train: bool = False, grad: bool = False, seed: int = 0

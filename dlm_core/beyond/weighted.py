@@ -53,6 +53,10 @@ FITS = 1e-3  # relative error up to which the layer's own bias moved as cross-en
 OUTSIDE = 4.0  # expected errors by which a pixel may leave [0, 1]
 
 
+class Unfed(ValueError, torch.linalg.LinAlgError):
+    """No features of the image stand in the update: a trial without a picture."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Told(SearchEvidence):
     """A search's trace, and what the update tells of the image if its patterns are those found.
@@ -123,6 +127,8 @@ def weighted(
     ValueError
         Where no layer's update shows its input, or others than convolutions, activations and pools
         stand in front of it.
+    Unfed
+        Where the first linear layer was fed nothing but zeros: a ValueError, too.
 
     Notes
     -----
@@ -237,6 +243,11 @@ class _Problem:
 def _first_input(seen: Observation) -> LayerInput:
     """The first linear layer whose input the update shows."""
     for each in layer_inputs(seen):
+        if each.bias_alone:
+            raise Unfed(
+                f"the bias of layer {each.name!r} moved and its weight did not: what it was fed "
+                "was 0, or the client did not train it, and the update shows no other input there"
+            )
         if each.values is not None and each.scaled and not each.disputed and each.rows == 1:
             if each.pixels:
                 raise ValueError(
