@@ -42,6 +42,7 @@ HEADINGS = {
     "better_than_prior": "directions better than the prior",
     "fixed_whole": "share of images with all directions fixed",
     "fixed_share": "share of directions fixed, median",
+    "told_nothing": "share of images of which nothing is told",
     "bound_smooth": "bound, smooth prior, dB",
     "own_attack": "its own attack",
     "own_psnr": "median of its own attack, dB",
