@@ -291,7 +291,7 @@ def _entered(
 
 def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) -> Iterator[str]:
     """What many starts say of a search where a GPU runs them, which may take belief in it away, and
-    what stays open of its brightness where its picture explains something.
+    what stays open of its brightness.
     """
     result, record = found.results[key], records.ATTACKS[run.attack]
     try:
@@ -302,8 +302,6 @@ def _further(found: Audit, key: str, run: Run, seen: Observation, until: float) 
         if ends is not None:
             found.beliefs[key] = found.beliefs[key].less(many_starts.against(ends))
             yield clusters.sentence(ends)
-    if _little(result):
-        return
     try:
         said = brightness.unfixed(run.attack, seen, result)
     except Exception as why:
@@ -637,7 +635,9 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
             yield _agreed(belief.agreement)
     if isinstance(found.evidence, weighted.Told) and belief.grade is not Explains.LITTLE:
         yield _worth(found, belief)
-    unsure = _little(found) or (belief.judged and belief.doubt is not None)
+    # what explains little of the update is no estimate of the client
+    little = searched and found.evidence.loss > PARTLY
+    unsure = little or (belief.judged and belief.doubt is not None)
     if (found.labels >= 0).all() and not unsure:
         yield f"labels {found.labels.tolist()}"
     simulated = searched and not unsure and found.local_steps is not None
@@ -652,11 +652,6 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
         )
     if belief.doubt is not None:
         yield f"not believed: {belief.doubt}"
-
-
-def _little(found: Reconstruction) -> bool:
-    """Whether a search explains little of the update: it is no estimate of the client then."""
-    return isinstance(found.evidence, SearchEvidence) and found.evidence.loss > PARTLY
 
 
 def _if_so_many(found: Reconstruction, belief: Belief) -> str:
