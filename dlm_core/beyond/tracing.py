@@ -212,21 +212,17 @@ class Traced:
         layers = {name: self.linear[name] for name in names}
         for count in (1, 2):  # in training batch norm may need two
             try:
-                signals, inputs, gradients = self._differentiated(layers, count, train=train)
+                found = self._differentiated(layers, count, train=train)
             except Exception:  # whatever a user's network raises
                 continue
-            return {
-                name
-                for name, delta in signals.items()
-                if not self._of_a_layer(delta, inputs[name], *gradients[name])
-            }
+            return {name for name, each in found.items() if not self._of_a_layer(*each)}
         return set()
 
     def _differentiated(
         self, layers: Mapping[str, nn.Linear], count: int, *, train: bool
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, list[Any]]]:
-        """({layer: δ of its outputs}, {layer: its inputs}, {layer: gradients of weight and bias}),
-        of so many images and some loss; layers are left out that the loss does not hang on.
+    ) -> dict[str, tuple[Any, ...]]:
+        """{layer: (δ of its outputs, its inputs, gradient of its weight, of its bias)} of so many
+        images and some loss; layers are left out that the loss does not hang on.
         """
         added: dict[str, torch.Tensor] = {}
 
@@ -252,14 +248,17 @@ class Traced:
             self.model.requires_grad_(False)
             for hook in hooks:
                 hook.remove()
-        of_output = dict(zip(added, grads))
-        of_own = dict(zip(map(id, parameters), grads[len(added) :]))
-        used = {name: delta for name, delta in of_output.items() if delta is not None}
-        gradients = {
-            name: [of_own.get(id(w)) for w in (layers[name].weight, layers[name].bias)]
-            for name in used
+        of = dict(zip(map(id, wanted), grads))
+        return {
+            name: (
+                of[id(added[name])],
+                seen[name].detach(),
+                of.get(id(layer.weight)),
+                of.get(id(layer.bias)),
+            )
+            for name, layer in layers.items()
+            if of[id(added[name])] is not None
         }
-        return used, {name: seen[name].detach() for name in used}, gradients
 
     def _of_a_layer(
         self,
@@ -272,8 +271,10 @@ class Traced:
         is summed, since in front of batch norm all of a bias's cancels.
         """
         delta, x = delta.double().flatten(0, -2), x.double().flatten(0, -2)
-        summed = [(of_weight, delta.T @ x, delta.abs().T @ x.abs())]
-        summed.append((of_bias, delta.sum(0), delta.abs().sum(0)))
+        summed = (
+            (of_weight, delta.T @ x, delta.abs().T @ x.abs()),
+            (of_bias, delta.sum(0), delta.abs().sum(0)),
+        )
         return all(
             own is None or self._close(own.double(), expected, size)
             for own, expected, size in summed
