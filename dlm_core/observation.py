@@ -163,10 +163,13 @@ class Observation:
     def has_class_scores(self) -> bool:
         """Whether the last layer's outputs are class scores: the network returns them, or as many
         numbers in their order, as log-softmax leaves them. Cosines with an image per class are
-        others.
+        others. A layer of several rows an image, which the network then combines, is not asked.
         """
+        name, head = self._last_layer
         called, output = _linear_layers(self.model, self.image_shape)
-        own = next(each[2] for each in reversed(called) if each[0] == self._last_layer[0]).flatten()
+        own = next(each[2] for each in reversed(called) if each[0] == name).flatten()
+        if len(own) > head.out_features:
+            return True
         returned = output.flatten()
         order = own[: len(returned)].argsort()
         return len(own) >= len(returned) and bool((returned[order].diff() >= 0).all())

@@ -141,7 +141,7 @@ def test_no_label_is_made_up_where_the_last_layer_is_frozen():
         label_inference.infer(seen)
 
 
-def test_no_labels_of_a_batch_are_read_where_every_class_fell():
+def test_no_labels_of_a_batch_are_read_where_every_bias_rose():
     """As no cross-entropy leaves it: a loss that pulls each score up."""
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = models.build("mlp", (1, 8, 8), 10)

@@ -427,6 +427,27 @@ def test_scores_that_a_network_returns_in_another_form_tell_the_label(kind):
     assert seen.has_class_scores and label_inference.infer(seen).tolist() == LABELS[:1].tolist()
 
 
+class Rows(nn.Module):
+    """Scores each row of an image, and combines the scores."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.combine, self.first, self.last = combine, nn.Linear(8, 16), nn.Linear(16, 10)
+        self.place = nn.Parameter(3 * torch.randn(8, 16))
+
+    def forward(self, x):
+        return self.combine(self.last(self.first(x[:, 0]).relu() + self.place))
+
+
+@pytest.mark.parametrize("combine", [lambda z: z.mean(1), lambda z: z[:, -1], lambda z: z[:, 0]])
+def test_scores_of_rows_that_a_network_combines_tell_the_label(combine):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Rows(combine)
+    seen = observe(model, *snapshots(model), SHAPE)
+    assert label_inference.infer(seen).tolist() == LABELS[:1].tolist()
+
+
 def test_a_batch_of_another_loss_is_shown_without_labels(tmp_path, capsys):
     """An autoencoder has no classes; its images stand in the update nonetheless."""
     model = network(linear(64, 32), nn.ReLU, linear(32, 64))
