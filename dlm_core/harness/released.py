@@ -23,6 +23,7 @@ GRADIENT = Client(learning_rate=1.0, dtype="float64")
 # Evaluations in one step of an optimizer, at most; one where not said.
 EVALUATIONS = {"released_lbfgs": 25}
 AUTHORS_IG = "IG, its authors'"
+ON_THE_WAY = 20  # evaluations between pictures, of searches that notebook 02 follows
 OWN = ("network", "n", "source", "iterations", "keep_every")  # options of all scripts' trials
 # What ``search`` says of a trial.
 AS_RELEASED, ALIKE, AUTHORS = "as released", "released search", "its authors'"
@@ -70,6 +71,8 @@ class Script:
         In the client's step.
     repeats
         Attacks for each combination of ``varied``.
+    keep_every
+        How many evaluations lie between the pictures kept on the way; None keeps none.
     """
 
     attack: str
@@ -83,6 +86,7 @@ class Script:
     images: range = range(60, 61)
     num_images: int = 1
     repeats: int = 1
+    keep_every: int | None = None
 
     def trial(self, network: str, iterations: int | None = None, **varied: Any) -> Trial:
         """One attack on the first bundled images, with these values of what varies.
@@ -109,6 +113,7 @@ class Script:
                 "max_iterations": steps,
                 # more than its steps need: the budget of evaluations ends a search before the step
                 "max_evaluations": EVALUATIONS.get(optimizer, 1) * steps + 1,
+                **({"keep_every": self.keep_every} if self.keep_every else {}),
             },
             "client": {},
             "defence": {},
@@ -149,6 +154,7 @@ SCRIPTS: dict[str, Script] = {
         client=GRADIENT,
         searches=_searches(300, 10_000),
         repeats=100,
+        keep_every=ON_THE_WAY,
     ),
     "DLG_k with a factor": Script(
         attack="dlg_factor",
@@ -167,12 +173,14 @@ SCRIPTS: dict[str, Script] = {
         searches=_searches(200, 5000),
         varied={"k0": tuple(range(60, 241, 20))},
         repeats=10,
+        keep_every=ON_THE_WAY,
     ),
     "DLM_plus": Script(
         attack="dlm_plus",
         labels="given",
         client=Client(learning_rate=0.01),
         searches=_searches(200, 5000, "slow_adam"),
+        keep_every=ON_THE_WAY,
     ),
     "Cosine": Script(
         attack="inverting_gradients",
@@ -182,6 +190,7 @@ SCRIPTS: dict[str, Script] = {
         searches={"lenet": Search("released_lbfgs", 200)},
         images=range(60, 110),
         repeats=50,
+        keep_every=ON_THE_WAY,
     ),
     "DLM_PLUS_EXAMPLE": Script(
         attack="dlm_plus",
@@ -217,6 +226,7 @@ SCRIPTS: dict[str, Script] = {
         client=GRADIENT,
         searches={network: Search("signed_adam", 24_000) for network in ("lenet", "mlp")},
         varied={"total_variation": (1e-4,)},
+        keep_every=100,
     ),
 }
 
@@ -249,7 +259,8 @@ def trials(
     iterations
         Fewer than released, for a look: the trials are then no longer as released.
     keep_every
-        Of ``search.reconstruct``; it changes no result.
+        Of ``search.reconstruct``; it changes no result. By default the script's, so that a trial
+        in two notebooks is one.
     **varied
         What the script varies, one value or a list: "k0", "scale", "distribution", "percent",
         "local_steps"; by default the released ones.

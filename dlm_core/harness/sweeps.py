@@ -243,6 +243,7 @@ def sweep(
         missing = [trial for trial, record in records.items() if record is None]
         together = [] if on is None else [each for each in missing if isinstance(each, Trial)]
         alone = missing if on is None else [e for e in missing if not isinstance(e, Trial)]
+        alone.sort(key=_budget, reverse=True)  # no worker waits at the end for a long one
         apart = bool(scheduler) or jobs > 1
         shipment = registry.shipped() if apart and alone else b""
         parent = None if scheduler else os.getpid()
@@ -266,6 +267,11 @@ def sweep(
 def _name(trial: Any, on: torch.device | None) -> str:
     """The name of a trial's record, on a device where one is named."""
     return devices.key_on(trial.key, on) if on and isinstance(trial, Trial) else trial.key
+
+
+def _budget(trial: Any) -> int:
+    """The evaluations that a trial is given; 0 where it does not say."""
+    return dict(getattr(trial, "attack_options", {})).get("max_evaluations", 0)
 
 
 def _together(trials: Sequence[Trial], on: torch.device | None) -> Iterator[tuple[Trial, Any]]:

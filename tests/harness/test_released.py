@@ -353,3 +353,11 @@ def test_presets_go_straight_into_a_sweep(tmp_path):
     results = sweeps.table(plan, records).assign(search=[released.search(t) for t in plan])
     assert list(results.search) == ["as released, shortened"] * 2
     assert list(results["index"]) == [0, 1]
+
+
+def test_what_is_followed_on_its_way_is_so_in_every_notebook(tmp_path):
+    """So that a run that several notebooks show is made once."""
+    for script in ("DLG_k", "DLM_plus", "Cosine"):
+        plan = released.trials(script, n=1, iterations=2, source="bundled")
+        (record,) = sweeps.sweep(plan, jobs=1, store=tmp_path)
+        assert record["history_evaluations"][:2] == [0, released.ON_THE_WAY], script

@@ -193,6 +193,24 @@ def test_the_table_is_the_same_text_each_time(expected):
     )
 
 
+def test_the_longest_begins_first_and_records_keep_their_places():
+    """A worker that gets a long trial last keeps the others waiting."""
+    begun = []
+
+    class Own:
+        def __init__(self, evaluations):
+            self.key = str(evaluations)
+            self.attack_options = {"max_evaluations": evaluations}
+
+        def run(self):
+            begun.append(self.key)
+            return {"value": self.key, "arrays": {}}
+
+    records = sweeps.sweep([Own(5), Own(300), Own(20)], jobs=1, store=None)
+    assert begun == ["300", "20", "5"]
+    assert [record["value"] for record in records] == ["5", "300", "20"]
+
+
 def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
     run_trial = trials.run_trial
 
