@@ -9,9 +9,9 @@ RUN = "$$("$$PYTHON" -m dlm_core env)" -m dlm_core
 .PHONY: help figures verify test site assignment assignment-check lab bench flower env clean
 
 help:
-	@echo 'make figures   every figure and table, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
+	@echo 'make figures   the figures and tables of a set of notebooks, into figures/   PROFILE=smoke|quick|paper  SET=paper|beyond|all'
 	@echo '                                                       ONLY=01 (one notebook)  JOBS=n  OUT=folder  SCHEDULER=tcp://…'
-	@echo '                                                       PARAMETER="seeds=100 images=50" (instead of the profile’s)'
+	@echo '                                                       ONLY=03 PARAMETER="seeds=20 errors=[0.5,1.0,2.0]" (instead of the profile’s)'
 	@echo '                                                       DEVICE=cuda (attacks there, many at once)'
 	@echo 'make verify    runs them once more and compares every number and verdict; PROFILE, SET, ONLY, JOBS and OUT as above'
 	@echo '                                                       AGAINST=folder (of figures, instead of figures/ for paper)'

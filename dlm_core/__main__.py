@@ -172,7 +172,7 @@ def _which_notebooks(parser: argparse.ArgumentParser) -> None:
         "--set",
         default="paper",
         dest="chosen_set",
-        help="paper (00 to 11, default), beyond, or all",
+        help="paper (00 to 11 and 21, default), beyond, or all",
     )
     parser.add_argument("--jobs", type=int, help="worker processes (default: one per core)")
     parser.add_argument(
@@ -249,7 +249,7 @@ def _measuring_commands(command: Callable[..., argparse.ArgumentParser]) -> None
         "remove what make made: build/, the store of trials, caches; not the figures",
     )
     clean.add_argument(
-        "--all", action="store_true", dest="environment_too", help="the environment too"
+        "--all", action="store_true", dest="environment_too", help="the environments too"
     )
     _attack_command(command)
     _bound_command(command)

@@ -113,7 +113,7 @@ def _check_strategy(strategy: Any) -> None:
             raise
         raise ModuleNotFoundError(
             f"Flower is not installed for this Python, or older than {TESTED[0]}; "
-            "pip install 'dlm-core[flower]' brings it",
+            "pip install '.[flower]' in a clone of this repository brings it",
             name="flwr",
         ) from None
     if not isinstance(strategy, Base):

@@ -227,7 +227,7 @@ def audits(
         As ``read`` returns them.
     minutes
         That all audits together may take, above 0; each has an equal part of what is left. None for
-        as many as they need.
+        ``audit``'s own limit for each.
     asked
         {argument of ``audit.audit``: value}, such as the network and its image_shape.
 

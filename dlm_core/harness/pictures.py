@@ -163,12 +163,15 @@ def _as_it_is(values: torch.Tensor, told: Normalisation, error: float) -> bool:
 
 
 def _whole(pixels: torch.Tensor) -> bool:
-    """Whether pixels in [0, 1] are whole grey levels of 8 bits, more than a few of them."""
+    """Whether pixels in [0, 1] are whole grey levels of 8 bits, more than a few of them, in each
+    image; one of a single value, such as the grey in place of an image not found, says nothing.
+    """
     if _outside(*_ends(pixels)):
         return False
-    levels = 255 * pixels
-    away = levels - levels.round()
-    return len(levels.round().unique()) >= FEW and float(away.square().mean().sqrt()) < WHOLE
+    levels = 255 * pixels.flatten(1)
+    levels = levels[levels.amax(1) > levels.amin(1)]
+    away = (levels - levels.round()).square().mean(1).sqrt()
+    return len(levels.round().unique()) >= FEW and bool((away < WHOLE).all())
 
 
 def _ends(images: torch.Tensor) -> tuple[float, float]:

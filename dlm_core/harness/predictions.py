@@ -45,8 +45,12 @@ class Predictions:
         """All questions with the answer given before, and the result."""
         import pandas
 
-        rows = [(q, self._answer(q), self._found.get(q, "not run")) for q in self._made]
+        rows = [(q, self._answer(q), self._result(q)) for q in self._made]
         return pandas.DataFrame(rows, columns=["question", "predicted", "result"])
+
+    def _result(self, question: str) -> Any:
+        found = self._found.get(question, "not run")
+        return f"{found:g}" if isinstance(found, float) else found  # a table rounds 1e-8 to 0
 
     def _answer(self, question: str) -> Any:
         answer = self._made.get(question, ...)

@@ -221,7 +221,8 @@ def clean(environment_too: bool) -> None:
     """Remove what make made."""
     repository = checkout("clean")
     caches = (".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
-    for name in ("build", ".store", *caches, *([".venv"] if environment_too else [])):
+    environments = (".venv", ".venv-flower", ".venv-peer") if environment_too else ()
+    for name in ("build", ".store", *caches, *environments):
         shutil.rmtree(repository / name, ignore_errors=True)
     # Not elsewhere: other environments lie in the repository as well.
     for folder in ("dlm_core", "tests", "docs"):

@@ -225,7 +225,9 @@ def results_table(figures: Path | str) -> str:
         claims = entry["claims"]
         link = f"{name[:2]}. [{title(NOTEBOOKS / f'{name}.ipynb')}](notebooks/{name}.ipynb)"
         counts = " | ".join(evidence.summary(claims, each) for each in whose)
-        rows.append(f"| {link} | `make figures ONLY={name[:2]}` | {counts} | {entry['profile']} |")
+        profile = entry["profile"]
+        command = f"`make figures ONLY={name[:2]} PROFILE={profile}`"
+        rows.append(f"| {link} | {command} | {counts} | {profile} |")
         for claim in claims:
             if claim["whose"] in failed and claim["verdict"] == Verdict.FAILS:
                 statement = f"{name[:2]}. {claim['statement']}"

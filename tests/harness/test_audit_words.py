@@ -60,6 +60,17 @@ def test_pixels_of_no_levels_show_that_nothing_was_normalised(told):
     assert pictures.suspicion(seen, None) is None
 
 
+def test_grey_in_place_of_images_not_found_is_no_sign_of_preprocessing():
+    """Under Fashion-MNIST's constants 0.5 is a whole grey level, as digits in [0, 1] are not."""
+    mostly_grey = torch.full((8, 1, 8, 8), 0.5, dtype=torch.float64)
+    mostly_grey[3] = IMAGES[0]
+    assert pictures.suspicion(mostly_grey, None) is None
+    draw = torch.Generator().manual_seed(0)
+    levels = torch.randint(256, (1, 8, 8), generator=draw).double() / 255
+    mostly_grey[3] = KNOWN["fashion_mnist"].values(levels[None])[0]
+    assert "normalised its images as fashion_mnist" in pictures.suspicion(mostly_grey, None)
+
+
 def test_what_was_not_tried_is_said_in_short_sentences():
     for each in leaks.missing():
         assert all(len(sentence) < 200 for sentence in each.why.split(". "))

@@ -20,3 +20,10 @@ def test_three_dots_are_no_prediction_and_the_table_has_all_questions(capsys):
     assert capsys.readouterr().out == "a: you predicted nothing; it is yes\n"
     table = predicted.table()
     assert table.to_numpy().tolist() == [["a", "nothing", "yes"], ["b", (1, 2), "not run"]]
+
+
+def test_a_small_number_stays_in_the_table():
+    predicted = Predictions()
+    predicted["rate"] = 1e-6
+    predicted.compare("rate", 1e-8)
+    assert predicted.table().result.tolist() == ["1e-08"]

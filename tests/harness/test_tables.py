@@ -65,6 +65,10 @@ def test_the_setting_is_said_from_the_trials():
     said = settings.sentence([defended])
     assert "2 images, 5 steps of Adam" in said and "float16" in said
     assert "defended by noise (released)" in said and "label told" in said
+    clip = {"name": "clip_and_noise", "clip": 0.1}
+    assert "defended by clipping, " in settings.sentence([Trial(defence=clip)])
+    noised = Trial(defence={**clip, "noise_multiplier": 0.1})
+    assert "defended by clipping and noise, " in settings.sentence([Trial(defence=clip), noised])
     shuffled = Trial(
         num_images=4,
         client={"learning_rate": 0.01, "batch_size": 2},
