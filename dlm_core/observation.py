@@ -165,14 +165,7 @@ class Observation:
         numbers in their order, as log-softmax leaves them. Cosines with an image per class are
         others. A layer of several rows an image, which the network then combines, is not asked.
         """
-        name, head = self._last_layer
-        called, output = _linear_layers(self.model, self.image_shape)
-        own = next(each[2] for each in reversed(called) if each[0] == name).flatten()
-        if len(own) > head.out_features:
-            return True
-        returned = output.flatten()
-        order = own[: len(returned)].argsort()
-        return len(own) >= len(returned) and bool((returned[order].diff() >= 0).all())
+        return gives_class_scores(self.model, self.image_shape, self._last_layer[0])
 
     @cached_property
     def head(self) -> Head:
@@ -272,7 +265,8 @@ def _linear_layers(
             module.register_forward_hook(
                 lambda m, _, output, name=name: called.append((name, m, output))
             )
-    like = next(model.parameters(), torch.zeros(()))
+    floating = (p for p in model.parameters() if p.is_floating_point())
+    like = next(floating, torch.zeros(()))
     grey = torch.full((1, *image_shape), 0.5).to(like)
     try:
         with torch.no_grad(), own_generator(device=like.device):
@@ -283,6 +277,19 @@ def _linear_layers(
             f"image_shape is {tuple(image_shape)}; the model does not take such an image ({said})"
         ) from None
     return called, scores(returned)
+
+
+def gives_class_scores(model: nn.Module, image_shape: ImageShape, name: str) -> bool:
+    """Whether the outputs of a linear layer are the network's class scores, as
+    ``Observation.has_class_scores`` says.
+    """
+    called, output = _linear_layers(model, image_shape)
+    layer, own = next((each[1], each[2].flatten()) for each in reversed(called) if each[0] == name)
+    if len(own) > layer.out_features:
+        return True
+    returned = output.flatten()
+    order = own[: len(returned)].argsort()
+    return len(own) >= len(returned) and bool((returned[order].diff() >= 0).all())
 
 
 def scores(output: Any) -> torch.Tensor:
@@ -320,6 +327,10 @@ def check_per_parameter(seen: Observation, argument: str, given: Sequence[torch.
 
 @check.arguments
 def unit_in_last_place(weights: torch.Tensor) -> torch.Tensor:
-    """The distance of each weight to the next number of its dtype, as float64."""
+    """The distance of each weight to the next number of its dtype, as float64; 0 of whole numbers,
+    which no rounding moves.
+    """
+    if not weights.is_floating_point():
+        return torch.zeros_like(weights, dtype=torch.float64)
     exponent = weights.abs().double().clamp(min=TINY).log2().floor()
     return torch.finfo(weights.dtype).eps * torch.exp2(exponent)

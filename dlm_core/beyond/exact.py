@@ -106,8 +106,8 @@ class Fit(Evidence):
             return (
                 "not to be trusted: one SGD step on this image does not explain the update "
                 f"({found}); several local steps, a batch, another loss, momentum, Adam, noise, "
-                "sparsification or an update hardly above rounding would, or an image that the fit "
-                "did not reach. "
+                "sparsification, gradients in half precision or an update hardly above rounding "
+                "would, or an image that the fit did not reach. "
                 "The image may be shown all the same, the errors beside it are wrong; "
                 "dlm_plus assumes less, interval_dlm is for Adam and its kin"
             )

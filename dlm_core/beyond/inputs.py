@@ -23,7 +23,7 @@ tokens) has their rank. A layer whose weight or bias is used elsewhere as well i
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ LENGTH = 0.1  # error of the bias's update, relative, up to which the input's le
 KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 GAP = 2.5  # between the singular values of inputs and those of what else changed an update
 HALF = 2.0**-8  # of bfloat16's numbers, what rounding leaves
+HALVED = 0.75  # of entries, that differ by no more than that from those of one direction
 SHRUNK = 0.5  # of the weights, from which what was taken off them is no decay
 MANY_NUMBERS = 8  # of an input, fewer of which may have a mean of 0 by chance
 FINE = 1e-4  # of a direction, what rounding may hide for δ's numbers to be held against each other
@@ -176,6 +177,15 @@ class LayerInput:
         return 0 < self.rank < min(self.outputs, self.features) and not self.signs
 
     @property
+    def halved(self) -> bool:
+        """Whether ``values`` stand alone in an update of full rank, whose rest is what arithmetic
+        in half precision leaves.
+        """
+        full = self.rank == min(self.outputs, self.features) > 1
+        told = self.values is not None and not (self.entries or self.signs)
+        return told and full and self.standing == 1
+
+    @property
     def sentence(self) -> str | None:
         """What it says, in words; None for nothing."""
         if self.values is not None:
@@ -234,6 +244,11 @@ class LayerInput:
                 f"{unmoved * bool(self.still)}"
             )
         mixture = "" if self.single else self._mixture
+        if not self.scaled:
+            said += (
+                " (or a projection of it, if the client trains adapters or by an optimizer of low "
+                "rank)"
+            )
         if self.untrained:
             multiple = "; or all of it is a multiple of the input, as of two rates"
             return (
@@ -370,13 +385,17 @@ def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Re
     return replace(shown(layer_inputs(seen, transmitted)), seconds=time.perf_counter() - began)
 
 
-def shown(layers: Iterable[LayerInput]) -> Reconstruction:
+def shown(layers: Sequence[LayerInput]) -> Reconstruction:
     """The image that one of these layers shows, the best of them; ValueError where none does."""
     found = [each for each in layers if each.image is not None]
     if not found:
+        if any(each.pixels and each.values is not None for each in layers):
+            raise ValueError(
+                "the image stands in the update up to its length, of which no bias tells"
+            )
         raise ValueError(
-            "no linear layer that takes the image itself has an update of rank one, "
-            "from which a division would show it"
+            "no linear layer that takes the image itself, with a weight of its own, has an update "
+            "of rank one, from which a division would show it"
         )
     best = min(found, key=lambda each: (not each.alone, not each.confirmed, each.error))
     assert best.image is not None and best.sentence is not None
@@ -451,16 +470,12 @@ def read(
     }
     loss = _loss(next(reversed(moves.values()), None))
     found = [_of_layer(traced, name, *moved[name], moves[name], loss) for name in moved]
-    found = [_compared(traced, each, found) for each in found]
+    found = [_left_out(traced, _compared(traced, each, found)) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
     else:
         fixed = _fixed(traced, moved, after, found)
-        one_rate = True in fixed.values()  # where one layer can say so, and others cannot
-        found = [
-            replace(each, confirmed=one_rate and fixed.get(each.name) is not False)
-            for each in found
-        ]
+        found = [replace(each, confirmed=fixed.get(each.name) is True) for each in found]
     return [*_of_others(traced, model, before, after), *found]
 
 
@@ -490,7 +505,7 @@ def _of_others(
         if taken is None:
             continue
         values, error = known
-        traced.add(name, taken)
+        traced.add(name, taken, steady=ratios.steady(traced, pair, taken))
         pixels = traced.is_pixels(name)
         found[name] = LayerInput(
             name=name.removesuffix(".weight"),
@@ -581,6 +596,13 @@ def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -
     return shown
 
 
+def _left_out(traced: Traced, shown: LayerInput) -> LayerInput:
+    """An input that shows zeros where the network leaves none: their weights were not trained."""
+    if shown.values is None or shown.pixels or not shown.still or not traced.never_zero(shown.name):
+        return shown
+    return replace(shown, untrained=True, alone=False)
+
+
 def _moved(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], name: str
 ) -> _Moved | None:
@@ -636,7 +658,10 @@ class _Move(NamedTuple):
             standing = spectrum.large if images else spectrum.standing
         largest = max(spectrum.largest, TINY)
         beside = float(spectrum.values[1:].norm()) / largest if rank > 1 else 0.0
-        read = rank == 1 or (1 < rank < full and images)
+        halved = 1 < rank == full and _halved(delta, variance, spectrum)
+        if halved:
+            standing = 1
+        read = rank == 1 or (1 < rank < full and images) or halved
         one = read and standing == 1 and beside <= LEFT
         return cls(delta, variance, decayed, scaled, spectrum, rank, standing, beside, one)
 
@@ -649,6 +674,18 @@ class _Move(NamedTuple):
     def hidden(self) -> float:
         """The relative size of a direction that rounding hides."""
         return self.spectrum.limit / self.spectrum.largest
+
+
+def _halved(delta: torch.Tensor, variance: torch.Tensor, spectrum: "_Spectrum") -> bool:
+    """Whether an update is one direction and what arithmetic in half precision leaves of it: of
+    most entries a share of their own size, which noise does not leave.
+    """
+    if spectrum.values[1] > spectrum.half or _sign_like(delta):
+        return False
+    left = _left(delta, spectrum)
+    rest = (delta - torch.outer(left, left @ delta)).abs()
+    rounded = HALF * delta.abs() + NOISE * variance.sqrt()
+    return bool((rest <= rounded)[delta != 0].double().mean() > HALVED)
 
 
 def _loss(last: _Move | None) -> Loss:

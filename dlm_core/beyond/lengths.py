@@ -49,8 +49,9 @@ def fixed(
     updates: Mapping[str, torch.Tensor],
     signals: Sequence[torch.Tensor],
 ) -> bool | None:
-    """Whether the length of a layer's input is that of which others speak; None where chance
-    stands behind it (dropout, noise), so that they cannot.
+    """Whether the length of a layer's input is that of which others speak. Where chance stands
+    behind it (dropout, noise), the scores cannot; the next layer's input can, by the numbers of it
+    that dropout left; else None.
 
     Parameters
     ----------
@@ -67,37 +68,40 @@ def fixed(
     """
     factors = torch.tensor([*FACTORS, *BESIDE], dtype=values.dtype, device=values.device)
     given = values * factors[:, None]
+    chance = False
     try:
         one, other = (traced.passed_behind(name, given, train=True, seed=s).scores for s in (0, 1))
+        chance = not torch.equal(one, other)
     except Exception:  # one image in batch norm
         pass
-    else:
-        if not torch.equal(one, other):
-            return None
     try:
         behind = traced.behind(name, values)
         way = []
         for share in SHARES:
             with traced.holding(after, share):
                 way.append(traced.passed_behind(name, given))
+        scores = torch.stack([each.scores for each in way], 1)
+        # with biases of 0 another loss may follow the scores of a multiple nearly as well
+        sharply = _multiples(scores[: len(FACTORS), 0])
+        if not chance and any(_by_scores(scores, signal, sharply) for signal in signals):
+            return True
+        told = any(
+            _by_direction(torch.stack([one.inputs[each] for one in way], 1), update, chance)
+            for each, update in updates.items()
+            if each in behind and traced.rows[each] == 1
+        )
     except Exception:  # whatever a user's network raises
         return False
-    scores = torch.stack([each.scores for each in way], 1)
-    # with biases of 0 another loss may follow the scores of a multiple nearly as well
-    sharply = _multiples(scores[: len(FACTORS), 0])
-    if any(_by_scores(scores, signal, sharply) for signal in signals):
-        return True
-    return any(
-        _by_direction(torch.stack([one.inputs[each] for one in way], 1), update)
-        for each, update in updates.items()
-        if each in behind and traced.rows[each] == 1
-    )
+    return told or (None if chance else False)
 
 
-def _by_direction(way: torch.Tensor, update: torch.Tensor) -> bool:
+def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool) -> bool:
     """Whether a later layer's update combines its inputs [factors, shares, features] for the first
-    factor alone.
+    factor alone; where numbers may be ``dropped``, by those that moved its weights.
     """
+    if dropped:
+        left = update.any(0)
+        way, update = way[..., left], update[:, left]
     if update.shape[1] < len(SHARES) + SPARE or not update.any():
         return False
     return _first_alone([_left(each.T, update.T) for each in way], FITS)

@@ -96,14 +96,17 @@ def by_entries(
     return r, float(error.square().mean().sqrt() / size) + ARITHMETIC
 
 
-def used_as_one(traced: Traced, pair: Pair, probes: torch.Tensor) -> torch.Tensor | None:
+def used_as_one(
+    traced: Traced, pair: Pair, probes: torch.Tensor, *, train: bool = False, seed: int = 0
+) -> torch.Tensor | None:
     """[N, features], what the weight is multiplied with for each of the ``probes`` [N, pixels];
     None where its gradient is another than its bias's times one vector.
     """
     name, bias, columns = pair
     found = []
-    for probe in probes:
-        of_weight, of_bias = traced.gradients(name, bias, probe.reshape(1, *traced.shape))
+    for number, probe in enumerate(probes):
+        image = probe.reshape(1, *traced.shape)
+        of_weight, of_bias = traced.gradients(name, bias, image, train=train, seed=seed + number)
         delta = oriented(of_weight, columns)
         if not of_bias.any():
             return None
@@ -112,3 +115,16 @@ def used_as_one(traced: Traced, pair: Pair, probes: torch.Tensor) -> torch.Tenso
             return None
         found.append(r)
     return torch.stack(found)
+
+
+def steady(traced: Traced, pair: Pair, taken: torch.Tensor) -> bool:
+    """Whether the weight is multiplied with the same in training, whatever chance does there."""
+    probes = traced.probes
+    try:
+        again = [
+            used_as_one(traced, pair, probes, train=True, seed=start)
+            for start in (len(probes), 2 * len(probes))
+        ]
+    except Exception:  # one image in batch norm, or what else a user's network raises
+        return False
+    return all(each is not None and traced.close(each, taken) for each in again)

@@ -96,7 +96,10 @@ def recognise(seen: Observation) -> Recognition:
 
 
 def _linear(seen: Observation, share: float) -> Recognition:
-    step = linear_step(seen)
+    try:
+        step = linear_step(seen)
+    except ValueError:  # of a last layer that did not move, or whose outputs are no class scores
+        return _several(share)
     decays = abs(step.weight_decay) > max(DECAYS, SURELY * step.decay_error)
     name = "sgd with decay" if decays else "sgd"
     return Recognition(
@@ -109,12 +112,17 @@ def _linear(seen: Observation, share: float) -> Recognition:
     )
 
 
+def _several(share: float) -> Recognition:
+    """Where the last layer tells nothing of one step."""
+    nan = float("nan")
+    return Recognition("several steps", nan, nan, nan, share, misfit=float("inf"))
+
+
 def _sign_like(seen: Observation, share: float) -> Recognition:
     try:
         step = reading.read(seen)
     except ValueError:
-        nan = float("nan")
-        return Recognition("several steps", nan, nan, nan, share, misfit=float("inf"))
+        return _several(share)
     name = "adamw" if abs(step.weight_decay) > DECAYS else "adam"
     if step.eps > BETWEEN:
         name = "rmsprop"

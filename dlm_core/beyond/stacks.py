@@ -226,8 +226,10 @@ def stack(model: nn.Module, image_shape: Sequence[int]) -> list[Layer]:
     layers: list[Layer] = []
     shape = tuple(image_shape)
     for name, module in _leaves(model):
-        if any(not parameter.requires_grad for parameter in module.parameters()):
-            raise _unsupported(name, module, "is frozen, and its update says nothing")
+        trained = [parameter.requires_grad for parameter in module.parameters()]
+        if not all(trained):
+            said = "is frozen in part, which is not walked" if any(trained) else "is frozen"
+            raise _unsupported(name, module, said)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             layer = _layer(name, module, shape)
             layers.append(layer)

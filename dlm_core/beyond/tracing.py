@@ -129,6 +129,12 @@ class Traced:
         if not _same_state(self.began, self._chance()):
             self.by_chance.add(name)
 
+    def _train(self, on: bool) -> None:
+        """Gradients in all parameters, or in none; whole numbers have none."""
+        for p in self.model.parameters():
+            if p.is_floating_point():
+                p.requires_grad_(on)
+
     def _chance(self) -> list[Any]:
         """Where the generators stand that networks draw from."""
         of_numpy: Any = numpy.random.get_state(legacy=False)
@@ -160,7 +166,8 @@ class Traced:
     @contextlib.contextmanager
     def holding(self, after: Mapping[str, torch.Tensor], share: float) -> Iterator[None]:
         """The network's weights are so far on their way to ``after``, as far as these go."""
-        named = {n: w for n, w in self.model.named_parameters() if n in after}
+        every = self.model.named_parameters()
+        named = {n: w for n, w in every if n in after and w.is_floating_point()}
         kept = {name: w.clone() for name, w in named.items()}
         try:
             for name, w in named.items():
@@ -237,7 +244,7 @@ class Traced:
         parameters = [w for each in layers.values() for w in each.parameters(recurse=False)]
         noise = torch.rand(count, *self.shape, generator=self.generator, dtype=torch.float64)
         try:
-            self.model.requires_grad_(True)
+            self._train(True)
             passed = self._pass(noise, train=train, grad=True)
             seen = {name: each[0] for name, each in passed.items()}
             self.fixed = {name for name, each in seen.items() if not each.requires_grad}
@@ -245,7 +252,7 @@ class Traced:
             wanted = [*added.values(), *parameters]
             grads = torch.autograd.grad(total.sum(), wanted, allow_unused=True)
         finally:
-            self.model.requires_grad_(False)
+            self._train(False)
             for hook in hooks:
                 hook.remove()
         of = dict(zip(map(id, wanted), grads))
@@ -276,11 +283,11 @@ class Traced:
             (of_bias, delta.sum(0), delta.abs().sum(0)),
         )
         return all(
-            own is None or self._close(own.double(), expected, size)
+            own is None or self.close(own.double(), expected, size)
             for own, expected, size in summed
         )
 
-    def _close(
+    def close(
         self, found: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None
     ) -> bool:
         """Whether two results are the same but for arithmetic, of numbers of that size, or of their
@@ -367,7 +374,9 @@ class Traced:
         except Exception:  # whatever a user's network raises
             return False
 
-    def gradients(self, weight: str, bias: str, image: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(
+        self, weight: str, bias: str, image: torch.Tensor, *, train: bool = False, seed: int = 0
+    ) -> list[torch.Tensor]:
         """Of both for an image and some loss of what the network returns; with other numbers in the
         bias, since of a black image ReLU may let nothing through.
         """
@@ -376,19 +385,30 @@ class Traced:
         other = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
         try:
             given.copy_(other)
-            self.model.requires_grad_(True)
-            self._pass(image, grad=True)
+            self._train(True)
+            self._pass(image, train=train, grad=True, seed=seed)
             total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
             grads = torch.autograd.grad(total.sum(), [parameters[weight], given])
         finally:
-            self.model.requires_grad_(False)
+            self._train(False)
             given.copy_(own)
         return [each.double() for each in grads]
 
-    def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Take in what ``probes`` leave [5, features] of a weight that is no linear layer's."""
+    def add(self, name: str, inputs: torch.Tensor, *, steady: bool) -> None:
+        """Take in what ``probes`` leave [5, features] of a weight that is no linear layer's, and
+        whether training leaves it so.
+        """
         self.rows[name] = 1
-        self.maps[name] = self._map_of(inputs)
+        self.maps[name] = self._map_of(inputs) if steady else None
+
+    def never_zero(self, name: str) -> bool:
+        """Whether no number of a layer's inputs is 0 for any image, as behind sigmoid; False where
+        a network does not tell.
+        """
+        try:
+            return all(bool((each[name] != 0).all()) for each in self._drawn)
+        except Exception:  # whatever a user's network raises
+            return False
 
     @property
     def probes(self) -> torch.Tensor:
@@ -414,7 +434,7 @@ class Traced:
             return None
         expected = constant.repeat(2, 1)
         expected[:, used] += factor[used] * probes[3:].to(constant)[:, position]
-        found = self._close(taken[3:], expected)
+        found = self.close(taken[3:], expected)
         every = len(position.unique()) == count
         return _Map(position, factor, constant) if found and every else None
 
@@ -444,8 +464,13 @@ class Traced:
         in_eval = each(0, train=False)
         try:
             in_training = each(len(images), train=True)
-        except ValueError:  # a single value per channel, of which no statistic can be taken
-            return probes, {}
+        except Exception:  # batch norm, which takes no statistic of one image
+            try:
+                passed = self._pass(images, train=True, seed=len(images))
+            except Exception:  # a network that asks for more in training: what it does is not known
+                return probes, {}
+            drawn.update(self.by_chance)
+            in_training = {name: list(passed[name][0].flatten(1)) for name in names}
         alone = {name: torch.stack(inputs) for name, inputs in in_eval.items()}
         try:
             passed = self._pass(images)
@@ -457,7 +482,7 @@ class Traced:
             for name, inputs in alone.items()
             if name not in drawn
             and together[name].shape == inputs.shape
-            and self._close(together[name], inputs)
+            and self.close(together[name], inputs)
             and all(map(torch.equal, in_eval[name], in_training[name]))
         }
 

@@ -459,7 +459,7 @@ def _options(
         "unrolled_dlm": {"client_optimizer": client or look.kin},
     }
     if clues.insists(read.network, image_shape):  # searches compute in float64 elsewhere
-        own = next(read.network.parameters()).dtype
+        own = next(w.dtype for w in read.network.parameters() if w.is_floating_point())
         for name in SEARCHES:
             options.setdefault(name, {})["dtype"] = own
     return options
@@ -594,7 +594,7 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
     if not any(each.sentence for each in layers):
         _check_near(read, look)
         raise ValueError(why) from None
-    label = leaks.of_rows(layers)
+    label = leaks.of_rows(layers, read.network, image_shape)
     print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
     print("no other attack was tried: each needs what the network has not")
     results: dict[str, Reconstruction] = {}

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import records
-from dlm_core.beyond.inputs import LayerInput
+from dlm_core.beyond.inputs import HALF, LayerInput
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
-from dlm_core.observation import Observation, Unchanged
+from dlm_core.observation import Observation, Unchanged, gives_class_scores
 
 # Of the last bias's update: how far it may be from that of softmax, cross-entropy and one label;
 # and how much of its size rounding may be, if its sum shall say anything.
@@ -144,6 +145,8 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     towards = [int(each) for each in (delta < 0).nonzero()]
     size = float(delta.abs().sum())
     left = NOISE * math.sqrt(float(variance.sum())) + ARITHMETIC * size
+    if any(each.halved for each in look.layers):
+        left += HALF * size
     if len(delta) < 3 or not towards or left > ROUNDED * size or not seen.has_class_scores:
         return None
     by, unknown = "label inference", math.nan
@@ -155,16 +158,18 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
         )
         return Leak("label", by, unknown, said, (towards[0],))
     directions = 1 if last is None else max(1, last.directions)
-    # of signs the sum says nothing
-    balanced = look.kin == "adam" or abs(float(delta.sum())) <= left
+    # of signs the sum says nothing; noise has other sizes than they
+    sizes = delta.abs()
+    as_signs = look.kin == "adam" and bool((sizes > sizes.max() / 2).all())
+    balanced = as_signs or abs(float(delta.sum())) <= left
     if not balanced or len(towards) > directions:
         return None
     classes = f"class {towards[0]} is" if len(towards) == 1 else f"classes {_listed(towards)} are"
     # the other way round the update would speak of the other classes as well
     reversible = int((delta > 0).sum()) <= directions
     order = ", and if the files have not changed places" * reversible
-    # its signs may be those of the decay of a bias that its image hardly moves
-    decay = ", and if no weight decay acts on biases" * (look.kin == "adam")
+    # its signs may be those of the decay of a bias that its image hardly moves, or of noise
+    decay = ", and if no weight decay acts on biases and no noise was added" * (look.kin == "adam")
     said = (
         f"{classes} among the labels, if {ASSUMED}{order}{decay} (others may be, too): "
         "the last bias moved towards no other class"
@@ -172,10 +177,14 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     return Leak("label", by, unknown, said, tuple(towards))
 
 
-def of_rows(layers: Sequence[LayerInput]) -> Leak | None:
+def of_rows(
+    layers: Sequence[LayerInput], model: nn.Module, image_shape: Sequence[int]
+) -> Leak | None:
     """The same by the rows of the last layer's weight, where no bias of it moved."""
     last = layers[-1] if layers else None
     if last is None or last.odd is None:
+        return None
+    if not gives_class_scores(model, image_shape, last.name):
         return None
     said = (
         f"class {last.odd} is the label, or among the labels, if {ASSUMED}: "

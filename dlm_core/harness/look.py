@@ -149,6 +149,11 @@ class Look:
         yield from filter(None, [self.suspicion])
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
+        elif 0 < self.num_classes <= 2 and self.directions == 1:
+            yield (
+                "with two classes any number of images and steps may leave the last layer such an "
+                "update: neither it nor the learning rate can be told"
+            )
         elif self.optimizer != "several steps":
             # signs do not tell how many images left them
             alike = ", or on several of one class" if self.kin == "adam" else ""
@@ -210,7 +215,11 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     about |= {"kin": kin, "learning_rate": found.learning_rate}
     noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
     look = Look(**about, layers=layers, noisy=noisy, optimizer=found.optimizer)
-    return replace(look, optimizer="several steps") if look.directions > 1 else look
+    if look.directions > 1:
+        return replace(look, optimizer="several steps")
+    if seen.num_classes <= 2:  # whose update is that of one step on one image, whatever it was
+        return replace(look, optimizer="several steps", learning_rate=math.nan)
+    return look
 
 
 def _invented(seen: Observation) -> list[str]:
@@ -229,8 +238,9 @@ def _invented(seen: Observation) -> list[str]:
         if names:
             said.append(
                 f"{what} {_some(names)} did not move, though other weights did: the client did "
-                "not train them, or they were invented to fit the network; then no search finds "
-                "the image, until the network is the client's own"
+                "not train them, or a normalisation behind them takes their move away (searches "
+                "leave them out); or they were invented to fit the network, and then no search "
+                "finds the image, until the network is the client's own"
             )
     return said
 

@@ -34,4 +34,5 @@ def snapshots(model, images=IMAGES[:1], targets=LABELS[:1], loss=F.cross_entropy
 
 
 def asked(model, sent, tmp_path, **options):
-    return audit(*sent, model=model, image_shape=SHAPE, out=tmp_path / "found.png", **options)
+    about = {"image_shape": SHAPE, "out": tmp_path / "found.png", **options}
+    return audit(*sent, model=model, **about)

@@ -139,7 +139,7 @@ def test_a_label_by_rows_is_claimed_only_with_its_assumption():
         return F.cross_entropy(found, labels, label_smoothing=0.1)
 
     after = snapshots(model, IMAGES[:1], torch.tensor([0]), smoothed)[1]
-    said = leaks.of_rows(inputs.read(model, after, SHAPE))
+    said = leaks.of_rows(inputs.read(model, after, SHAPE), model, SHAPE)
     assert said.classes == (2,) and "labels are not smoothed" in str(said)
 
 
