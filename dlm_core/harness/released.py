@@ -83,6 +83,7 @@ class Script:
     images: range = range(60, 61)
     num_images: int = 1
     repeats: int = 1
+    keep_every: int | None = None
 
     def trial(self, network: str, iterations: int | None = None, **varied: Any) -> Trial:
         """One attack on the first bundled images, with these values of what varies.
@@ -109,6 +110,7 @@ class Script:
                 "max_iterations": steps,
                 # more than its steps need: the budget of evaluations ends a search before the step
                 "max_evaluations": EVALUATIONS.get(optimizer, 1) * steps + 1,
+                **({"keep_every": self.keep_every} if self.keep_every else {}),
             },
             "client": {},
             "defence": {},
@@ -182,6 +184,7 @@ SCRIPTS: dict[str, Script] = {
         searches={"lenet": Search("released_lbfgs", 200)},
         images=range(60, 110),
         repeats=50,
+        keep_every=20,
     ),
     "DLM_PLUS_EXAMPLE": Script(
         attack="dlm_plus",

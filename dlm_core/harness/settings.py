@@ -101,7 +101,12 @@ def _client(trials: list[Trial]) -> str:
 
 
 def _defences(trials: list[Trial]) -> str:
-    names = [t.defence.record.title for t in trials if t.defence is not None]
+    defended = [t.defence for t in trials if t.defence is not None]
+    names = [each.record.title for each in defended]
+    if not any(each.options.get("noise_multiplier") for each in defended):
+        names = [
+            "clipping" if each.name == "clip_and_noise" else n for each, n in zip(defended, names)
+        ]
     return f"defended by {_listed(names)}" if names else ""
 
 
