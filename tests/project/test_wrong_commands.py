@@ -2,6 +2,7 @@
 since 2 is a verdict), and nothing runs.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ WRONG = {
             "--set": ["", "papers"],
             "--jobs": [*NO_COUNT, "5000", HUGE],
             "--device": NO_DEVICE,
-            "--against": ["", "absent", "a file", "folder.png", str(REPOSITORY / "figures")],
+            "--against": ["", "absent", "a file", "folder.png", "of paper"],
             "--out": [*NO_FOLDER, str(REPOSITORY / "figures")],
             "--parameter": ["seeds=1"],
             "": ["figures"],
@@ -225,6 +226,11 @@ def folder(tmp_path_factory):
         (here / f"{name}.py").write_text(text)
     (here / "a file").write_text("no folder, and no weights")
     (here / "folder.png").mkdir()
+    of_paper = here / "of paper"
+    of_paper.mkdir()
+    claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text("utf-8"))
+    claims = {name: {**entry, "profile": "paper"} for name, entry in claims.items()}
+    (of_paper / "claims.json").write_text(json.dumps(claims))
     return here
 
 
