@@ -102,9 +102,13 @@ def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool) -> boo
     if dropped:
         left = update.any(0)
         way, update = way[..., left], update[:, left]
-    if update.shape[1] < len(SHARES) + SPARE or not update.any():
+    if not update.any():
         return False
-    return _first_alone([_left(each.T, update.T) for each in way], FITS)
+    return any(
+        _first_alone([_left(each[:taken].T, update.T) for each in way], FITS)
+        for taken in (1, len(SHARES))  # of one step, of several
+        if update.shape[1] >= taken + SPARE
+    )
 
 
 def _multiples(scores: torch.Tensor) -> bool:
