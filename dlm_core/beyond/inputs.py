@@ -470,7 +470,7 @@ def read(
     }
     loss = _loss(next(reversed(moves.values()), None))
     found = [_of_layer(traced, name, *moved[name], moves[name], loss) for name in moved]
-    found = [_left_out(traced, _compared(traced, each, found)) for each in found]
+    found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
     else:
@@ -583,8 +583,15 @@ def _disputed(layer: LayerInput) -> LayerInput:
 
 
 def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -> LayerInput:
-    """An image whose zeros may be weights that were not trained, held against later layers."""
-    if shown.image is None or not shown.still:
+    """An input whose zeros may be weights that were not trained: an image is held against later
+    layers, features against what the network leaves there.
+    """
+    if shown.values is None or not shown.still:
+        return shown
+    if not shown.pixels:
+        zero_free = traced.never_zero(shown.name)
+        return replace(shown, untrained=True, alone=False) if zero_free else shown
+    if shown.image is None:
         return shown
     later = {
         each.name: each.values
@@ -594,13 +601,6 @@ def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -
     if shown.untrained or traced.contradicts(shown.image, later):
         return replace(shown, untrained=True, alone=False)
     return shown
-
-
-def _left_out(traced: Traced, shown: LayerInput) -> LayerInput:
-    """An input that shows zeros where the network leaves none: their weights were not trained."""
-    if shown.values is None or shown.pixels or not shown.still or not traced.never_zero(shown.name):
-        return shown
-    return replace(shown, untrained=True, alone=False)
 
 
 def _moved(

@@ -37,7 +37,7 @@ class Recognition:
     optimizer
         "sgd" (with or without momentum), "sgd with decay", "adam", "adamw", "rmsprop"; or "several
         steps" where one step of none of these on one image explains the update. A batch looks so
-        too, and too coarse a rounding. With two classes a batch may look like one image.
+        too, too coarse a rounding, and two classes, which tell no step.
     learning_rate
         η: of a full step, for the sign-like; with momentum, what it scales η to.
     weight_decay
@@ -92,6 +92,8 @@ def recognise(seen: Observation) -> Recognition:
     """
     moved = torch.cat([layer.abs().flatten() for layer in seen.delta])
     share = float((moved > moved.max() / 4).sum() / (moved > 0).sum())
+    if seen.num_classes <= 2:  # whose last layer moves as in one step on one image, whatever it was
+        return _several(share)
     return _linear(seen, share) if share < SIGN_LIKE else _sign_like(seen, share)
 
 

@@ -215,11 +215,7 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     about |= {"kin": kin, "learning_rate": found.learning_rate}
     noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
     look = Look(**about, layers=layers, noisy=noisy, optimizer=found.optimizer)
-    if look.directions > 1:
-        return replace(look, optimizer="several steps")
-    if seen.num_classes <= 2:  # whose update is that of one step on one image, whatever it was
-        return replace(look, optimizer="several steps", learning_rate=math.nan)
-    return look
+    return replace(look, optimizer="several steps") if look.directions > 1 else look
 
 
 def _invented(seen: Observation) -> list[str]:

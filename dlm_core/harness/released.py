@@ -113,7 +113,6 @@ class Script:
                 "max_iterations": steps,
                 # more than its steps need: the budget of evaluations ends a search before the step
                 "max_evaluations": EVALUATIONS.get(optimizer, 1) * steps + 1,
-                **({"keep_every": self.keep_every} if self.keep_every else {}),
             },
             "client": {},
             "defence": {},
@@ -283,7 +282,7 @@ def trials(
     made = []
     for combination in itertools.product(*values):
         first = its.trial(network, iterations, **dict(zip(its.varied, combination)))
-        kept = {"keep_every": keep_every} if keep_every else {}
+        kept = {"keep_every": apart} if (apart := keep_every or its.keep_every) else {}
         first = replace(first, source=source, attack_options=Options(first.attack_options, **kept))
         made += [
             replace(first, index=begins[i % len(begins)], seed=i) for i in range(n or its.repeats)

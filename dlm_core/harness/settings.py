@@ -102,11 +102,11 @@ def _client(trials: list[Trial]) -> str:
 
 def _defences(trials: list[Trial]) -> str:
     defended = [t.defence for t in trials if t.defence is not None]
-    names = [each.record.title for each in defended]
-    if not any(each.options.get("noise_multiplier") for each in defended):
-        names = [
-            "clipping" if each.name == "clip_and_noise" else n for each, n in zip(defended, names)
-        ]
+    noised = any(each.options.get("noise_multiplier") for each in defended)
+    names = [
+        "clipping" if each.name == "clip_and_noise" and not noised else each.record.title
+        for each in defended
+    ]
     return f"defended by {_listed(names)}" if names else ""
 
 

@@ -271,7 +271,7 @@ def _name(trial: Any, on: torch.device | None) -> str:
 
 def _budget(trial: Any) -> int:
     """The evaluations that a trial is given; 0 where it does not say."""
-    return dict(getattr(trial, "attack_options", {})).get("max_evaluations", 0)
+    return getattr(trial, "attack_options", {}).get("max_evaluations", 0)
 
 
 def _together(trials: Sequence[Trial], on: torch.device | None) -> Iterator[tuple[Trial, Any]]:

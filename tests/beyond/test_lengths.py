@@ -9,29 +9,15 @@ from torch.nn import functional as F
 
 from dlm_core import data, models
 from dlm_core.beyond import inputs
-from tests.harness.audited import asked, linear, network
+from tests.harness.audited import asked, linear, network, seeded
+from tests.networks import Tutorial
 
 SHAPE = (1, 8, 8)
 IMAGE, LABEL, *_ = data.load("digits", n=1)
 
 
-class Tutorial(nn.Module):
-    """A convolution, max-pool and three linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3)
-        self.fc1, self.fc2, self.fc3 = nn.Linear(54, 40), nn.Linear(40, 30), nn.Linear(30, 10)
-
-    def forward(self, images):
-        pooled = F.max_pool2d(F.relu(self.conv(images)), 2).flatten(1)
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(pooled)))))
-
-
 def tutorial():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Tutorial()
+    return seeded(Tutorial)
 
 
 def without_offsets():

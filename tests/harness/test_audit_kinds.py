@@ -14,27 +14,22 @@ from dlm_core import data, label_inference, metrics, models
 from dlm_core.beyond import inputs, weighted
 from dlm_core.harness import symmetries
 from dlm_core.observation import observe
-from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
+from tests.harness.audited import (
+    IMAGES,
+    LABELS,
+    SHAPE,
+    asked,
+    linear,
+    network,
+    psnr,
+    sgd,
+    snapshots,
+    trained,
+)
 
 SAME = torch.tensor([3, 3])
 HINGE = F.multi_margin_loss
 MLP = (linear(64, 32), nn.ReLU, linear(32, 10))
-
-
-def psnr(found, image):
-    return metrics.psnr(found.double(), image.double(), data_range=1.0)
-
-
-def trained(model, optimizers, images=IMAGES[:1], targets=LABELS[:1], change=None):
-    """(W_t, W_{t+1}) of one step of optimizers, made for the model, with changed gradients."""
-    client = copy.deepcopy(model).train()
-    steps = optimizers(client)
-    F.cross_entropy(client(images), targets).backward()
-    if change is not None:
-        change(client)
-    for each in steps:
-        each.step()
-    return copy.deepcopy(model.state_dict()), client.state_dict()
 
 
 def absolute(scores, labels):
@@ -110,10 +105,6 @@ def centralised(client):
     for w in client.parameters():
         if w.ndim > 1:
             w.grad -= w.grad.mean(1, keepdim=True)
-
-
-def sgd(client):
-    return [torch.optim.SGD(client.parameters(), lr=0.1)]
 
 
 def test_an_input_without_its_mean_is_not_called_the_input(tmp_path, capsys):

@@ -7,19 +7,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import data, metrics, models
+from dlm_core import data, models
 from dlm_core.beyond import inputs
 from dlm_core.harness import leaks
 from dlm_core.harness.look import first_look
 from dlm_core.observation import observe
-from tests.harness.audited import IMAGES, LABELS, SHAPE, asked, linear, network, snapshots
+from tests.harness.audited import (
+    IMAGES,
+    LABELS,
+    SHAPE,
+    asked,
+    linear,
+    network,
+    psnr,
+    seeded,
+    sgd,
+    snapshots,
+    trained,
+)
+from tests.networks import Tutorial
 
 MLP = (linear(64, 32), nn.ReLU, linear(32, 10))
 COLOUR = (3, 32, 32)
-
-
-def psnr(found, image):
-    return metrics.psnr(found.double(), image.double(), data_range=1.0)
 
 
 def photograph():
@@ -28,32 +37,13 @@ def photograph():
     return image, label % 10
 
 
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-class Body(nn.Module):
-    """A convolution and three linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3)
-        self.first, self.second, self.head = nn.Linear(54, 40), nn.Linear(40, 30), nn.Linear(30, 10)
-
-    def forward(self, x):
-        z = F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)
-        return self.head(F.relu(self.second(F.relu(self.first(z)))))
-
-
 def test_a_frozen_head_takes_nothing_from_the_layers_in_front_of_it(tmp_path):
-    model = seeded(Body)
-    model.head.requires_grad_(False)
+    model = seeded(Tutorial)
+    model.fc3.requires_grad_(False)
     found = asked(model, snapshots(model), tmp_path, minutes=0.02)
     assert found.verdict == "partly" and found.look.unread is None
     shown = {each.name for each in found.look.layers if each.values is not None}
-    assert shown == {"first", "second"}
+    assert shown == {"fc1", "fc2"}
 
 
 @pytest.mark.parametrize("clipped", [False, True])
@@ -61,15 +51,14 @@ def test_dropout_hides_no_length_and_vouches_for_none(clipped, tmp_path):
     """Clipped tensor by tensor, weight and bias have two rates: the ratio is no image."""
     image, label = photograph()
     layers = (linear(3072, 64), nn.ReLU, nn.Dropout, linear(64, 10))
-    model = seeded(lambda: nn.Sequential(nn.Flatten(), *(each() for each in layers)))
-    client = seeded(lambda: copy.deepcopy(model).train())
-    F.cross_entropy(client(image), label).backward()
-    if clipped:
+    model = network(*layers)
+
+    def clip(client):
         most = 1.05 * float(client[4].weight.grad.norm())
         for w in client.parameters():
             nn.utils.clip_grad_norm_([w], most)
-    torch.optim.SGD(client.parameters(), lr=0.1).step()
-    sent = model.state_dict(), client.state_dict()
+
+    sent = trained(model, sgd, image, label, clip if clipped else None)
     found = asked(model, sent, tmp_path, image_shape=COLOUR, attack="division")
     assert found.verdict == ("partly" if clipped else "leaked")
     assert (psnr(found["division"].images, image) > 100) == (not clipped)
@@ -78,10 +67,8 @@ def test_dropout_hides_no_length_and_vouches_for_none(clipped, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_arithmetic_in_half_precision_hides_no_image_and_no_label(seed):
     image, label = photograph()
-    make = lambda: nn.Sequential(  # noqa: E731
-        nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
-    model = seeded(make, seed)
+    layers = (nn.Flatten, linear(3072, 64), nn.ReLU, linear(64, 10))
+    model = seeded(lambda: nn.Sequential(*(each() for each in layers)), seed)
     client = copy.deepcopy(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(client(image).float(), label)
@@ -224,11 +211,8 @@ def test_a_whole_number_among_the_parameters_ends_nothing(tmp_path):
 
 def test_features_that_were_left_out_behind_sigmoids_are_not_called_zero(tmp_path):
     model = models.build("lenet", SHAPE, 10, seed=1)
-    client = copy.deepcopy(model)
-    F.cross_entropy(client(IMAGES[:1]), LABELS[:1]).backward()
-    client[7].weight.grad[:, ::3] = 0
-    torch.optim.SGD(client.parameters(), lr=0.1).step()
-    seen = observe(model, model.state_dict(), client.state_dict(), SHAPE)
+    sent = trained(model, sgd, change=lambda client: client[7].weight.grad[:, ::3].zero_())
+    seen = observe(model, *sent, SHAPE)
     last = inputs.layer_inputs(seen)[-1]
     assert last.untrained and not last.alone
     assert f"but for {len(range(0, 48, 3))} of them" in last.sentence
