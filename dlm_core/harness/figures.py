@@ -26,6 +26,7 @@ RATES = {1e-4: "#9ccfc0", 1e-3: "#62b6a5", 1e-2: "#2a9089", 1e-1: "#1f4e79", 1.0
 FEWEST = 5
 # Error of pixels rounded to whole grey levels, at most half of one: 20 log10(255 sqrt(12)).
 EIGHT_BITS = 58.9
+OVERSHOT = 8.0  # mean of an image without negative pixels, from which its pixels run to 255
 INK = "0.35"
 # What ``medians`` and ``strip`` take of a look.
 OF_A_LINE = {"color", "ls", "lw", "marker", "ms", "mfc", "mec", "mew", "fillstyle", "alpha"}
@@ -360,8 +361,8 @@ def _shown(image: torch.Tensor | None) -> torch.Tensor | None:
         pixels = pixels / 255
     elif pixels.dtype not in (torch.float32, torch.float64):
         pixels = pixels.float()
-    # What a search overshoots has a mean within [0, 1], or pixels below 0 as well.
-    if pixels.min() >= 0 and pixels.mean() > 1:
+    # what a search overshoots is a few times too bright, or has pixels below 0 as well
+    if pixels.min() >= 0 and pixels.mean() > OVERSHOT:
         raise ValueError(
             f"rows holds an image of mean {pixels.mean():.3g}; it takes pixels in [0, 1], "
             "and those of 0 to 255 divided by 255"

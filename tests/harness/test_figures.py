@@ -46,6 +46,12 @@ def test_pixels_of_0_to_255_are_refused_rather_than_shown_in_black_and_white(ima
         figures.show_images([[(image * 255).to(given)]], ["private"])
 
 
+@pytest.mark.parametrize("factor", [1.5, 3.0, 10.0])
+def test_an_image_that_a_search_found_too_bright_is_shown(factor):
+    shown = pixels(figures.show_images([[PHOTO * factor]], ["found"]))
+    assert shown.max() == 1
+
+
 def test_what_a_search_overshoots_is_clamped():
     wild = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 40
     shown = pixels(figures.show_images([[wild]], ["found"]))
