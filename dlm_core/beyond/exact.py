@@ -185,8 +185,9 @@ def recover(
     Returns
     -------
     Reconstruction
-        Its evidence is a ``Fit``. Of the client it tells nothing where that refutes one step on one
-        image, and no error of η where χ² does not test it.
+        Its evidence is a ``Fit``. Of the client it tells nothing where a fit of one step on one
+        image does not explain the update, and no error of η where χ² does not test it. η is that of
+        the mean cross-entropy: a loss with other weights multiplies it.
 
     Raises
     ------
@@ -312,12 +313,12 @@ def _fit(
     start = Start(_with_errors(layers, image), features.point.eta, features.point.decay)
     fit = GaussNewton(problem, start, weigh=noise.at).run(steps)
     evidence, rate_error = _judge(seen, fit, equations, plausible)
-    if evidence.grade is Grade.REFUTED:
+    unsettled = evidence.grade is Grade.UNSETTLED
+    if evidence.grade is Grade.REFUTED or unsettled and max_steps > 0:
         return fit, evidence, ClientEstimate()
-    tested = evidence.grade is not Grade.UNSETTLED and not evidence.two_classes
     client = ClientEstimate(
         learning_rate=fit.point.eta,
-        learning_rate_error=rate_error if tested else None,
+        learning_rate_error=None if evidence.two_classes or unsettled else rate_error,
         local_steps=1,
         weight_decay=fit.point.decay if problem.decays else None,
     )

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dlm_core import check
-from dlm_core.beyond.inputs import LayerInput, even
+from dlm_core.beyond.inputs import even
+from dlm_core.beyond.layer_input import LayerInput
 from dlm_core.observation import TINY, Observation
 
 FEWEST = 8  # rows and columns of a layer whose noise is estimated

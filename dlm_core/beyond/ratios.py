@@ -2,11 +2,14 @@
 matrix of the network's own, a recurrent layer's for its first input.
 
 Where the update of such a weight is that of its bias times one vector, and the network's gradients
-are so for any image, the vector is what the weight was multiplied with.
+are so for any image, the vector is what the weight was multiplied with. The same ratio shows the
+input of a layer whose entries were changed one by one (``by_entries``), and inputs of a batch that
+some outputs saw alone (``shared_by_rows``).
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +18,11 @@ from dlm_core.beyond.tracing import NOISE, Traced
 
 ARITHMETIC = 4e-6  # of an update's size: what the client's float32 arithmetic leaves
 CLIPPED = 1e-3  # how nearly entries are of the largest size, which clipping by value leaves
-AGREE, FEWEST = 0.6, 3  # the share of a column's entries, and how many, that have one ratio
+AGREE, FEWEST = 0.6, 2  # the share of a column's entries, and how many, that have one ratio
+LOYAL, ENOUGH = 0.8, 3  # of a row's entries, in such columns, that have their column's
+EXACT = 1e-3  # error, relative, up to which rows are held against each other
+NUMBERS = 2**24  # of them all, at most: of more rows those that moved most
+SKETCH = 16  # numbers of each by which like ones are sought
 ANY = 1e-6  # how nearly a gradient in float64 is its bias's times one vector
 
 Pair = tuple[str, str, bool]  # a weight, its bias, and whether its columns are the outputs
@@ -72,28 +79,114 @@ def by_entries(
     delta: torch.Tensor, of_bias: torch.Tensor, variance: torch.Tensor, of_bias_s: torch.Tensor
 ) -> tuple[torch.Tensor, float] | None:
     """As ``input_of``, where single entries were changed: clipped by value, masked, left out. Each
-    number of the input is the median of its column's ratios; None where one has too few that agree.
+    number of the input is the mean of its column's ratios, in rows that have the medians of most
+    columns: a row of another input has not. None where too few agree.
     """
     if not delta.any() or not of_bias.any():
         return None
-    largest = delta.abs().max()
-    kept = (delta != 0) & (delta.abs() < (1 - CLIPPED) * largest)
-    live = (of_bias.abs() > NOISE * of_bias_s.sqrt()) & (of_bias.abs() < (1 - CLIPPED) * largest)
-    kept &= live[:, None]
-    ratios_s = delta / of_bias[:, None]
-    r = torch.where(kept, ratios_s, math.nan).nanmedian(0).values
-    black = ~delta[live].any(0)
-    r = torch.where(black, 0.0, r)
-    if not r.isfinite().all() or not r.any():
+    largest = (1 - CLIPPED) * delta.abs().max()
+    kept = (delta != 0) & (delta.abs() < largest)
+    live = (of_bias.abs() > NOISE * of_bias_s.sqrt()) & (of_bias.abs() < largest)
+    r, noise, told, agree = _columns(delta, of_bias, variance, of_bias_s, kept & live[:, None])
+    if not told.any():
         return None
-    noise = (variance + of_bias_s[:, None] * r.square()).sqrt() / of_bias[:, None].abs()
+    # the columns that are told tell the signals of rows whose bias was left out
+    others = ~live & (kept[:, told].sum(1) >= ENOUGH)
+    factors = torch.where(kept, delta / r, math.nan)[:, told]
+    signal = torch.where(others, factors.nanmedian(1).values, of_bias)
+    of_signal = torch.where(kept, variance / r.square(), math.nan)[:, told].nanmedian(1).values
+    of_signal = torch.where(others, of_signal, of_bias_s)
+    kept &= (live | others)[:, None]
+    r, noise, told, agree = _columns(delta, signal, variance, of_signal, kept)
+    in_told = kept[:, told].sum(1)
+    loyal = (in_told >= ENOUGH) & (agree[:, told].sum(1) >= LOYAL * in_told)
+    kept &= loyal[:, None]  # of a column with few entries one of such a row is enough
+    weight = torch.where(kept, 1 / noise.square(), 0.0)
+    black = ~delta.any(0)
+    r = torch.where(black, 0.0, (weight * (delta / signal[:, None])).nansum(0) / weight.sum(0))
     size = r.square().mean().sqrt()
-    agree = kept & ((ratios_s - r).abs() <= NOISE * noise + ARITHMETIC * size)
+    agree = _agree(delta / signal[:, None], r, noise, size) & kept
     counts, agreeing = kept.sum(0)[~black], agree.sum(0)[~black]
-    if bool((agreeing < FEWEST).any()) or bool((agreeing < AGREE * counts).any()):
+    if bool((agreeing < AGREE * counts).any()) or bool((agreeing < 1).any()):
         return None
     error = torch.where(agree, noise, math.nan).nanmedian(0).values[~black]
     return r, float(error.square().mean().sqrt() / size) + ARITHMETIC
+
+
+class Shared(NamedTuple):
+    """An input that several outputs show by themselves.
+
+    Attributes
+    ----------
+    values
+        [features].
+    error
+        Root mean square, relative to the input's.
+    outputs
+        How many.
+    """
+
+    values: torch.Tensor
+    error: float
+    outputs: int
+
+
+def shared_by_rows(
+    delta: torch.Tensor, of_bias: torch.Tensor, variance: torch.Tensor, of_bias_s: torch.Tensor
+) -> list[Shared]:
+    """Inputs that are the ratio of several rows each, those of most rows first: behind ReLU some
+    outputs are moved by one input alone. A mean of several is another one in each row, but where
+    the loss's slopes are the same for all of them.
+    """
+    live = (of_bias.abs() > of_bias_s.sqrt() / EXACT).nonzero()[:, 0]
+    most = max(ENOUGH, NUMBERS // delta.shape[1])
+    live = live[of_bias[live].abs().argsort(descending=True)[:most]]
+    rows = delta[live] / of_bias[live, None]
+    noise = (variance[live] + of_bias_s[live, None] * rows.square()).sum(1).sqrt()
+    noise = noise / of_bias[live].abs() + ARITHMETIC * rows.norm(dim=1)
+    exact = noise < EXACT * rows.norm(dim=1)
+    rows, noise = rows[exact], noise[exact]
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(delta.shape[1], SKETCH, generator=draw, dtype=rows.dtype).to(rows)
+    sketch, near = rows @ mixing / SKETCH**0.5, 2 * NOISE * noise
+    found, left = [], torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for first in range(len(rows)):
+        if not left[first]:
+            continue
+        close = (sketch - sketch[first]).norm(dim=1) <= near + near[first]
+        few = (left & close).nonzero()[:, 0]
+        own = (rows[few] - rows[first]).norm(dim=1) <= NOISE * (noise[few] + noise[first])
+        own = few[own]
+        left[own] = False
+        if len(own) >= ENOUGH:
+            best = own[noise[own].argmin()]
+            error = float(noise[best] / rows[best].norm())
+            found.append(Shared(rows[best], error, len(own)))
+    return sorted(found, key=lambda each: -each.outputs)
+
+
+def _columns(
+    delta: torch.Tensor,
+    signal: torch.Tensor,
+    variance: torch.Tensor,
+    of_signal: torch.Tensor,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(medians of the columns' ratios of ``kept`` entries, the ratios' errors, whether enough of a
+    column agree on it, which do).
+    """
+    ratios_s = delta / signal[:, None]
+    r = torch.where(kept, ratios_s, math.nan).nanmedian(0).values
+    noise = (variance + of_signal[:, None] * r.square()).sqrt() / signal[:, None].abs()
+    agree = _agree(ratios_s, r, noise, r.square().nanmean().sqrt()) & kept
+    told = (agree.sum(0) >= FEWEST) & (agree.sum(0) >= AGREE * kept.sum(0))
+    return r, noise, told, agree
+
+
+def _agree(
+    ratios_s: torch.Tensor, r: torch.Tensor, noise: torch.Tensor, size: torch.Tensor
+) -> torch.Tensor:
+    return (ratios_s - r).abs() <= NOISE * noise + ARITHMETIC * size
 
 
 def used_as_one(

@@ -30,6 +30,7 @@ HIDDEN = 40.0  # times the relative size below which rounding hides a direction:
 PROBES = 4
 ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
 SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
+LEVELS = 4  # numbers of a δ to each size that it has, where a loss's slopes are constant
 FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
 FITS_EXACTLY = 1 - 5e-7  # the same where nothing else speaks of the loss: 0.1 % of δ's length
 
@@ -177,6 +178,20 @@ class Traced:
             for name, w in named.items():
                 w.copy_(kept[name])
 
+    def entering(self, module: nn.Module, image: torch.Tensor) -> torch.Tensor | None:
+        """What enters a layer of ``model`` of one image; None where it is not called once, or the
+        network fails.
+        """
+        given: list[torch.Tensor] = []
+        hook = module.register_forward_pre_hook(lambda _, args: given.append(args[0].double()))
+        try:
+            self._pass(image)
+        except Exception:  # whatever a user's network raises
+            return None
+        finally:
+            hook.remove()
+        return given[0] if len(given) == 1 and len(given[0]) == 1 else None
+
     def passed_behind(
         self, name: str, given: torch.Tensor, *, train: bool = False, seed: int = 0
     ) -> Passed:
@@ -196,7 +211,8 @@ class Traced:
             one, two = (self._pass(images) for images in (self.grey(), noise))
         order = list(self.layers)  # in front of it inputs may be the same for both images as well
         later = order[order.index(name) :]
-        return {each for each in later if torch.equal(one[each][0], two[each][0])}
+        both = one.keys() & two.keys()
+        return {each for each in later if each in both and torch.equal(one[each][0], two[each][0])}
 
     def _pass(
         self, images: torch.Tensor, *, train: bool = False, grad: bool = False, seed: int = 0
@@ -264,7 +280,7 @@ class Traced:
                 of.get(id(layer.bias)),
             )
             for name, layer in layers.items()
-            if of[id(added[name])] is not None
+            if name in added and of[id(added[name])] is not None  # training may skip it
         }
 
     def _of_a_layer(
@@ -340,10 +356,12 @@ class Traced:
             {later layer: (its input, whether its length is known)}.
         """
         passes, sure = self._without_chance(image, inputs)
-        return bool(sure) and not any(
-            all(_same(passed[name][0].flatten(), *each) for name, each in sure.items())
-            for passed in passes
-        )
+        return bool(sure) and not _any_leaves(passes, sure)
+
+    def agrees(self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]) -> bool:
+        """Whether there are such layers, and they saw what this image leaves."""
+        passes, sure = self._without_chance(image, inputs)
+        return bool(sure) and _any_leaves(passes, sure)
 
     def _without_chance(
         self, image: torch.Tensor, inputs: Mapping[str, T]
@@ -356,7 +374,12 @@ class Traced:
             train, again = (self._pass(image, train=True, seed=seed) for seed in (0, 1))
         except Exception:  # one image in batch norm
             train = again = answered
-        sure = {name: each for name, each in inputs.items() if train[name][0].equal(again[name][0])}
+        every = train.keys() & again.keys() & answered.keys()
+        sure = {
+            name: each
+            for name, each in inputs.items()
+            if name in every and train[name][0].equal(again[name][0])
+        }
         return [train, answered], sure
 
     def leads_elsewhere(
@@ -410,10 +433,16 @@ class Traced:
         except Exception:  # whatever a user's network raises
             return False
 
-    @property
+    @functools.cached_property
     def probes(self) -> torch.Tensor:
-        """[5, pixels], by which it is seen what of an image reaches a layer."""
-        return self._probed[0]
+        """[5, pixels], by which it is seen what of an image reaches a layer: black, white, each
+        pixel's place, noise, noise beyond [0, 1].
+        """
+        count = math.prod(self.shape)
+        places = torch.arange(1, count + 1, dtype=torch.float64) / count
+        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
+        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
+        return torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
 
     def _map(self, name: str) -> "_Map | None":
         if name not in self.maps:
@@ -421,7 +450,7 @@ class Traced:
         return self.maps[name]
 
     def _make_map(self, name: str) -> "_Map | None":
-        inputs = self._probed[1]
+        inputs = self._probed
         return self._map_of(inputs[name]) if name in inputs else None
 
     def _map_of(self, taken: torch.Tensor) -> "_Map | None":
@@ -439,19 +468,13 @@ class Traced:
         return _Map(position, factor, constant) if found and every else None
 
     @functools.cached_property
-    def _probed(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(probes [5, pixels]: black, white, each pixel's place, noise, noise beyond [0, 1]; what
-        of them reaches each layer [5, features]). Layers are left out whose input training
-        changes, chance, or the other images of a batch: dropout, noise, or batch norm's own
-        statistics in front of them.
+    def _probed(self) -> dict[str, torch.Tensor]:
+        """What of the ``probes`` reaches each layer [5, features]. Layers are left out whose input
+        training changes, chance, or the other images of a batch: dropout, noise, or batch norm's
+        own statistics in front of them.
         """
-        count = math.prod(self.shape)
-        places = torch.arange(1, count + 1, dtype=torch.float64) / count
-        noise = torch.rand(count, generator=self.generator, dtype=torch.float64)
-        beyond = 4 * noise.flip(0) - 1.5  # of clients that normalise
-        probes = torch.stack([torch.zeros(count), torch.ones(count), places, noise, beyond])
-        images = probes.reshape(-1, *self.shape)
-        names = [name for name, rows in self.rows.items() if rows == 1]
+        images = self.probes.reshape(-1, *self.shape)
+        names = {name for name, rows in self.rows.items() if rows == 1}
         drawn: set[str] = set()
 
         def each(start: int, *, train: bool) -> dict[str, list[torch.Tensor]]:
@@ -459,7 +482,11 @@ class Traced:
             for i, image in enumerate(images):
                 passed.append(self._pass(image[None], train=train, seed=start + i))
                 drawn.update(self.by_chance)
-            return {name: [one[name][0].flatten() for one in passed] for name in names}
+            return {
+                name: [one[name][0].flatten() for one in passed]
+                for name in names
+                if all(name in one for one in passed)  # a network may skip it
+            }
 
         in_eval = each(0, train=False)
         try:
@@ -468,19 +495,20 @@ class Traced:
             try:
                 passed = self._pass(images, train=True, seed=len(images))
             except Exception:  # a network that asks for more in training: what it does is not known
-                return probes, {}
+                return {}
             drawn.update(self.by_chance)
-            in_training = {name: list(passed[name][0].flatten(1)) for name in names}
+            in_training = {name: list(passed[name][0].flatten(1)) for name in names & passed.keys()}
         alone = {name: torch.stack(inputs) for name, inputs in in_eval.items()}
         try:
             passed = self._pass(images)
-            together = {name: passed[name][0].flatten(1) for name in names}
+            together = {name: passed[name][0].flatten(1) for name in names & passed.keys()}
         except Exception:  # a network that takes one image
             together = alone
-        return probes, {
+        return {
             name: inputs
             for name, inputs in alone.items()
             if name not in drawn
+            and name in together.keys() & in_training.keys()
             and together[name].shape == inputs.shape
             and self.close(together[name], inputs)
             and all(map(torch.equal, in_eval[name], in_training[name]))
@@ -514,7 +542,7 @@ class Traced:
         to_images, _ = priors.root("smooth", self.shape)
         white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
         passes = (self._pass((0.5 + to_images(each)).clamp(0, 1)) for each in white)
-        return [{name: each[name][0] for name in self.layers} for each in passes]
+        return [{name: given[0] for name, given in each.items()} for each in passes]
 
     def tells_apart(
         self,
@@ -608,6 +636,17 @@ def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(F.cosine_similarity(found[used], expected[used], 0).abs() > ALIKE)
 
 
+def _any_leaves(
+    passes: Iterable[Mapping[str, list[torch.Tensor]]],
+    inputs: Mapping[str, tuple[torch.Tensor, bool]],
+) -> bool:
+    """Whether these are the inputs of layers in one of the passes."""
+    return any(
+        all(_same(passed[name][0].flatten(), *each) for name, each in inputs.items())
+        for passed in passes
+    )
+
+
 def _same(found: torch.Tensor, expected: torch.Tensor, scaled: bool) -> bool:
     """Whether two inputs are one but for half precision, and but for a factor where the length is
     not known.
@@ -624,8 +663,16 @@ def repeats(signal: torch.Tensor, hidden: float) -> bool:
     """
     sizes = (signal.abs() / signal.abs().max()).sort().values
     sizes = sizes[sizes > NOISE * hidden]
-    same = sizes.diff() < NOISE * hidden
-    return len(sizes) < 2 or bool(same.double().mean() > 0.5)
+    if len(sizes) < 2:
+        return True
+    gaps = sizes.diff()
+    same = gaps < NOISE * hidden
+    if not same.double().mean() > 0.5:
+        return False
+    # of very many classes neighbours are near, whatever the loss: one size is as wide as rounding
+    group = torch.cat([same.new_zeros(1), ~same]).cumsum(0)
+    beyond = sizes - sizes[torch.searchsorted(group, group)] > NOISE * hidden
+    return bool(group[-1] + 1 + beyond.sum() <= max(3, len(sizes) // LEVELS))
 
 
 def _turned(signals: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ from torch.nn import functional as F
 from dlm_core import check, label_inference, records
 from dlm_core.beyond import priors
 from dlm_core.beyond.front import Front, Passed
-from dlm_core.beyond.inputs import ARITHMETIC, LayerInput, layer_inputs
+from dlm_core.beyond.inputs import layer_inputs
+from dlm_core.beyond.layer_input import LayerInput
+from dlm_core.beyond.moves import ARITHMETIC
 from dlm_core.beyond.preprocessing import bare
 from dlm_core.observation import TINY, Observation
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status

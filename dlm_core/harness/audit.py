@@ -19,7 +19,7 @@ from torch import nn
 
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import inputs, preprocessing, weighted
+from dlm_core.beyond import inputs, layer_input, preprocessing, weighted
 from dlm_core.harness import (
     brightness,
     clues,
@@ -375,6 +375,8 @@ def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
     told = max(num_images, look.images)
     counts = [1, told] if told > 1 and look.one_input else [told]
     plan = [(name, count) for count in counts for name in _suitable(count, look)]
+    if any(each.images is not None for each in look.layers) and ("division", 1) not in plan:
+        plan.insert(0, ("division", 1))
     others = [look.directions] if told < look.directions <= MOST_IMAGES else []
     # an update whose entries were changed one by one may have more directions than images
     others += [num_images] if told > num_images else []
@@ -642,7 +644,7 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
         yield f"labels {found.labels.tolist()}"
     simulated = searched and not unsure and found.local_steps is not None
     if found.learning_rate and (simulated or found.evidence.verdict is not None):
-        yield f"learning rate {found.learning_rate:.6g}{_if_so_many(found, belief)}"
+        yield f"learning rate {found.learning_rate:.6g}, {_resting_on(found, belief)}"
     if found.weight_decay and found.evidence.verdict is not None:
         yield _decay(found.weight_decay, found.learning_rate)
     if simulated:
@@ -654,19 +656,20 @@ def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
         yield f"not believed: {belief.doubt}"
 
 
-def _if_so_many(found: Reconstruction, belief: Belief) -> str:
-    """What a learning rate rests on, where more images may have been in the step than were found:
-    the client takes the mean of their losses.
+def _resting_on(found: Reconstruction, belief: Belief) -> str:
+    """What a learning rate rests on: the loss, whose factor is one of it, and the images in a step,
+    of whose losses the client takes the mean, where there may be more than were found.
     """
     count = len(found.images)
+    said = "if the loss is plain cross-entropy"
     sure = count == 1 and belief.grade is Explains.FULLY
-    return "" if sure else f", if a step had {counted(count, 'image')} and no more"
+    return said if sure else f"{said} and a step had {counted(count, 'image')} and no more"
 
 
 def _decay(weight_decay: float, learning_rate: float | None) -> str:
     """λ; or the factor of all weights, where that is none that decay leaves."""
     shrunk = weight_decay * (learning_rate or 0.0)
-    if 0 <= shrunk < inputs.SHRUNK:
+    if 0 <= shrunk < layer_input.SHRUNK:
         return f"weight decay {weight_decay:.3g}"
     return f"beside the step all weights were scaled by {1 - shrunk:.3g}, which is no weight decay"
 

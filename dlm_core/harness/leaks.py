@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import records
-from dlm_core.beyond.inputs import HALF, LayerInput
+from dlm_core.beyond.layer_input import LayerInput
+from dlm_core.beyond.moves import HALF
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
 from dlm_core.observation import Observation, Unchanged, gives_class_scores

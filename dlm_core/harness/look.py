@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dlm_core.beyond import inputs, preprocessing, recognise
-from dlm_core.beyond.inputs import LayerInput
+from dlm_core.beyond.layer_input import LayerInput
 from dlm_core.beyond.noisy import NoisyInput, noisy_inputs
 from dlm_core.harness import pictures
 from dlm_core.observation import Observation
@@ -101,8 +101,7 @@ class Look:
     @property
     def shown(self) -> list[str]:
         """The layers' inputs that stand in the update, in sentences."""
-        exact = [each.sentence or "" for each in self.layers if each.values is not None]
-        return [*exact, *map(str, self.noisy)]
+        return [*filter(None, (each.told for each in self.layers)), *map(str, self.noisy)]
 
     @property
     def leaked(self) -> list[str]:
@@ -159,7 +158,7 @@ class Look:
             alike = ", or on several of one class" if self.kin == "adam" else ""
             yield (
                 f"the update looks like one step of {self.optimizer} on one image{alike}, "
-                f"learning rate {self.learning_rate:.3g}"
+                f"learning rate {self.learning_rate:.3g} if its loss is plain cross-entropy"
             )
         else:
             unread = (

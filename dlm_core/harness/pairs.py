@@ -17,6 +17,7 @@ import torch
 from dlm_core import label_inference
 from dlm_core.beyond import clients, inputs, priors
 from dlm_core.beyond.attention import plain_attention
+from dlm_core.beyond.layer_input import LayerInput
 from dlm_core.beyond.weighted import EXACT
 from dlm_core.federated import loss as training_loss
 from dlm_core.harness import clues
@@ -117,7 +118,7 @@ def _directions(seen: Observation, update: Tensors, factor: float) -> int:
     return _most(inputs.read(seen.model, after, seen.image_shape))
 
 
-def _most(layers: Iterable[inputs.LayerInput]) -> int:
+def _most(layers: Iterable[LayerInput]) -> int:
     """The most directions that a linear layer's update has; 0 where that says nothing."""
     return max((each.directions for each in layers), default=0)
 

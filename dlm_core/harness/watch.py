@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dlm_core.results import Reconstruction, SearchEvidence, Status
 
 RENEWED = 0.2  # seconds between two lines of progress
 AGAIN = 1.0  # seconds until an alarm rings again: what is raised while garbage is collected is lost
+IMPORTING = "<frozen importlib"
 CLEAR = "\r\x1b[K"
 
 
@@ -60,10 +62,12 @@ class Watch:
         self._to_images: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._began = self._shown = 0.0
         self._alarmed = False
+        self._grad = True
         self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> "Watch":
         self._began = time.monotonic()
+        self._grad = torch.is_grad_enabled()
         self._hook = register_optimizer_step_pre_hook(self._before_a_step)
         self._alarmed = (
             math.isfinite(self.until)
@@ -85,6 +89,7 @@ class Watch:
             signal.signal(signal.SIGALRM, self._handler)
             self._alarmed = False
         if self._hook is not None:
+            torch.set_grad_enabled(self._grad)  # an alarm may ring between a context and its exit
             self._hook.remove()
             self._hook = None
         if self._shown:
@@ -159,5 +164,10 @@ class Watch:
             print(f"{CLEAR}{line}", end="", file=sys.stderr, flush=True)
 
 
-def _ring(*signalled: object) -> None:
+def _ring(_: int, frame: FrameType | None) -> None:
+    """Raise, but within an import, which would stay half done: the alarm rings again."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(IMPORTING):
+            return
+        frame = frame.f_back
     raise OutOfTime

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlm_core import data
-from dlm_core.beyond import inputs
+from dlm_core.beyond.layer_input import LayerInput
 from dlm_core.harness import about, account, page
 from dlm_core.harness.audit import audit
 from dlm_core.harness.belief import Belief, Verdict
@@ -193,5 +193,5 @@ def test_the_page_of_a_client_whose_images_are_in_doubt_says_so(tmp_path):
     files = snapshots(IMAGES[:2], LABELS[:1].repeat(2))
     where = {"model": Named(), "image_shape": (1, 8, 8), "out": tmp_path / "found.png"}
     found = audit(*files, attack="dlm_plus", **where)
-    assert found.verdict != "leaked" and isinstance(found.look.layers[0], inputs.LayerInput)
+    assert found.verdict != "leaked" and isinstance(found.look.layers[0], LayerInput)
     assert "Ruled out: that the files keep" not in page.page(found)

@@ -314,3 +314,24 @@ def test_an_interrupt_keeps_what_was_found(tmp_path):
     assert "not tried: unrolled_dlm: the audit was interrupted" in done.stdout
     assert "found" in done.stdout and (tmp_path / "reconstruction.png").is_file()
     assert done.stderr == ""  # no progress, where there is no terminal
+
+
+def test_an_alarm_waits_for_an_import_to_end(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(0.5)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(OutOfTime), Watch("an import", began + 0.1):
+        import slow_to_load
+
+        while time.monotonic() < began + 10:
+            pass
+    assert slow_to_load.whole and time.monotonic() < began + 5
+
+
+def test_a_search_that_is_cut_off_leaves_gradients_on():
+    began = time.monotonic()
+    with pytest.raises(OutOfTime), Watch("a loop", began + 0.1):
+        torch.set_grad_enabled(False)  # as within a context whose exit the alarm takes away
+        while time.monotonic() < began + 10:
+            pass
+    assert torch.is_grad_enabled()

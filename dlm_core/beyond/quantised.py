@@ -1,0 +1,101 @@
+"""Whether a client rounded its update to few levels before it sent it, as integers of so many bits:
+then the update is known to half a level and no better.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+LEVELS = [2**bits - 1 for bits in range(2, 8)]  # above 0, of signed integers of 3 to 8 bits
+FEWEST = 8  # numbers from which a grid is read
+MANY = 31  # levels that no image's grey values have by chance
+DIFFERENT = 3  # of them, at least: those of signs are of one size
+SOME = 8  # rows that are asked first
+OFF = 0.05  # of a step, up to which numbers are on its grid, rounding of the weights included
+NOISE = 3.0  # standard deviations of that rounding
+ARITHMETIC = 1e-6  # of the largest number, what the client's own leaves
+ROWS = 0.9  # of them, that are on grids of their own
+
+
+class Levels(NamedTuple):
+    """What rounding to levels adds.
+
+    Attributes
+    ----------
+    variance
+        Of each entry; 0 where there are no levels.
+    shared
+        Error, relative, that is the same in all rows, so that no mean over them makes it less:
+        where each row has levels of its own.
+    """
+
+    variance: torch.Tensor
+    shared: float = 0.0
+
+
+def of_rows(
+    delta: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor, of_bias: torch.Tensor
+) -> Levels:
+    """What rounding to levels adds to a weight's move.
+
+    Parameters
+    ----------
+    delta, variance
+        [outputs, features] a weight's move, and the variance of its own rounding.
+    bias, of_bias
+        [outputs] the same of its bias. Of an image of few grey values each row has levels as well,
+        and so they are believed where the bias has levels, too, or speaks of others.
+    """
+    step = _step(delta, variance)
+    if step:
+        return Levels(torch.full_like(delta, step**2 / 12))
+    full = ((delta != 0).sum(1) >= FEWEST).nonzero()[:, 0]
+    steps = delta.new_zeros(len(delta))
+    for rows in (full[:SOME], full):
+        steps[rows] = delta.new_tensor([_step(delta[row], variance[row]) for row in rows])
+        if not len(rows) or (steps[rows] > 0).double().mean() < ROWS:
+            return Levels(torch.zeros_like(delta))
+    if not (_step(bias, of_bias) or _of_update(delta, steps, bias)):
+        return Levels(torch.zeros_like(delta))
+    added = (steps.square() / 12)[:, None].expand_as(delta)
+    return Levels(added, float((added[delta != 0].sum() / delta.square().sum()).sqrt()))
+
+
+def of_numbers(delta: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """The variance that rounding to levels adds to each entry of a bias [outputs]; 0 for none."""
+    return torch.full_like(delta, _step(delta, variance) ** 2 / 12)
+
+
+def _step(delta: torch.Tensor, variance: torch.Tensor) -> float:
+    """The step of a grid with 0 in it on which all numbers lie; 0 where there is none."""
+    moved = (delta != 0).flatten()
+    sizes, noise = (each.flatten()[moved] for each in (delta.abs(), NOISE * variance.sqrt()))
+    if len(sizes) < FEWEST:
+        return 0.0
+    largest = float(sizes.max())
+    noise = noise + noise.max() + ARITHMETIC * largest  # the largest is rounded as well
+    few = slice(FEWEST)
+    for step in (largest / levels for levels in LEVELS):
+        if all(_on_grid(sizes[part], noise[part], step) for part in (few, slice(None))):
+            different = (sizes / step).round().unique()
+            return step if len(different) >= DIFFERENT else 0.0
+    return 0.0
+
+
+def _on_grid(sizes: torch.Tensor, noise: torch.Tensor, step: float) -> bool:
+    off = sizes - (sizes / step).round() * step
+    return bool((noise < OFF * step).all()) and bool((off.abs() <= noise).all())
+
+
+def _of_update(delta: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether rows have levels of their own, and not because the input has: its grey values are
+    whole parts of the bias's move, the same in all rows, and other than the rows' own.
+    """
+    used = (steps > 0) & (bias != 0)
+    parts = bias[used].abs() / steps[used]
+    if not len(parts) or float(parts.std()) > OFF * float(parts.mean()):
+        return False
+    part, own = (float(each.median()) for each in (parts, delta[used].abs().amax(1) / steps[used]))
+    if part < own - OFF:  # of pixels beyond [0, 1], whose grey values may have any size
+        return own >= MANY
+    return abs(part - round(part)) > OFF or abs(part - own) <= OFF
