@@ -24,7 +24,7 @@ bias is used elsewhere as well is left out.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -281,7 +281,7 @@ def _of_patches(
     layers: Sequence[LayerInput],
 ) -> list[LayerInput]:
     """The image by its patches, whose positions are learned."""
-    found = []
+    found, later = [], _later(each for each in layers if each.linear)
     for patches in positions.found(traced):
         weight, place = (moved_of(before, after, n) for n in (patches.weight, patches.position))
         if weight is None or place is None:
@@ -295,13 +295,7 @@ def _of_patches(
         if not traced.is_pixels(patches.weight):
             continue
         image = traced.image_of(patches.weight, solved.values)
-        later = {
-            each.name: (each.values, each.scaled)
-            for each in layers
-            if each.values is not None and each.linear and each.error < KNOWN and not each.pixels
-        }
         confirmed = solved.open == 0 and traced.agrees(image, later)
-        alone = confirmed and solved.tested
         found.append(
             LayerInput(
                 name=patches.weight.removesuffix(".weight"),
@@ -315,7 +309,7 @@ def _of_patches(
                 values=solved.values,
                 error=solved.error,
                 single=solved.tested,
-                alone=alone,
+                alone=confirmed and solved.tested,
                 confirmed=confirmed,
                 patches=patches.number,
                 open=solved.open,
@@ -325,14 +319,23 @@ def _of_patches(
     return found
 
 
-def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
-    """Whether later layers' inputs are not those of an image that a layer shows."""
-    known = [each for each in layers if each.error < KNOWN and each.rank == 1 and not each.signs]
-    later = {
+def _known(layers: Iterable[LayerInput]) -> list[LayerInput]:
+    """Those that are told exactly enough to be held against each other."""
+    return [each for each in layers if each.error < KNOWN and each.rank == 1 and not each.signs]
+
+
+def _later(layers: Iterable[LayerInput]) -> dict[str, tuple[torch.Tensor, bool]]:
+    """{layer: (its input, whether its length is known)} of these behind the first."""
+    return {
         each.name: (each.values, each.scaled)
-        for each in known
+        for each in _known(layers)
         if each.values is not None and not each.pixels
     }
+
+
+def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
+    """Whether later layers' inputs are not those of an image that a layer shows."""
+    known, later = _known(layers), _later(layers)
     images = [each.image for each in known if each.image is not None and not each.untrained]
     if any(traced.disagrees(image, later) for image in images):
         return True
@@ -438,10 +441,9 @@ def _with_shared(
     traced: Traced, layer: LayerInput, weight: Moved, bias: Moved | None
 ) -> LayerInput:
     """With the inputs that several of its outputs show by themselves, where it shows none."""
-    told = layer.values is not None or layer.rows != 1 or bias is None
-    if told or layer.rank < 2 or sign_like(weight.delta):
+    told = layer.values is not None or layer.rows != 1 or layer.rank < 2
+    if bias is None or told or sign_like(weight.delta):
         return layer
-    assert bias is not None
     found = ratios.shared_by_rows(weight.delta, bias.delta, weight.variance, bias.variance)
     found = [each for each in found if not even(each.values, each.error)]  # Adam's kin leave signs
     if not found:

@@ -155,6 +155,7 @@ class Move(NamedTuple):
 def moved_of(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], name: str
 ) -> Moved | None:
+    """How a tensor moved; None where a snapshot lacks it."""
     if name not in before or name not in after:
         return None
     old, new = before[name].detach(), after[name].detach().to(before[name].device)
@@ -166,13 +167,13 @@ def to_levels(weight: Moved, bias: Moved | None) -> tuple[Moved, Moved | None]:
     """Both, known as well as the levels allow to which a client rounded its update."""
     none = weight.delta.new_zeros(2, len(weight.delta))
     of_bias = none if bias is None else (bias.delta, bias.variance)
-    added, shared = quantised.of_rows(weight.delta, weight.variance, *of_bias)
-    if not added.any():
+    levels = quantised.of_layer(weight.delta, weight.variance, *of_bias)
+    if levels is None:
         return weight, bias
     if bias is not None:
-        levels = quantised.of_numbers(bias.delta, bias.variance)
-        bias = bias._replace(variance=bias.variance + levels)
-    return weight._replace(variance=weight.variance + added, shared=shared), bias
+        bias = bias._replace(variance=bias.variance + levels.of_bias)
+    variance = weight.variance + levels.of_weight
+    return weight._replace(variance=variance, shared=levels.shared), bias
 
 
 def _without_decay(moved: Moved, scaled: bool) -> tuple[Moved, Spectrum, float]:
@@ -219,16 +220,17 @@ def _halved(delta: torch.Tensor, variance: torch.Tensor, spectrum: Spectrum, sca
     it: of most entries, of the small ones as well, and of the bias's where that is the last column
     (``scaled``), a share of their own size, which noise does not leave.
     """
-    if spectrum.values[1] > EIGHTH / HALF * spectrum.half or sign_like(delta):
+    second = float(spectrum.values[1])
+    shares = [share for share in (HALF, EIGHTH) if second <= share / HALF * spectrum.half]
+    if not shares or sign_like(delta):
         return False
-    left = _left(delta, spectrum)
+    left, moved = _left(delta, spectrum), delta != 0
     rest = (delta - torch.outer(left, left @ delta)).abs()
-    for share in (HALF, EIGHTH):
+    small = moved & (delta.abs() <= delta[moved].abs().median())
+    for share in shares:
         rounded = rest <= share * delta.abs() + NOISE * variance.sqrt()
-        small = (delta != 0) & (delta.abs() <= delta[delta != 0].abs().median())
-        parts = [rounded[small], rounded[delta != 0], *([rounded[:, -1]] if scaled else [])]
-        fits = spectrum.values[1] <= share / HALF * spectrum.half
-        if fits and all(each.double().mean() > HALVED for each in parts):
+        parts = [rounded[small], rounded[moved], *([rounded[:, -1]] if scaled else [])]
+        if all(each.double().mean() > HALVED for each in parts):
             return True
     return False
 
@@ -247,13 +249,16 @@ def _spectrum(delta: torch.Tensor, variance: torch.Tensor) -> Spectrum:
     square = delta @ delta.T if outputs <= inputs else delta.T @ delta
     squares, vectors = torch.linalg.eigh(square)
     values = squares.clamp(min=0).flip(0).sqrt()
-    # the largest row and column, not the mean: large weights are rounded more coarsely
-    rounding, size = (
-        sum(float(each.sum(side).max().sqrt()) for side in (0, 1))
-        for each in (variance, delta.square())
-    )
+    rounding, size = largest_of(variance), largest_of(delta.square())
     limit = max(NOISE * rounding, ARITHMETIC * float(values[0]))
     return Spectrum(values, vectors.flip(1), limit, max(limit, HALF * size))
+
+
+def largest_of(squares: torch.Tensor) -> float:
+    """The largest singular value, about, of a matrix of numbers drawn with these mean squares: by
+    the largest row and column, not the mean, as large weights are rounded more coarsely.
+    """
+    return sum(float(squares.sum(side).max().sqrt()) for side in (0, 1))
 
 
 def _left(delta: torch.Tensor, found: Spectrum) -> torch.Tensor:

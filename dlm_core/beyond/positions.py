@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dlm_core.beyond.moves import ARITHMETIC, largest_of
 from dlm_core.beyond.tracing import NOISE, Traced
 
 TOKENS = 2  # in front of the patches, at most, that have positions as well: a class's, a teacher's
-ARITHMETIC = 4e-6  # of an update's size: what the client's float32 arithmetic leaves
 FITS = 3.0  # times what rounding explains, up to which patches explain the layer's update
 SPARE = 4  # outputs beside the patches, from which they are tested by that
 
@@ -83,13 +83,13 @@ def found(traced: Traced) -> Iterator[Patches]:
             continue
         outputs = len(parameters[weight])
         places = {n: p.numel() // outputs for n, p in free.items() if p.shape[-1] == outputs}
-        seen = [_entered(traced, module, probe) for probe in traced.probes if places]
-        inputs = [each for each in seen if each is not None and len(each) > 1]
+        entered = _entered(traced, module) if places else None
+        if entered is None:
+            continue
+        count = entered.shape[1]
         for position, number in places.items():
-            tokens = number - len(inputs[0]) if len(inputs) == len(traced.probes) else -1
-            if 0 <= tokens <= TOKENS:
-                entered = torch.stack(inputs).flatten(1)
-                made = Patches(weight, position, tokens, entered, len(inputs[0]))
+            if 0 <= number - count <= TOKENS:
+                made = Patches(weight, position, number - count, entered.flatten(1), count)
                 if all(_is_made_of(traced, made, i) for i in (3, 4)):
                     yield made
 
@@ -113,8 +113,7 @@ def solve(
         each.reshape(-1, weight.shape[1])[patches.tokens :] for each in of_position
     )
     left, sizes, right = torch.linalg.svd(signals, full_matrices=False)
-    rounding = sum(float(of_signals.sum(side).max().sqrt()) for side in (0, 1))
-    used = sizes > NOISE * rounding + ARITHMETIC * sizes[0]
+    used = sizes > NOISE * largest_of(of_signals) + ARITHMETIC * sizes[0]
     left, sizes, right = left[:, used], sizes[used], right[used]
     if not len(sizes):
         return None
@@ -143,14 +142,20 @@ def _cuts(module: nn.Module) -> bool:
     )
 
 
-def _entered(traced: Traced, module: nn.Module, probe: torch.Tensor) -> torch.Tensor | None:
-    """[T, p] what enters the layer of an image; None where it is not called once."""
-    given = traced.entering(module, probe.reshape(1, *traced.shape))
-    if given is None:
-        return None
-    if isinstance(module, nn.Conv2d):
-        return F.unfold(given, module.kernel_size, stride=module.stride)[0].T
-    return given.flatten(0, -2)
+def _entered(traced: Traced, module: nn.Module) -> torch.Tensor | None:
+    """[5, T, p] what enters the layer of the probes; None where it is not called once for each, or
+    sees no patches.
+    """
+    entered = []
+    for probe in traced.probes:
+        given = traced.entering(module, probe.reshape(1, *traced.shape))
+        if given is None:
+            return None
+        if isinstance(module, nn.Conv2d):
+            entered.append(F.unfold(given, module.kernel_size, stride=module.stride)[0].T)
+        else:
+            entered.append(given.flatten(0, -2))
+    return torch.stack(entered) if len(entered[0]) > 1 else None
 
 
 def _is_made_of(traced: Traced, patches: Patches, number: int) -> bool:

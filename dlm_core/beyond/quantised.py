@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from dlm_core.beyond.tracing import NOISE
+
 LEVELS = [2**bits - 1 for bits in range(2, 8)]  # above 0, of signed integers of 3 to 8 bits
 FEWEST = 8  # numbers from which a grid is read
 MANY = 31  # levels that no image's grey values have by chance
 DIFFERENT = 3  # of them, at least: those of signs are of one size
 SOME = 8  # rows that are asked first
 OFF = 0.05  # of a step, up to which numbers are on its grid, rounding of the weights included
-NOISE = 3.0  # standard deviations of that rounding
 ARITHMETIC = 1e-6  # of the largest number, what the client's own leaves
 ROWS = 0.9  # of them, that are on grids of their own
 
@@ -22,21 +23,22 @@ class Levels(NamedTuple):
 
     Attributes
     ----------
-    variance
-        Of each entry; 0 where there are no levels.
+    of_weight, of_bias
+        Variance of each entry.
     shared
         Error, relative, that is the same in all rows, so that no mean over them makes it less:
         where each row has levels of its own.
     """
 
-    variance: torch.Tensor
+    of_weight: torch.Tensor
+    of_bias: torch.Tensor
     shared: float = 0.0
 
 
-def of_rows(
+def of_layer(
     delta: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor, of_bias: torch.Tensor
-) -> Levels:
-    """What rounding to levels adds to a weight's move.
+) -> Levels | None:
+    """What rounding to levels adds to a layer's move; None where its weight has none.
 
     Parameters
     ----------
@@ -46,24 +48,21 @@ def of_rows(
         [outputs] the same of its bias. Of an image of few grey values each row has levels as well,
         and so they are believed where the bias has levels, too, or speaks of others.
     """
-    step = _step(delta, variance)
+    step, own = _step(delta, variance), _step(bias, of_bias)
+    added = torch.full_like(bias, own**2 / 12)
     if step:
-        return Levels(torch.full_like(delta, step**2 / 12))
+        return Levels(torch.full_like(delta, step**2 / 12), added)
     full = ((delta != 0).sum(1) >= FEWEST).nonzero()[:, 0]
     steps = delta.new_zeros(len(delta))
     for rows in (full[:SOME], full):
         steps[rows] = delta.new_tensor([_step(delta[row], variance[row]) for row in rows])
         if not len(rows) or (steps[rows] > 0).double().mean() < ROWS:
-            return Levels(torch.zeros_like(delta))
-    if not (_step(bias, of_bias) or _of_update(delta, steps, bias)):
-        return Levels(torch.zeros_like(delta))
-    added = (steps.square() / 12)[:, None].expand_as(delta)
-    return Levels(added, float((added[delta != 0].sum() / delta.square().sum()).sqrt()))
-
-
-def of_numbers(delta: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """The variance that rounding to levels adds to each entry of a bias [outputs]; 0 for none."""
-    return torch.full_like(delta, _step(delta, variance) ** 2 / 12)
+            return None
+    if not (own or _of_update(delta, steps, bias)):
+        return None
+    of_weight = (steps.square() / 12)[:, None].expand_as(delta)
+    shared = float((of_weight[delta != 0].sum() / delta.square().sum()).sqrt())
+    return Levels(of_weight, added, shared)
 
 
 def _step(delta: torch.Tensor, variance: torch.Tensor) -> float:

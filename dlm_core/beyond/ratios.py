@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dlm_core.beyond.moves import ARITHMETIC
 from dlm_core.beyond.tracing import NOISE, Traced
 
-ARITHMETIC = 4e-6  # of an update's size: what the client's float32 arithmetic leaves
 CLIPPED = 1e-3  # how nearly entries are of the largest size, which clipping by value leaves
 AGREE, FEWEST = 0.6, 2  # the share of a column's entries, and how many, that have one ratio
 LOYAL, ENOUGH = 0.8, 3  # of a row's entries, in such columns, that have their column's
@@ -87,25 +87,25 @@ def by_entries(
     largest = (1 - CLIPPED) * delta.abs().max()
     kept = (delta != 0) & (delta.abs() < largest)
     live = (of_bias.abs() > NOISE * of_bias_s.sqrt()) & (of_bias.abs() < largest)
-    r, noise, told, agree = _columns(delta, of_bias, variance, of_bias_s, kept & live[:, None])
+    r, _, told, _ = _columns(delta, of_bias, variance, of_bias_s, kept & live[:, None])
     if not told.any():
         return None
     # the columns that are told tell the signals of rows whose bias was left out
     others = ~live & (kept[:, told].sum(1) >= ENOUGH)
-    factors = torch.where(kept, delta / r, math.nan)[:, told]
-    signal = torch.where(others, factors.nanmedian(1).values, of_bias)
-    of_signal = torch.where(kept, variance / r.square(), math.nan)[:, told].nanmedian(1).values
-    of_signal = torch.where(others, of_signal, of_bias_s)
+    signal, of_signal = (
+        torch.where(others, torch.where(kept, by_row, math.nan)[:, told].nanmedian(1).values, own)
+        for by_row, own in ((delta / r, of_bias), (variance / r.square(), of_bias_s))
+    )
     kept &= (live | others)[:, None]
-    r, noise, told, agree = _columns(delta, signal, variance, of_signal, kept)
+    _, noise, told, agree = _columns(delta, signal, variance, of_signal, kept)
     in_told = kept[:, told].sum(1)
     loyal = (in_told >= ENOUGH) & (agree[:, told].sum(1) >= LOYAL * in_told)
     kept &= loyal[:, None]  # of a column with few entries one of such a row is enough
     weight = torch.where(kept, 1 / noise.square(), 0.0)
-    black = ~delta.any(0)
-    r = torch.where(black, 0.0, (weight * (delta / signal[:, None])).nansum(0) / weight.sum(0))
+    black, ratios_s = ~delta.any(0), delta / signal[:, None]
+    r = torch.where(black, 0.0, (weight * ratios_s).nansum(0) / weight.sum(0))
     size = r.square().mean().sqrt()
-    agree = _agree(delta / signal[:, None], r, noise, size) & kept
+    agree = _agree(ratios_s, r, noise, size) & kept
     counts, agreeing = kept.sum(0)[~black], agree.sum(0)[~black]
     if bool((agreeing < AGREE * counts).any()) or bool((agreeing < 1).any()):
         return None
