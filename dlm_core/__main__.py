@@ -302,8 +302,8 @@ def _bound_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "bound",
         commands.bound,
         "how much would my update tell? for a client's owner, from the weights and its own images: "
-        "directions fixed, the best PSNR that any attacker can expect, and where, before any "
-        "attack",
+        "directions fixed, the PSNR that an observer with a given prior can expect in the mean, "
+        "and where, before any attack",
     )
     bound.add_argument("weights", help="state dict that the client receives, W_t")
     bound.add_argument(

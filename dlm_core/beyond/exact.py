@@ -6,7 +6,8 @@
 A closed form starts a maximum-likelihood fit (``likelihood``) under the noise that is really there
 (``rounding``): the client rounds W_{t+1} to its own precision, and computes its gradient in that
 precision. The curvature of the fit is the Fisher information (``information``), so it yields the
-Cramér-Rao bound; its χ² tells whether the assumptions hold. Nothing here needs ground truth.
+Cramér-Rao bound; its χ² refutes the assumptions where another client's update would differ. Nothing
+here needs ground truth.
 Everything is float64, images are flat vectors [n], and each layer has one matrix (``stacks``).
 """
 
@@ -50,8 +51,9 @@ class Grade(StrEnum):
 class Fit(Evidence):
     """The evidence of exact recovery: how well one step explains Δ, and what it leaves open.
 
-    That there was one image is an assumption. χ² refutes it where another client's update differs;
-    with two classes it need not.
+    That there was one image is an assumption. χ² refutes it where another client's update differs.
+    It need not with two classes, nor where small weights make the mean of two images of one class
+    explain the update as well.
 
     Attributes
     ----------
@@ -92,6 +94,11 @@ class Fit(Evidence):
             return Explains.LITTLE
         in_part = (Grade.PARTLY, Grade.UNSETTLED)
         return Explains.PARTLY if self.grade in in_part else Explains.FULLY
+
+    @property
+    def vouches(self) -> bool:
+        """Whether the image is said to be the client's."""
+        return self.grade is Grade.DETERMINED and not self.two_classes
 
     @property
     def verdict(self) -> str:
@@ -186,7 +193,8 @@ def recover(
     -------
     Reconstruction
         Its evidence is a ``Fit``. Of the client it tells nothing where a fit of one step on one
-        image does not explain the update, and no error of η where χ² does not test it. η is that of
+        image does not explain the update (the closed form alone, ``max_steps=0``, still tells η),
+        and no error of η where χ² does not test it. η is that of
         the mean cross-entropy: a loss with other weights multiplies it.
 
     Raises
@@ -231,7 +239,7 @@ def recover(
         images=images if told is None else told.pixels(images),
         labels=label[None],
         status=fit.status,
-        vouched=torch.tensor([evidence.grade is Grade.DETERMINED], device=fit.point.x.device),
+        vouched=torch.tensor([evidence.vouches], device=fit.point.x.device),
         evidence=evidence,
         client=client,
         seconds=time.perf_counter() - began,
@@ -402,7 +410,7 @@ def _judge(
         # what not knowing η and λ adds
         of_scales = ((coupled[:n] @ scale_covariance) * coupled[:n]).sum(1)
         variance = curvature.variance + of_scales
-        undetermined = curvature.ridge * float(curvature.variance.sum())
+        undetermined = float(curvature.variance.sum()) / recursion.PRIOR_VARIANCE
         identifiable = min(equations, round(n - undetermined))
     chi2 = point.chi2 / _degrees_of_freedom(point, identifiable)
     # where equations are few the fit is short, and led by a prior

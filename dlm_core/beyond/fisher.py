@@ -230,12 +230,14 @@ def of_update(
     client_optimizer
         Key of ``records.CLIENT_OPTIMIZERS``, one with a ``step``.
     defence
-        A ``defenses.Setting``, or a dict of its fields; None for none.
+        A ``defenses.Setting``, or a dict of its "name" and, beside it, "observer" and the defence's
+        own options; None for none.
     loss
         (class scores, labels) -> scalar.
     prior
         "white": pixels independent, of standard deviation 0.25. "smooth": of the same variance, and
-        the spectrum of natural images, which allows an observer more.
+        the spectrum of natural images, which allows an observer more. ``Information.map`` and
+        ``noise_for`` take "smooth" unless told.
     seed
         Of a defence's noise, and of the estimates where the matrix is too large to be formed.
 
@@ -243,6 +245,8 @@ def of_update(
     ------
     ValueError
         For arguments out of range, and for images and labels that do not fit the model.
+    FloatingPointError
+        Where the client's training diverges.
 
     Notes
     -----
@@ -319,6 +323,8 @@ def noise_for(
     ValueError
         As ``of_update`` does, for a psnr that no noise reaches, and for images and networks that
         are too large for the matrix.
+    FloatingPointError
+        Where the client's training diverges.
 
     Notes
     -----

@@ -25,9 +25,9 @@ takes a matrix Q of G's shape to
 A bias counts as one more entry of each patch, of value 1, that no change of the input moves.
 
 Where N is singular in float64, r is raised to r'. Along a direction without data N⁻¹ then says
-1/r', where the prior's 1/r is meant. The projector on these directions is close to (r' N⁻¹)², so
+1/r', where the prior's 1/r is meant. With the raised N's eigenvalues λ and eigenvectors v,
 
-    (4)  variance = diag( N⁻¹ + (1/r - 1/r') (r' N⁻¹)² ).
+    (4)  variance = diag( Σ v vᵀ / (λ - r' + r) ),    λ - r' taken as 0 where it is below r'.
 
 A stack that begins with convolutions: layer by layer, from the last one down
 -----------------------------------------------------------------------------
@@ -137,6 +137,7 @@ CHUNK = 64  # unit vectors sent through a network at once on a CPU; more gains n
 TENSORS = 16  # of the size of all layers' δ and u, that each of them takes on a GPU
 CG_STEPS = 200  # of conjugate gradients, where the matrix is not formed
 CG_ENOUGH = 1e-20  # squared residual, relative to the right-hand side's
+NEGLIGIBLE = 0.01  # of a direction, that a raised ridge may seem to determine
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,10 @@ class Curvature:
         [n, m] -> N⁻¹ times it.
     variance
         [n] diagonal of N⁻¹ for the image, by (4) or (20); None where n is too large.
-    ridge
-        r' of (4).
     """
 
     solve: Callable[[torch.Tensor], torch.Tensor]
     variance: torch.Tensor | None
-    ridge: float = 1 / PRIOR_VARIANCE
 
 
 def curvature(
@@ -204,10 +202,17 @@ def curvature(
     else:
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
     factor, ridge = cholesky(matrix)
-    inverse = torch.cholesky_inverse(factor)
-    squared = inverse.square().sum(1)  # the diagonal of (N⁻¹)²
-    variance = inverse.diagonal() + (PRIOR_VARIANCE - 1 / ridge) * ridge**2 * squared  # (4)
-    return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
+    variance = torch.cholesky_inverse(factor).diagonal()
+    if ridge > 1 / PRIOR_VARIANCE and ridge * float(variance.sum()) > NEGLIGIBLE:
+        variance = _without_the_raise(matrix, ridge)
+    return Curvature(lambda b: torch.cholesky_solve(b, factor), variance)
+
+
+def _without_the_raise(raised: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(4): variances [n] from a matrix [n, n] whose ridge is larger than the prior's."""
+    values, vectors = torch.linalg.eigh(raised)
+    told = (values - ridge).where(values >= 2 * ridge, 0)
+    return vectors.square() @ (1 / (told + 1 / PRIOR_VARIANCE))
 
 
 def _descend(

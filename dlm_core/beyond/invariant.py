@@ -121,6 +121,11 @@ def order_invariant(
     -------
     Reconstruction
         Its images are the means over the epochs, and its loss is that of them in each epoch.
+
+    Raises
+    ------
+    ValueError
+        Where ``labels`` is "optimised", and as ``search.reconstruct``.
     """
     known = known_labels(seen, labels, num_images, local_steps=2)
     local_steps = steps(num_images, num_epochs, batch_size)

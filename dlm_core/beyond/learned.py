@@ -198,7 +198,7 @@ def plug_and_play(
     with one_thread():
         prior = copy.deepcopy(denoiser(training_steps)).to(rounds[0].delta[0].device)
         client = _Client.of(rounds, setting, learning_rate, local_steps)
-        known = _candidates(client, prior, num_images, labels)
+        known = _candidates(client, prior, labels)
         last = last_noise or _uncertainty(client, prior.means[known], known)
         images, losses = _descend(client, prior, known, seed, max_evaluations, last)
         best = int(losses[-1].argmin())
@@ -314,7 +314,7 @@ def _precision(seen: Observation, setting: Setting) -> list[torch.Tensor]:
     return found
 
 
-def _candidates(client: _Client, prior: Denoiser, num_images: int, labels: Any) -> torch.Tensor:
+def _candidates(client: _Client, prior: Denoiser, labels: Any) -> torch.Tensor:
     """Labels to try, [N, B]: those told, or the classes whose mean digit explains most."""
     device = prior.mean.device
     if not isinstance(labels, str):

@@ -133,6 +133,11 @@ def others(
         That of the one among them who asks.
     number
         How many of its size they are, itself included: all images over its own.
+
+    Raises
+    ------
+    ValueError
+        Where the two updates are of networks of different architecture.
     """
     if [layer.shape for layer in mean] != [layer.shape for layer in own]:
         raise ValueError("mean and own are updates of networks of different architecture")
@@ -393,6 +398,11 @@ def two_hops(
     Observation
         Of the first peer's step in round 0.
 
+    Raises
+    ------
+    ValueError
+        Where the attack finds no learning rate.
+
     Notes
     -----
     The peer between them gives its image away in round 0. In round 1 its own gradient can be
@@ -463,6 +473,11 @@ def exchange(
     -------
     list of list of state dict
         The messages [num_rounds + 1][peer], each sent to both neighbours.
+
+    Raises
+    ------
+    ValueError
+        Where ``starts`` has not one model for each client.
     """
     check.at_least("number of clients", len(clients), 2)
     if len(starts) != len(clients):
@@ -490,7 +505,13 @@ def _plus_step(mixed: StateDict, before: StateDict, after: StateDict) -> StateDi
 
 @check.arguments
 def ring(peer: check.Whole, size: Annotated[int, check.Range(2)]) -> list[int]:
-    """The peer and its neighbours, ascending, on a ring of ``size`` >= 2."""
+    """The peer and its neighbours, ascending, on a ring of ``size`` >= 2.
+
+    Raises
+    ------
+    ValueError
+        Where ``peer`` is no peer of such a ring.
+    """
     if peer >= size:
         raise ValueError(f"peer is {peer}; a ring of size {size} has peers 0 to {size - 1}")
     return sorted({(peer + step) % size for step in (-1, 0, 1)})

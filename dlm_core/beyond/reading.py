@@ -34,7 +34,7 @@ ARITHMETIC = 6  # units in the last place that the client's own computation of r
 NO_SUCH_STEP = (
     "either it is not one step of Adam, AdamW or RMSprop at full precision, or gradients so far "
     "above ε that they show their signs alone. This does not mean that nothing leaks: unrolled_dlm "
-    "with client 'adam' assumes less"
+    "with client_optimizer 'adam' assumes less"
 )
 
 Bounds = tuple[list[torch.Tensor], list[torch.Tensor]]

@@ -130,6 +130,11 @@ def shuffled_dlm(
     Reconstruction
         Its ``point`` has ``log_length``, the logarithm of ρ, and ``order``, [S, N], whose softmax
         over the steps are the shares.
+
+    Raises
+    ------
+    ValueError
+        Where ``labels`` is "optimised", and as ``search.reconstruct``.
     """
     known = known_labels(seen, labels, num_images, local_steps=MANY_STEPS)
     if known is None:

@@ -95,7 +95,8 @@ def unrolled_dlm(
     num_images, labels, seed
         Of ``search.reconstruct``.
     max_evaluations
-        Of each search at the E that fits best, at least 1; the searches for E take forty each.
+        Of each search at the E that fits best, at least 1. Of the searches for E the first takes up
+        to as many, the others forty each.
     **options
         Of ``search.reconstruct``.
 
@@ -188,6 +189,11 @@ def next_steps(
     -------
     int or None
         None where no E is left.
+
+    Raises
+    ------
+    ValueError
+        Where no loss is given, or ``finest`` is less than 1.
     """
     if not losses or not finest >= 1:
         raise ValueError(

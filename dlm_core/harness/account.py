@@ -15,6 +15,7 @@ from dlm_core.harness.belief import Audit, attack_of
 from dlm_core.results import Reconstruction
 
 SCHEMA = "dlm-audit/1"
+PICTURES = ("values", "shared", "image", "images")  # of a layer: its inputs, and images by them
 
 
 @check.arguments
@@ -98,6 +99,6 @@ def numbers(result: Reconstruction) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass but for a layer's tensors."""
-    names = [each.name for each in fields(value)]
-    return {name: getattr(value, name) for name in names if name not in ("values", "image")}
+    """The fields of a dataclass but for what shows a layer's inputs: an account is of numbers."""
+    names = [each.name for each in fields(value) if each.name not in PICTURES]
+    return {name: getattr(value, name) for name in names}

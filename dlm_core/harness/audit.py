@@ -1,10 +1,11 @@
 """Does this client leak? Attacks on two weight files of one's own, and what their results mean, in
 words.
 
-There is no truth to compare with. An exact attack judges itself; a search is made twice, from
-different starts: that both end at the same images, which explain the update, is the evidence. A
-small loss alone is none: where an image moves the weights little, as from PyTorch's own initial
-weights, others explain the update nearly as well.
+There is no truth to compare with. An exact attack judges itself, as does ``weighted`` where it
+meets all of the update; another search is made twice, from different starts: that both end at the
+same images, which explain the update, is the evidence. A small loss alone is none: where an image
+moves the weights little, as from PyTorch's own initial weights, others explain the update nearly as
+well.
 """
 
 import math

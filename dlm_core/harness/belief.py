@@ -1,9 +1,10 @@
 """How far a result is believed, and what an audit concludes.
 
-There is no truth to compare with. An exact attack judges itself; a search is made twice, from
-starts far from each other, so that what the update leaves open differs: that both end at the same
-images, which explain the update, is the evidence. Nothing is believed against the update's ranks,
-or where the update has too few numbers for the image.
+There is no truth to compare with. An exact attack judges itself, as does ``weighted`` where it
+meets all of the update; another search is made twice, from starts far from each other, so that what
+the update leaves open differs: that both end at the same images, which explain the update, is the
+evidence. Nothing is believed against the update's ranks, or where the update has too few numbers
+for the image.
 """
 
 import functools

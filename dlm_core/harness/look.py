@@ -1,4 +1,4 @@
-"""The first look at an update, in milliseconds and before any attack: what it shows without one,
+"""The first look at an update, before any attack: what it shows without one,
 and what kind of client it may come from.
 """
 

@@ -141,7 +141,7 @@ def _tried(found: Audit) -> Iterator[str]:
         yield f"<h3>{_text(name)}</h3>"
         yield f"<p>It is for this client: {_text(records.ATTACKS[name.split(',')[0]].client)}.</p>"
         yield from _pictures(result)
-        yield f"<p>{_text(ruled_out(result, belief))}</p>"
+        yield f"<p>{_text(ruled_out(belief))}</p>"
         counted = [(key, _number(value)) for key, value in numbers(result).items()]
         if belief.agreement is not None:
             counted.append(("dB between two searches", _number(belief.agreement)))
@@ -150,13 +150,13 @@ def _tried(found: Audit) -> Iterator[str]:
         yield f"<details><summary>Its numbers</summary>{_table(('', ''), counted)}</details>"
 
 
-def ruled_out(result: Reconstruction, belief: Belief) -> str:
+def ruled_out(belief: Belief) -> str:
     """What a result rules out, and what it does not.
 
     Parameters
     ----------
-    result, belief
-        Of one attack, as an audit has them.
+    belief
+        Of one attack, as an audit has it.
     """
     if belief.grade is Explains.FULLY:
         return (

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from functools import cached_property
 
@@ -87,6 +88,17 @@ def test_float64_snapshots_are_recovered_to_float64():
     assert found.learning_rate == pytest.approx(0.01, rel=1e-13)
     assert mean_square(found.images - images) < 1e-24
     assert found.bound_psnr > 240
+
+
+@pytest.mark.parametrize("name", ["lenet", "lenet, three layers, colour"])
+def test_the_bound_of_a_float64_client_is_what_recovery_reaches(name):
+    model = NETWORKS[name]().double()
+    images = picture(SHAPE if name == "lenet" else (3, 16, 16)).double()
+    found = exact.recover(train_locally(model, images, LABEL, learning_rate=0.01))
+    assert found.evidence.identifiable == found.evidence.directions
+    assert found.bound_psnr == pytest.approx(
+        -10 * math.log10(mean_square(found.images - images)), abs=3
+    )
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -182,6 +194,29 @@ def test_curvature_is_the_information_matrix(build, errors, largest, monkeypatch
         curvature.solve(torch.eye(len(x)).double()), inverse, rtol=1e-8, atol=1e-10
     )
     assert torch.allclose(curvature.variance, inverse.diagonal()[:64], rtol=1e-8)
+
+
+def test_a_raised_ridge_leaves_what_is_known_and_what_is_open_as_it_is():
+    """A channel that the update tells nothing of keeps the prior's variance, however precise the
+    weights that tell of the other one.
+    """
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, CLASSES))
+    with torch.no_grad():
+        network[0].weight[:, 1] = 0
+    layers = stacks.stack(network.double(), (2, 8, 8))
+    weights = [torch.ones_like(layer.weight) for layer in layers]
+    weights[0][:, 9:18] = 0  # the second channel's
+    x = picture((2, 8, 8)).double().flatten()
+
+    def variance(precision):
+        scaled = [precision * each for each in weights]
+        return information.curvature(layers, LABEL[0], scaled, x, 0.1, 1e-4).variance
+
+    plain, raised = variance(1e12), variance(1e24)
+    assert torch.allclose(1e12 * raised[:64], plain[:64], rtol=1e-3)
+    prior = torch.full_like(x[64:], recursion.PRIOR_VARIANCE)
+    assert torch.allclose(plain[64:], prior) and torch.allclose(raised[64:], prior)
 
 
 @pytest.mark.parametrize("learning_rate", [0.01, 0.1, 1.0])
@@ -296,6 +331,7 @@ def test_softmax_regression_with_two_classes_is_not_said_to_show_one_image():
     found = exact.recover(train_locally(model, images, labels, learning_rate=0.01))
     assert 0.3 < found.chi2 < 4
     assert "if it was one image" in found.verdict and "need not be one image" in found.verdict
+    assert not found.vouched.any()
     assert found.learning_rate_error is None
 
 

@@ -146,14 +146,13 @@ def test_no_verdict_comforts_in_words(verdict):
     assert "safe" not in verdict.sentence or "not make the client safe" in verdict.sentence
 
 
-def test_what_is_not_explained_rules_nothing_out(found):
-    result = found["division"]
+def test_what_is_not_explained_rules_nothing_out():
     said = {
-        (grade, judged): page.ruled_out(result, Belief(grade, None, judged, 1.0))
+        (grade, judged): page.ruled_out(Belief(grade, None, judged, 1.0))
         for grade, judged in itertools.product((Explains.LITTLE, Explains.PARTLY), (False, True))
     }
     assert all("othing is ruled out" in each for each in said.values())
-    doubted = page.ruled_out(result, Belief(Explains.PARTLY, "two may have left it", True, 1.0))
+    doubted = page.ruled_out(Belief(Explains.PARTLY, "two may have left it", True, 1.0))
     assert doubted == "Nothing is ruled out. It is not believed: two may have left it."
 
 

@@ -3,6 +3,7 @@ networks leave layers out: an audit said too much, too little or nothing of them
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from dlm_core import data, models
 from dlm_core.beyond import inputs
+from dlm_core.harness import account
 from dlm_core.harness.look import first_look
 from dlm_core.observation import observe
 from tests.harness.audited import (
@@ -143,6 +145,7 @@ def test_outputs_that_one_image_alone_moved_show_it(loss, tmp_path):
         assert max(psnr(each[None], image[None]) for each in shown) > 90
     assert not found["division"].vouched.any()
     assert "or a mean of several" in found.look.layers[0].sentence
+    assert "tensor(" not in json.dumps(account.account(found))  # its pixels are no numbers to tell
 
 
 def test_outputs_that_rounding_alone_makes_alike_show_nothing():
