@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,6 +75,9 @@ def _missing(package: str) -> str:
     )
 
 
+TAKES = {"int": "a whole number", "float": "a number"}
+
+
 class _Parser(argparse.ArgumentParser):
     """One that says what is wrong in one line; the usage is in the help.
 
@@ -89,6 +93,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with the exit status ``wrong``."""
+        for kind, takes in TAKES.items():
+            message = re.sub(
+                rf"argument (\S+): invalid {kind} value: (.+)",
+                rf"\1 is \2; it takes {takes}",
+                message,
+            )
         self.exit(self.wrong, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 

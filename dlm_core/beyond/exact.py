@@ -231,8 +231,9 @@ def recover(
             every = sum(w.numel() for w in problem.weights)
             in_use = sum(int((w > 0).sum()) for w in problem.weights)
             raise Singular(
-                f"weights_after leaves too little to solve for the image: {in_use} of {every} "
-                "weights moved by more than their rounding and are trusted"
+                "weights_after leaves too little to solve for the image: the equations of those "
+                f"weights that moved by more than their rounding, {in_use} of {every}, have no one "
+                "solution"
             ) from None
     images = fit.point.x[: evidence.directions].reshape(1, *seen.image_shape)
     return Reconstruction(

@@ -22,6 +22,7 @@ tokens) has their rank; learned positions tell them apart (``positions``). A lay
 bias is used elsewhere as well is left out.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,20 +120,22 @@ def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Re
 
 
 def shown(layers: Sequence[LayerInput]) -> Reconstruction:
-    """The image that one of these layers shows, the best of them; ValueError where none does."""
-    found = [each for each in layers if not (each.image is None and each.images is None)]
+    """The image that one of these layers shows, the best of them; where its length is not known,
+    with its largest number 1. ValueError where none does.
+    """
+    began = time.perf_counter()
+    found = [each for each in layers if each.pictures is not None]
     if not found:
-        if any(each.pixels and each.values is not None for each in layers):
-            raise ValueError(
-                "the image stands in the update up to its length, of which no bias tells"
-            )
         raise ValueError(
             "no linear layer that takes the image itself, with a weight of its own, has an update "
             "of rank one, or outputs that one input alone moved, from which a division would show "
             "it"
         )
-    best = min(found, key=lambda e: (not e.alone, not e.confirmed, e.entries, e.error))
-    images = best.image if best.images is None else best.images
+    best = min(
+        found,
+        key=lambda e: (not e.alone, not e.confirmed, e.faint is not None, e.entries, e.error),
+    )
+    images = best.pictures
     assert images is not None and best.told is not None
     count, device = len(images), images.device
     return Reconstruction(
@@ -149,6 +152,7 @@ def shown(layers: Sequence[LayerInput]) -> Reconstruction:
             confirmed=best.confirmed,
             said=best.told,
         ),
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -203,7 +207,7 @@ def read(
     # among class scores many rows have one mean of all inputs, where these are the same
     scored = found[-1].outputs if found else 0
     found = [
-        each if each.outputs == scored else _with_shared(traced, each, *moved[each.name])
+        each if each.outputs == scored else _with_shared(traced, each, *moved[each.name], scored)
         for each in found
     ]
     found = [_compared(traced, each, found) for each in found]
@@ -213,7 +217,8 @@ def read(
         fixed = _fixed(traced, moved, after, found)
         found = [replace(each, confirmed=fixed.get(each.name) is True) for each in found]
     patches = _of_patches(traced, before, after, found)
-    return [*_of_others(traced, model, before, after), *patches, *found]
+    others = (read(traced, model, before, after) for read in (_of_others, _of_adapters))
+    return [*itertools.chain(*others), *patches, *found]
 
 
 def _moved(
@@ -270,6 +275,51 @@ def _of_others(
             error=error,
             signs=even(values, error),
             image=traced.image_of(name, values) if pixels else None,
+        )
+    return list(found.values())
+
+
+def _of_adapters(
+    traced: Traced,
+    model: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> list[LayerInput]:
+    """The image, up to its length, of matrices that no bias goes with, such as an adapter's."""
+    found: dict[str, LayerInput] = {}
+    for name, columns in ratios.without_bias(model, traced.linear):
+        moved = moved_of(before, after, name)
+        if name in found or moved is None or not moved.delta.any():
+            continue
+        delta, variance, old = (ratios.oriented(each, columns) for each in moved[:3])
+        move = Move.of(Moved(delta, variance, old), None)
+        if not move.one or sign_like(move.delta):
+            continue
+        try:
+            taken = ratios.directions(traced, name, columns, traced.probes)
+        except Exception:  # whatever a user's network raises
+            taken = None
+        if taken is None:
+            continue
+        traced.add(name, taken, steady=True)
+        along, error = _direction(move, move.delta.shape[1])
+        if not traced.is_pixels(name) or not error < 1:
+            continue
+        values = along / along.norm()
+        found[name] = LayerInput(
+            name=name.removesuffix(".weight"),
+            features=len(values),
+            outputs=len(move.delta),
+            rank=move.rank,
+            standing=move.standing,
+            rows=1,
+            pixels=True,
+            fixed=False,
+            values=values,
+            error=error,
+            scaled=False,
+            signs=even(values, error),
+            faint=traced.faint(name, values),
         )
     return list(found.values())
 
@@ -438,9 +488,11 @@ def _of_layer(
 
 
 def _with_shared(
-    traced: Traced, layer: LayerInput, weight: Moved, bias: Moved | None
+    traced: Traced, layer: LayerInput, weight: Moved, bias: Moved | None, scored: int
 ) -> LayerInput:
-    """With the inputs that several of its outputs show by themselves, where it shows none."""
+    """With the inputs that several of its outputs show by themselves, where it shows none; of a
+    network with so many scores.
+    """
     told = layer.values is not None or layer.rows != 1 or layer.rank < 2
     if bias is None or told or sign_like(weight.delta):
         return layer
@@ -448,7 +500,10 @@ def _with_shared(
     found = [each for each in found if not even(each.values, each.error)]  # Adam's kin leave signs
     if not found:
         return layer
-    layer = replace(layer, shared=found, error=max(each.error for each in found))
+    # one score or two weigh all images by one slope, which tells no image from a sum of several
+    combined = scored <= 2 or len(found) > Move.of(weight, None).rank
+    error = max(each.error for each in found)
+    layer = replace(layer, shared=found, error=error, combined=combined)
     if not layer.pixels:
         return layer
     images = [traced.image_of(layer.name, each.values) for each in found]
@@ -461,14 +516,16 @@ def _by_entries(traced: Traced, name: str, weight: Moved, bias: Moved | None) ->
         return {}
     # weights that were set to 0 tell nothing of the input
     delta = torch.where(weight.delta == weight.before, 0.0, weight.delta)
-    found = ratios.by_entries(delta, bias.delta, weight.variance, bias.variance)
-    if found is None:
+    update = delta, bias.delta, weight.variance, bias.variance
+    found = ratios.by_entries(*update)
+    if found is None or len(ratios.shared_by_rows(*update)) > 1:  # these are several inputs
         return {}
-    values, error = found
+    values, error, failed = found
     return {
         "values": values,
         "error": error,
         "entries": True,
+        "open": failed,
         "signs": even(values, error),
         "image": traced.image_of(name, values),
     }
@@ -478,15 +535,11 @@ def _input(traced: Traced, name: str, move: Move, loss: Loss) -> dict[str, Any]:
     """What a move of one direction adds to what is said of a layer; nothing where it is its bias's
     alone, or nearly.
     """
-    left, largest = move.left, move.spectrum.largest
-    features = move.delta.shape[1] - move.scaled
-    along, noise = left @ move.delta, left.square() @ move.variance  # [features (+ 1)]
+    left, features = move.left, move.delta.shape[1] - move.scaled
+    along, error = _direction(move, features)
     values = along[:features]
-    arithmetic = ARITHMETIC * largest / math.sqrt(len(left) * features)
-    size = max(float(values.square().mean().sqrt()), TINY)
-    error = (float(noise[:features].mean().sqrt()) + arithmetic) / size
     unit = float(along[-1]) if move.scaled else 0.0
-    of_unit = float(noise[-1].sqrt()) / max(abs(unit), TINY)
+    of_unit = float((left.square() @ move.variance[:, -1]).sqrt()) / max(abs(unit), TINY)
     if not error < 1:
         return {}
     scaled = move.scaled and of_unit <= LENGTH  # the bias moved by more than rounding
@@ -508,7 +561,17 @@ def _input(traced: Traced, name: str, move: Move, loss: Loss) -> dict[str, Any]:
         "centred": centred,
         "mixed": _apart(traced, name, values, move, loss) if single else 0.0,
         "image": traced.image_of(name, values) if scaled and traced.is_pixels(name) else None,
+        "faint": None if scaled else traced.faint(name, values),
     }
+
+
+def _direction(move: Move, features: int) -> tuple[torch.Tensor, float]:
+    """(a move's first direction [features (+ 1)], the error of its first numbers, relative)."""
+    left = move.left
+    along, noise = left @ move.delta, left.square() @ move.variance
+    arithmetic = ARITHMETIC * move.spectrum.largest / math.sqrt(len(left) * features)
+    size = max(float(along[:features].square().mean().sqrt()), TINY)
+    return along, (float(noise[:features].mean().sqrt()) + arithmetic) / size
 
 
 def _without_mean(values: torch.Tensor, error: float) -> bool:

@@ -95,11 +95,18 @@ class LayerInput:
     patches
         How many, where ``values`` were solved for by their positions; 0 elsewhere.
     open
-        Directions among these that the update leaves open.
+        Directions among these that the update leaves open; of ``entries`` the numbers on which they
+        do not agree.
     shared
         Where there are no ``values``: inputs that several outputs each show by themselves.
     images
         [k, C, H, W] these, where they are ``pixels``; None elsewhere.
+    combined
+        Whether they may be sums and differences of inputs as well: where the scores are one or two,
+        or they are more than the directions of the weight's update.
+    faint
+        [1, C, H, W] where ``values`` are the direction of ``pixels``: with 1 for the largest; None
+        elsewhere.
     """
 
     name: str
@@ -133,6 +140,13 @@ class LayerInput:
     open: int = 0
     shared: list[ratios.Shared] = field(repr=False, default_factory=list)
     images: torch.Tensor | None = field(repr=False, default=None)
+    combined: bool = False
+    faint: torch.Tensor | None = field(repr=False, default=None)
+
+    @property
+    def pictures(self) -> torch.Tensor | None:
+        """[N, C, H, W], what it shows of images."""
+        return next((p for p in (self.images, self.image, self.faint) if p is not None), None)
 
     @property
     def directions(self) -> int:
@@ -189,13 +203,15 @@ class LayerInput:
             return None
         what = "image" if self.pixels else "input"
         many = len(self.shared) > 1
-        shown = f"{len(self.shared)} {what}s" if many else f"an {what}"
+        mixed = " or mixture" * self.combined
+        shown = f"{len(self.shared)} {what}s{mixed}{'s' * self.combined}" if many else f"an {what}"
         moved = ", ".join(str(each.outputs) for each in self.shared)
+        mean = "a sum or a difference" if self.combined else "a mean"
         return (
             f"{shown} of layer {self.name!r} ({self.features:,} numbers{' each' * many}) "
             f"stand{'s' * (not many)} in the update, "
             f"to {self.error:.0e}, by outputs that agree ({moved} of {self.outputs:,}): one input "
-            "alone moved these, or a mean of several for which the loss's slopes are alike"
+            f"alone moved these, or {mean} of several for which the loss's slopes are alike"
         )
 
     def _several(self) -> str | None:
@@ -227,7 +243,7 @@ class LayerInput:
             return (
                 f"{said}: the weight's update has one direction, and the bias moved by another "
                 "rule, or by further images that are darker copies of it or black; or an optimizer "
-                "of low rank left this mixture of several inputs"
+                f"of low rank left this mixture of several inputs{self._mixture * self.signs}"
             )
         if self.entries:
             return f"{said}, {self._agreeing}"
@@ -242,7 +258,8 @@ class LayerInput:
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: the client "
                 "did not train these, which are not 0 then as they seem, unless it took its "
-                "gradients at other weights than W_t, as SAM does"
+                "gradients at other weights than W_t, as SAM does, or gave the network more than "
+                "an image"
                 f"{multiple * (not self.confirmed)}{mixture}"
             )
         if self.disputed:
@@ -262,9 +279,11 @@ class LayerInput:
     def _agreeing(self) -> str:
         """How its entries show it."""
         unmoved = f". {self.still:,} of these numbers moved no weight: they are 0, or left out"
+        apart = f". On {self.open:,} of them the entries do not agree: they are 0 here"
         return (
             "by the entries that agree on it: others were changed one by one, as clipping by value "
             f"or a mask changes them{self._mixture}{unmoved * bool(self.still)}"
+            f"{apart * bool(self.open)}"
         )
 
     def _by_patches(self) -> str:
@@ -324,4 +343,4 @@ class LayerInput:
         """What multiple of the weights was taken off, in words."""
         if 0 < self.decay < SHRUNK:
             return f"weight decay of {self.decay:.2g}·W"
-        return f"weights that were scaled by {1 - self.decay:.3g}, which is no weight decay,"
+        return f"weights that were scaled by {1 - self.decay:.3g}, which is no weight decay"

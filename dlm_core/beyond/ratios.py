@@ -18,6 +18,9 @@ from dlm_core.beyond.moves import ARITHMETIC
 from dlm_core.beyond.tracing import NOISE, Traced
 
 CLIPPED = 1e-3  # how nearly entries are of the largest size, which clipping by value leaves
+FEW = 0.1  # of a column's entries, that stand still where no mask left them out
+FAILED = 0.25  # of an input's numbers, at most, on which its entries may not agree
+SAME = 3e-3  # how nearly, relative, two inputs that outputs show are one
 AGREE, FEWEST = 0.6, 2  # the share of a column's entries, and how many, that have one ratio
 LOYAL, ENOUGH = 0.8, 3  # of a row's entries, in such columns, that have their column's
 EXACT = 1e-3  # error, relative, up to which rows are held against each other
@@ -44,6 +47,17 @@ def pairs(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[Pair]:
                 yield name, other, False
             elif len(bias) == columns and weight.ndim == 2:
                 yield name, other, True
+
+
+def without_bias(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[tuple[str, bool]]:
+    """Matrices that no ``known`` layer has and no bias goes with, such as an adapter's; each once
+    with its rows as the outputs, and once with its columns.
+    """
+    taken = {f"{name}.weight" for name in known} | {name for name, *_ in pairs(model, known)}
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and name not in taken:
+            yield name, False
+            yield name, True
 
 
 def ratio(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -77,10 +91,11 @@ def input_of(
 
 def by_entries(
     delta: torch.Tensor, of_bias: torch.Tensor, variance: torch.Tensor, of_bias_s: torch.Tensor
-) -> tuple[torch.Tensor, float] | None:
-    """As ``input_of``, where single entries were changed: clipped by value, masked, left out. Each
-    number of the input is the mean of its column's ratios, in rows that have the medians of most
-    columns: a row of another input has not. None where too few agree.
+) -> tuple[torch.Tensor, float, int] | None:
+    """As ``input_of``, where single entries were changed: clipped by value, masked, left out; and
+    how many numbers are not told. Each number of the input is the mean of its column's ratios, in
+    rows that have the medians of most columns: a row of another input has not. One whose entries do
+    not agree is 0: most of them did not move, or it is not told. None where too few agree.
     """
     if not delta.any() or not of_bias.any():
         return None
@@ -101,16 +116,22 @@ def by_entries(
     in_told = kept[:, told].sum(1)
     loyal = (in_told >= ENOUGH) & (agree[:, told].sum(1) >= LOYAL * in_told)
     kept &= loyal[:, None]  # of a column with few entries one of such a row is enough
-    weight = torch.where(kept, 1 / noise.square(), 0.0)
     black, ratios_s = ~delta.any(0), delta / signal[:, None]
-    r = torch.where(black, 0.0, (weight * ratios_s).nansum(0) / weight.sum(0))
-    size = r.square().mean().sqrt()
-    agree = _agree(ratios_s, r, noise, size) & kept
-    counts, agreeing = kept.sum(0)[~black], agree.sum(0)[~black]
-    if bool((agreeing < AGREE * counts).any()) or bool((agreeing < 1).any()):
+    near = _columns(delta, signal, variance, of_signal, kept)[3]
+    r, size, agree = _better(
+        *(_by_mean(ratios_s, noise, entries, kept) for entries in (kept, kept & near))
+    )
+    counts, agreeing = kept.sum(0), agree.sum(0)
+    still = (delta == 0)[loyal & live].double().mean(0)
+    # where many columns moved whole, one entry that moved in another is no mask's
+    whole = bool(still.quantile(0.25) < FEW) if len(still) else False
+    told = (agreeing >= AGREE * counts) & (agreeing >= (FEWEST if whole else 1)) & ~black
+    failed = int((~told & ~black & ~(whole & (still > AGREE))).sum())
+    if not told.any() or failed > FAILED * len(r):
         return None
-    error = torch.where(agree, noise, math.nan).nanmedian(0).values[~black]
-    return r, float(error.square().mean().sqrt() / size) + ARITHMETIC
+    error = torch.where(agree, noise, math.nan).nanmedian(0).values[told]
+    r = torch.where(told, r, 0.0)
+    return r, float(error.square().mean().sqrt() / size) + ARITHMETIC, failed
 
 
 class Shared(NamedTuple):
@@ -162,7 +183,12 @@ def shared_by_rows(
             best = own[noise[own].argmin()]
             error = float(noise[best] / rows[best].norm())
             found.append(Shared(rows[best], error, len(own)))
-    return sorted(found, key=lambda each: -each.outputs)
+    alike: list[Shared] = []
+    for each in sorted(found, key=lambda each: -each.outputs):
+        apart = ((each.values - one.values).norm() / one.values.norm() for one in alike)
+        if all(away > SAME for away in apart):
+            alike.append(each)
+    return alike
 
 
 def _columns(
@@ -181,6 +207,29 @@ def _columns(
     agree = _agree(ratios_s, r, noise, r.square().nanmean().sqrt()) & kept
     told = (agree.sum(0) >= FEWEST) & (agree.sum(0) >= AGREE * kept.sum(0))
     return r, noise, told, agree
+
+
+_Means = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of columns; their size; who agrees
+
+
+def _by_mean(
+    ratios_s: torch.Tensor, noise: torch.Tensor, entries: torch.Tensor, kept: torch.Tensor
+) -> _Means:
+    """The weighted means of these entries' ratios, 0 of a column without, and which of those that
+    are ``kept`` agree on them.
+    """
+    weight = torch.where(entries, 1 / noise.square(), 0.0)
+    of_column = (weight * ratios_s).nansum(0) / weight.sum(0)
+    r = torch.where(weight.any(0), of_column, 0.0)
+    size = r.square().mean().sqrt()
+    return r, size, _agree(ratios_s, r, noise, size) & kept
+
+
+def _better(one: _Means, other: _Means) -> _Means:
+    """Column by column the mean on which more entries agree."""
+    first = one[2].sum(0) >= other[2].sum(0)
+    r = torch.where(first, one[0], other[0])
+    return r, r.square().mean().sqrt(), torch.where(first, one[2], other[2])
 
 
 def _agree(
@@ -207,6 +256,30 @@ def used_as_one(
         if delta.any() and left > ANY:
             return None
         found.append(r)
+    return torch.stack(found)
+
+
+def directions(
+    traced: Traced, name: str, columns: bool, probes: torch.Tensor
+) -> torch.Tensor | None:
+    """[N, features], what a weight without bias is multiplied with for each of the ``probes``
+    [N, pixels], as long as these; None where its gradient has more than one direction.
+    """
+    found = []
+    for probe in probes:
+        (gradient,) = traced.gradients(name, None, probe.reshape(1, *traced.shape))
+        delta = oriented(gradient, columns)
+        row = delta[delta.norm(dim=1).argmax()]
+        if not row.any():
+            if probe.any():
+                return None
+            found.append(row)
+            continue
+        unit = row / row.norm()
+        if (delta - torch.outer(delta @ unit, unit)).norm() > ANY * delta.norm():
+            return None
+        unit = -unit if unit.sum() < 0 else unit
+        found.append(unit * probe.norm())
     return torch.stack(found)
 
 

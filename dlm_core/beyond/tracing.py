@@ -331,6 +331,17 @@ class Traced:
         image = values.new_zeros(count).index_add(0, position, pixels) / total
         return image.reshape(1, *self.shape)
 
+    def faint(self, name: str, direction: torch.Tensor) -> torch.Tensor | None:
+        """[1, C, H, W] from the direction of a layer's input where it ``is_pixels``, scaled so that
+        its largest number is 1; None where the network adds constants to the pixels in front.
+        """
+        found = self._map(name)
+        if found is None or found.constant.any():
+            return None
+        image = self.image_of(name, direction)
+        image = -image if image.sum() < 0 else image
+        return image / image.max() if image.max() > 0 else None
+
     def contradicts(self, image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Whether an image gives other inputs of later layers than these, which are known up to
         their length; where ReLU left nothing, and where chance reaches in training, they say
@@ -398,23 +409,32 @@ class Traced:
             return False
 
     def gradients(
-        self, weight: str, bias: str, image: torch.Tensor, *, train: bool = False, seed: int = 0
+        self,
+        weight: str,
+        bias: str | None,
+        image: torch.Tensor,
+        *,
+        train: bool = False,
+        seed: int = 0,
     ) -> list[torch.Tensor]:
-        """Of both for an image and some loss of what the network returns; with other numbers in the
-        bias, since of a black image ReLU may let nothing through.
+        """Of both, or of a weight alone, for an image and some loss of what the network returns;
+        with other numbers in the bias, since of a black image ReLU may let nothing through.
         """
         parameters = dict(self.model.named_parameters())
-        given, own = parameters[bias], parameters[bias].clone()
-        other = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+        given = [] if bias is None else [parameters[bias]]
+        own = [each.clone() for each in given]
+        draw = torch.Generator().manual_seed(0)
         try:
-            given.copy_(other)
+            for each in given:
+                each.copy_(torch.randn(each.shape, generator=draw))
             self._train(True)
             self._pass(image, train=train, grad=True, seed=seed)
             total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
-            grads = torch.autograd.grad(total.sum(), [parameters[weight], given])
+            grads = torch.autograd.grad(total.sum(), [parameters[weight], *given])
         finally:
             self._train(False)
-            given.copy_(own)
+            for each, kept in zip(given, own):
+                each.copy_(kept)
         return [each.double() for each in grads]
 
     def add(self, name: str, inputs: torch.Tensor, *, steady: bool) -> None:

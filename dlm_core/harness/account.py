@@ -15,7 +15,13 @@ from dlm_core.harness.belief import Audit, attack_of
 from dlm_core.results import Reconstruction
 
 SCHEMA = "dlm-audit/1"
-PICTURES = ("values", "shared", "image", "images")  # of a layer: its inputs, and images by them
+PICTURES = (
+    "values",
+    "shared",
+    "image",
+    "images",
+    "faint",
+)  # of a layer: its inputs, and images by them
 
 
 @check.arguments

@@ -54,7 +54,7 @@ from dlm_core.harness.look import Look, first_look, sentence
 from dlm_core.harness.tables import counted
 from dlm_core.observation import Observation, Unchanged, find_head, observe
 from dlm_core.results import Explains, Reconstruction, SearchEvidence
-from dlm_core.weights import StateDict
+from dlm_core.weights import StateDict, check_finite
 
 GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 NO_RESULT = "no attack came to a result, which is no proof that nothing leaks"
@@ -168,7 +168,7 @@ def audit(
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options = _options(read, look, image_shape, client)
     runs = [
-        Run(name, count, _call(read, seen, name, count, options.get(name, {})))
+        Run(name, count, _call(read, seen, look, name, count, options.get(name, {})))
         for name, count in plan
     ]
     found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
@@ -469,10 +469,17 @@ def _options(
 
 
 def _call(
-    read: _Read, seen: Observation, name: str, count: int, options: Mapping[str, Any]
+    read: _Read,
+    seen: Observation,
+    look: Look,
+    name: str,
+    count: int,
+    options: Mapping[str, Any],
 ) -> partial[Reconstruction]:
     """What runs an attack for so many images."""
     run = partial(records.ATTACKS[name], seen, num_images=count, **options)
+    if name == "division" and look.layers:  # they were read at the first look
+        run = partial(inputs.shown, look.layers)
     return partial(levels.either, run, read.lost) if name == "exact" and read.lost else run
 
 
@@ -488,6 +495,8 @@ def _read(
     model, before, after, notes, where = networks.fitted(
         before, after, model, image_shape, num_classes
     )
+    for argument, state in (("before", before), ("after", after)):
+        check_finite(argument, state)
     names = {name for name, _ in model.named_parameters()}
     sent = {name: w for name, w in after.items() if name in names}
     moved = {

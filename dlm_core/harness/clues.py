@@ -3,6 +3,7 @@ scores, and what of an update it leaves open.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from dlm_core.threads import own_generator
 
 
 def of_network(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
-    """What to say of a network; nothing where it does not take a grey image.
+    """What to say of a network; nothing where it does not take an image from black to white.
 
     Parameters
     ----------
@@ -24,15 +25,15 @@ def of_network(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
         (C, H, W).
     """
     like = next(model.parameters(), torch.zeros(()))
-    grey = torch.full((1, *image_shape), 0.5).to(like)
+    image = torch.linspace(0, 1, math.prod(image_shape)).reshape(1, *image_shape).to(like)
     copied = copy.deepcopy(model)
     try:
-        said = [*_returned(_passed(copied.eval(), grey, 0))]
+        said = [*_returned(_passed(copied.eval(), image, 0))]
     except Exception:  # whatever a user's network raises
         return []
     alone = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
     try:
-        random = draws(copied.train(), grey)
+        random = draws(copied.train(), image)
     except Exception:
         alone = True
     else:
@@ -51,11 +52,10 @@ def of_network(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
 
 
 def draws(model: nn.Module, images: torch.Tensor) -> bool:
-    """Whether two passes of the same images differ, in the mode that a network is in; running
-    statistics of batch norm may move.
-    """
-    first, second = (scores(_passed(model, images, seed)) for seed in (0, 1))
-    return not torch.equal(first, second)
+    """Whether two passes of the same images differ by chance, in the mode that a network is in."""
+    apart = (copy.deepcopy(model) for _ in range(2))  # a pass may move buffers
+    first, second = (scores(_passed(each, images, seed)) for seed, each in enumerate(apart))
+    return not torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 def alone(returned: Any) -> Any:

@@ -16,6 +16,9 @@ from dlm_core.beyond.noisy import NoisyInput, noisy_inputs
 from dlm_core.harness import pictures
 from dlm_core.observation import Observation
 
+UNBALANCED = 0.01  # of the size of the last bias's move, that its sum may be under cross-entropy
+BY_ENTRIES = ("adam", "adamw", "rmsprop")  # optimizers that change an update entry by entry
+
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
@@ -189,11 +192,12 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     Whatever a user's network raises is ``unread``.
     """
     bias = seen.head.delta_bias
+    balanced = abs(float(bias.sum())) <= UNBALANCED * float(bias.abs().sum())  # as of a softmax
     moved = [bool(layer.any()) for layer in seen.delta]
     told = [name for name, did in zip(seen.parameter_names, moved) if did]
     about: dict[str, Any] = {
         # the labels' classes fall in Δ, all others rise
-        "swapped": bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
+        "swapped": balanced and bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
         "last_alone": set(seen.parameter_names) > set(seen.head.names) >= set(told),
         "invented": _invented(seen),
@@ -211,9 +215,10 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
         return Look(**about, unread=sentence(why))
     linear = any(each.linear for each in layers)  # entries changed one by one leave full rank
     kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
-    about |= {"kin": kin, "learning_rate": found.learning_rate}
     noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
-    look = Look(**about, layers=layers, noisy=noisy, optimizer=found.optimizer)
+    look = Look(**about, kin=kin, layers=layers, noisy=noisy)
+    if not (linear and found.optimizer in BY_ENTRIES):
+        look = replace(look, optimizer=found.optimizer, learning_rate=found.learning_rate)
     return replace(look, optimizer="several steps") if look.directions > 1 else look
 
 

@@ -81,7 +81,10 @@ def fitted(
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of a user's network; ValueError, in one sentence, where there is none."""
+    """A copy of a user's network, without what ``torch.compile`` and parallel training wrap around
+    it; ValueError, in one sentence, where there is none.
+    """
+    model = _unwrapped(model)
     kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
@@ -106,6 +109,16 @@ def copied(model: nn.Module) -> nn.Module:
             f"the model ({kind}) cannot be copied ({sentence(why)}); "
             "give one that has not been called yet, and no more than its layers"
         ) from None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself: wrappers are neither followed nor needed here."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _shapes_for(

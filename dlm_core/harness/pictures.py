@@ -68,7 +68,7 @@ def shown_as(images: torch.Tensor) -> str | None:
     out = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
     if not out.any():
         return None
-    share = f"{100 * float(out.double().mean()):.2g} % of its values lie outside [0, 1]"
+    share = f"{100 * float(out.double().mean()):.3g} % of its values lie outside [0, 1]"
     if not _outside(low, high):
         by = max(-low, high - 1)
         return f"{share}, by {by:.2g} at most: they are shown as black and white"

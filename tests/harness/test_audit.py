@@ -195,6 +195,19 @@ def test_attack_refuses_before_it_works(capsys, options, message):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--images", "1.5"], "--num-images/--images is '1.5'; it takes a whole number"),
+        (["--minutes", "few"], "--minutes is 'few'; it takes a number"),
+    ],
+)
+def test_what_is_no_number_is_named_with_what_is_allowed(capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["attack", "before.pt", "after.pt", *options])
+    assert ended.value.code == 64 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "dtype, held", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)]
 )
 def test_attack_sees_that_weights_are_of_half_precision(tmp_path, capsys, dtype, held):
