@@ -46,7 +46,7 @@ LENGTH = 0.1  # error of the bias's update, relative, up to which the input's le
 KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 MANY_NUMBERS = 8  # of an input, fewer of which may have a mean of 0 by chance
 FINE = 1e-4  # of a direction, what rounding may hide for δ's numbers to be held against each other
-SHOWN = 0.05  # error, relative, up to which patches are shown
+SHOWN = 0.05  # error, relative, up to which patches, and what entries agree on, are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,6 +521,8 @@ def _by_entries(traced: Traced, name: str, weight: Moved, bias: Moved | None) ->
     if found is None or len(ratios.shared_by_rows(*update)) > 1:  # these are several inputs
         return {}
     values, error, failed = found
+    if not error < SHOWN:
+        return {}
     return {
         "values": values,
         "error": error,

@@ -171,9 +171,19 @@ def to_levels(weight: Moved, bias: Moved | None) -> tuple[Moved, Moved | None]:
     if levels is None:
         return weight, bias
     if bias is not None:
-        bias = bias._replace(variance=bias.variance + levels.of_bias)
+        of_bias_s = bias.variance + levels.of_bias
+        delta = _with_zero(bias.delta, of_bias_s, levels.zeros[1])
+        bias = bias._replace(delta=delta, variance=of_bias_s)
     variance = weight.variance + levels.of_weight
-    return weight._replace(variance=variance, shared=levels.shared), bias
+    delta = _with_zero(weight.delta, variance, levels.zeros[0])
+    return weight._replace(delta=delta, variance=variance, shared=levels.shared), bias
+
+
+def _with_zero(delta: torch.Tensor, variance: torch.Tensor, zero: float) -> torch.Tensor:
+    """A move in which the level that stands for 0 is 0."""
+    if zero == 0:
+        return delta
+    return torch.where((delta - zero).abs() <= variance.sqrt(), 0.0, delta)
 
 
 def _without_decay(moved: Moved, scaled: bool) -> tuple[Moved, Spectrum, float]:

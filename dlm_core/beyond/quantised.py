@@ -9,6 +9,8 @@ import torch
 from dlm_core.beyond.tracing import NOISE
 
 LEVELS = [2**bits - 1 for bits in range(2, 8)]  # above 0, of signed integers of 3 to 8 bits
+# From the lowest to the highest of 3 to 8 bits; one less where 0 is one of them.
+RANGES = [2**bits - less for bits in range(3, 9) for less in (1, 2)]
 FEWEST = 8  # numbers from which a grid is read
 MANY = 31  # levels that no image's grey values have by chance
 DIFFERENT = 3  # of them, at least: those of signs are of one size
@@ -28,11 +30,14 @@ class Levels(NamedTuple):
     shared
         Error, relative, that is the same in all rows, so that no mean over them makes it less:
         where each row has levels of its own.
+    zeros
+        (of the weight, of the bias): the level that stands for 0, where the grid has none.
     """
 
     of_weight: torch.Tensor
     of_bias: torch.Tensor
     shared: float = 0.0
+    zeros: tuple[float, float] = (0.0, 0.0)
 
 
 def of_layer(
@@ -48,10 +53,13 @@ def of_layer(
         [outputs] the same of its bias. Of an image of few grey values each row has levels as well,
         and so they are believed where the bias has levels, too, or speaks of others.
     """
-    step, own = _step(delta, variance), _step(bias, of_bias)
+    (step, zero), (own, zero_s) = (
+        (whole, 0.0) if (whole := _step(*each)) else _of_range(*each)
+        for each in ((delta, variance), (bias, of_bias))
+    )
     added = torch.full_like(bias, own**2 / 12)
     if step:
-        return Levels(torch.full_like(delta, step**2 / 12), added)
+        return Levels(torch.full_like(delta, step**2 / 12), added, zeros=(zero, zero_s))
     full = ((delta != 0).sum(1) >= FEWEST).nonzero()[:, 0]
     steps = delta.new_zeros(len(delta))
     for rows in (full[:SOME], full):
@@ -79,6 +87,24 @@ def _step(delta: torch.Tensor, variance: torch.Tensor) -> float:
             different = (sizes / step).round().unique()
             return step if len(different) >= DIFFERENT else 0.0
     return 0.0
+
+
+def _of_range(delta: torch.Tensor, variance: torch.Tensor) -> tuple[float, float]:
+    """(the step of a grid from the lowest number to the highest on which all numbers lie, its level
+    that is nearest to 0); zeros where there is none.
+    """
+    low, high = float(delta.min()), float(delta.max())
+    if delta.numel() < FEWEST or not high > low:
+        return 0.0, 0.0
+    above, noise = (delta - low).flatten(), NOISE * variance.sqrt().flatten()
+    noise = noise + noise.max() + ARITHMETIC * (high - low)  # the ends are rounded as well
+    few = slice(FEWEST)
+    for step in ((high - low) / levels for levels in RANGES):
+        if not all(_on_grid(above[part], noise[part], step) for part in (few, slice(None))):
+            continue
+        if len((above / step).round().unique()) >= DIFFERENT:
+            return step, low + round(-low / step) * step
+    return 0.0, 0.0
 
 
 def _on_grid(sizes: torch.Tensor, noise: torch.Tensor, step: float) -> bool:

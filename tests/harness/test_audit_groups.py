@@ -74,6 +74,31 @@ def test_an_input_is_known_no_better_than_the_levels_of_its_update(bits, channel
     assert true / 2 < found.error < 5 * true
 
 
+def ranged(bits, with_zero):
+    """Rounding to unsigned integers from the lowest number to the highest."""
+
+    def change(g):
+        low, high = g.min(), g.max()
+        if with_zero:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        step = (high - low) / (2**bits - 1)
+        offset = (low / step).round() * step if with_zero else low
+        return ((g - offset) / step).round().clamp(0, 2**bits - 1) * step + offset
+
+    return change
+
+
+@pytest.mark.parametrize("with_zero", [True, False])
+@pytest.mark.parametrize("dataset", ["digits", "cifar100"])
+def test_an_input_is_read_from_levels_between_the_lowest_and_the_highest(with_zero, dataset):
+    image, label, *_ = data.load(dataset, n=1, source="bundled")
+    model = network(linear(image.numel(), 64), nn.ReLU, linear(64, 10))
+    sent = changed(model, ranged(8, with_zero), image, label % 10)
+    found = inputs.read(model, sent[1], tuple(image.shape[1:]))[0]
+    assert found.values is not None and found.error < 0.01
+    assert relative(found.values, image.flatten().double()) < 5 * found.error
+
+
 @pytest.mark.parametrize("levels", [16, 128, 255])
 def test_levels_of_an_image_are_none_of_its_update(levels):
     image = (IMAGES[:1] * (levels - 1)).round() / (levels - 1)
