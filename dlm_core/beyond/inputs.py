@@ -92,7 +92,12 @@ class Ratio(Evidence):
     scene={"network": "mlp"},
 )
 @check.arguments
-def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Reconstruction:
+def division(
+    seen: Observation,
+    *,
+    transmitted: Transmitted | None = None,
+    layers: Sequence[LayerInput] = (),
+) -> Reconstruction:
     """Read the image off the update of a linear layer that it passed through, by a division; or
     those that several of its outputs each show by themselves.
 
@@ -103,6 +108,8 @@ def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Re
     transmitted
         Precision to which W_{t+1} was rounded, where that is not its own; or some of its tensors,
         by name.
+    layers
+        What ``layer_inputs`` says of it, where that was asked already; else it is asked.
 
     Returns
     -------
@@ -116,14 +123,14 @@ def division(seen: Observation, *, transmitted: Transmitted | None = None) -> Re
         Where no linear layer's update shows an input, or where that is not the image.
     """
     began = time.perf_counter()
-    return replace(shown(layer_inputs(seen, transmitted)), seconds=time.perf_counter() - began)
+    found = shown(layers or layer_inputs(seen, transmitted))
+    return replace(found, seconds=time.perf_counter() - began)
 
 
 def shown(layers: Sequence[LayerInput]) -> Reconstruction:
     """The image that one of these layers shows, the best of them; where its length is not known,
     with its largest number 1. ValueError where none does.
     """
-    began = time.perf_counter()
     found = [each for each in layers if each.pictures is not None]
     if not found:
         raise ValueError(
@@ -152,7 +159,6 @@ def shown(layers: Sequence[LayerInput]) -> Reconstruction:
             confirmed=best.confirmed,
             said=best.told,
         ),
-        seconds=time.perf_counter() - began,
     )
 
 

@@ -168,7 +168,7 @@ def audit(
     plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
     options = _options(read, look, image_shape, client)
     runs = [
-        Run(name, count, _call(read, seen, look, name, count, options.get(name, {})))
+        Run(name, count, _call(read, seen, name, count, options.get(name, {})))
         for name, count in plan
     ]
     found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
@@ -452,7 +452,7 @@ def _options(
 ) -> dict[str, dict[str, Any]]:
     """What attacks are told of what was read and seen."""
     options: dict[str, dict[str, Any]] = {
-        "division": {"transmitted": read.coarse},
+        "division": {"transmitted": read.coarse, "layers": look.layers},
         "exact": {
             "transmitted": read.coarse,
             "weight_decay": look.optimizer == "sgd with decay",
@@ -469,17 +469,10 @@ def _options(
 
 
 def _call(
-    read: _Read,
-    seen: Observation,
-    look: Look,
-    name: str,
-    count: int,
-    options: Mapping[str, Any],
+    read: _Read, seen: Observation, name: str, count: int, options: Mapping[str, Any]
 ) -> partial[Reconstruction]:
     """What runs an attack for so many images."""
     run = partial(records.ATTACKS[name], seen, num_images=count, **options)
-    if name == "division" and look.layers:  # they were read at the first look
-        run = partial(inputs.shown, look.layers)
     return partial(levels.either, run, read.lost) if name == "exact" and read.lost else run
 
 
