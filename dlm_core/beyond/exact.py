@@ -325,9 +325,10 @@ def _fit(
     unsettled = evidence.grade is Grade.UNSETTLED
     if evidence.grade is Grade.REFUTED or unsettled and max_steps > 0:
         return fit, evidence, ClientEstimate()
+    untold = evidence.two_classes or unsettled
     client = ClientEstimate(
         learning_rate=fit.point.eta,
-        learning_rate_error=None if evidence.two_classes or unsettled else rate_error,
+        learning_rate_error=None if untold or math.isnan(rate_error) else rate_error,
         local_steps=1,
         weight_decay=fit.point.decay if problem.decays else None,
     )
@@ -398,12 +399,16 @@ def _with_errors(layers: Sequence[stacks.Layer], x: torch.Tensor) -> torch.Tenso
 def _judge(
     seen: Observation, fit: GaussNewton, equations: int, plausible: bool
 ) -> tuple[Fit, float]:
-    """(the evidence, the standard error of η)."""
+    """(the evidence, the standard error of η; NaN where arithmetic does not tell it)."""
+    if not fit.fresh:  # errors are those at the image that was found
+        fit.refresh()
     point, curvature = fit.point, fit.final_curvature
     n = math.prod(seen.image_shape)
     equations = min(equations, n)
     coupled = curvature.solve(point.cross)
-    scale_covariance = torch.linalg.inv(point.scale - point.cross.T @ coupled)
+    of_scale = point.scale - point.cross.T @ coupled
+    separable = bool((torch.linalg.eigvalsh(of_scale) > 0).all())
+    scale_covariance = torch.linalg.inv(of_scale) if separable else of_scale * math.nan
     if curvature.variance is None:
         variance = torch.full_like(point.x[:n], math.nan)
         identifiable = equations
@@ -429,7 +434,7 @@ def _judge(
         counted=curvature.variance is not None,
         two_classes=seen.num_classes == 2,
     )
-    return evidence, point.eta * math.sqrt(abs(float(scale_covariance[0, 0])))
+    return evidence, point.eta * math.sqrt(float(scale_covariance[0, 0]))
 
 
 def _of_pixels(variance: torch.Tensor, seen: Observation) -> torch.Tensor:
