@@ -150,10 +150,13 @@ class Curvature:
         [n, m] -> N⁻¹ times it.
     variance
         [n] diagonal of N⁻¹ for the image, by (4) or (20); None where n is too large.
+    ridge
+        r' of (4), which is in the N that ``solve`` inverts.
     """
 
     solve: Callable[[torch.Tensor], torch.Tensor]
     variance: torch.Tensor | None
+    ridge: float = 1 / PRIOR_VARIANCE
 
 
 def curvature(
@@ -205,7 +208,7 @@ def curvature(
     variance = torch.cholesky_inverse(factor).diagonal()
     if ridge > 1 / PRIOR_VARIANCE and ridge * float(variance.sum()) > NEGLIGIBLE:
         variance = _without_the_raise(matrix, ridge)
-    return Curvature(lambda b: torch.cholesky_solve(b, factor), variance)
+    return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 
 def _without_the_raise(raised: torch.Tensor, ridge: float) -> torch.Tensor:
