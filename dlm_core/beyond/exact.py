@@ -7,8 +7,8 @@ A closed form starts a maximum-likelihood fit (``likelihood``) under the noise t
 (``rounding``): the client rounds W_{t+1} to its own precision, and computes its gradient in that
 precision. The curvature of the fit is the Fisher information (``information``), so it yields the
 Cramér-Rao bound; its χ² refutes the assumptions where another client's update would differ. Nothing
-here needs ground truth.
-Everything is float64, images are flat vectors [n], and each layer has one matrix (``stacks``).
+here needs ground truth. Everything is float64, images are flat vectors [n], and each layer has one
+matrix (``stacks``).
 """
 
 import math
@@ -194,8 +194,8 @@ def recover(
     Reconstruction
         Its evidence is a ``Fit``. Of the client it tells nothing where a fit of one step on one
         image does not explain the update (the closed form alone, ``max_steps=0``, still tells η),
-        and no error of η where χ² does not test it. η is that of
-        the mean cross-entropy: a loss with other weights multiplies it.
+        and no error of η where χ² does not test it. η is that of the mean cross-entropy: a loss
+        with other weights multiplies it.
 
     Raises
     ------

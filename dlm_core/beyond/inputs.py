@@ -22,7 +22,6 @@ tokens) has their rank; learned positions tell them apart (``positions``). A lay
 bias is used elsewhere as well is left out.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +34,16 @@ from torch import nn
 from dlm_core import check, records
 from dlm_core.beyond import lengths, positions, ratios
 from dlm_core.beyond.layer_input import LayerInput
-from dlm_core.beyond.moves import ARITHMETIC, EVEN, Move, Moved, moved_of, sign_like, to_levels
+from dlm_core.beyond.moves import (
+    ARITHMETIC,
+    EVEN,
+    ROUGH,
+    Move,
+    Moved,
+    moved_of,
+    sign_like,
+    to_levels,
+)
 from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import AWAY, NOISE, Loss, Traced, repeats
 from dlm_core.observation import TINY, Observation
@@ -223,8 +231,7 @@ def read(
         fixed = _fixed(traced, moved, after, found)
         found = [replace(each, confirmed=fixed.get(each.name) is True) for each in found]
     patches = _of_patches(traced, before, after, found)
-    others = (read(traced, model, before, after) for read in (_of_others, _of_adapters))
-    return [*itertools.chain(*others), *patches, *found]
+    return [*_of_others(traced, model, before, after), *patches, *found]
 
 
 def _moved(
@@ -246,18 +253,14 @@ def _of_others(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
 ) -> list[LayerInput]:
-    """The same of weights that are no linear layer's and are used as one's."""
+    """The same of weights that are no linear layer's and are used as one's; without a bias, such as
+    an adapter's, of those that see an image.
+    """
     found: dict[str, LayerInput] = {}
     for pair in ratios.pairs(model, traced.linear):
-        name, bias_s, columns = pair
-        weight, bias = moved_of(before, after, name), moved_of(before, after, bias_s)
-        if name in found or weight is None or bias is None:
-            continue
-        delta, variance = (ratios.oriented(each, columns) for each in weight[:2])
-        if not delta.any() or sign_like(delta):
-            continue
-        known = ratios.input_of(delta, bias.delta, variance, bias.variance)
-        if known is None:
+        name, bias, columns = pair
+        known = {} if name in found else _of_pair(pair, before, after)
+        if not known:
             continue
         try:
             taken = ratios.used_as_one(traced, pair, traced.probes)
@@ -265,69 +268,49 @@ def _of_others(
             taken = None
         if taken is None:
             continue
-        values, error = known
         traced.add(name, taken, steady=ratios.steady(traced, pair, taken))
         pixels = traced.is_pixels(name)
+        if bias is None and not pixels:
+            continue
+        weight, values = before[name], known["values"]
         found[name] = LayerInput(
             name=name.removesuffix(".weight"),
             features=len(values),
-            outputs=len(bias.delta),
-            rank=1,
+            outputs=weight.shape[1] if columns else len(weight),
             standing=1,
             rows=1,
             pixels=pixels,
             fixed=False,
-            values=values,
-            error=error,
-            signs=even(values, error),
-            image=traced.image_of(name, values) if pixels else None,
+            signs=even(values, known["error"]),
+            image=traced.image_of(name, values) if bias and pixels else None,
+            faint=None if bias else traced.faint(name, values),
+            **known,
         )
     return list(found.values())
 
 
-def _of_adapters(
-    traced: Traced,
-    model: nn.Module,
-    before: Mapping[str, torch.Tensor],
-    after: Mapping[str, torch.Tensor],
-) -> list[LayerInput]:
-    """The image, up to its length, of matrices that no bias goes with, such as an adapter's."""
-    found: dict[str, LayerInput] = {}
-    for name, columns in ratios.without_bias(model, traced.linear):
-        moved = moved_of(before, after, name)
-        if name in found or moved is None or not moved.delta.any():
-            continue
-        delta, variance, old = (ratios.oriented(each, columns) for each in moved[:3])
-        move = Move.of(Moved(delta, variance, old), None)
-        if not move.one or sign_like(move.delta):
-            continue
-        try:
-            taken = ratios.directions(traced, name, columns, traced.probes)
-        except Exception:  # whatever a user's network raises
-            taken = None
-        if taken is None:
-            continue
-        traced.add(name, taken, steady=True)
-        along, error = _direction(move, move.delta.shape[1])
-        if not traced.is_pixels(name) or not error < 1:
-            continue
-        values = along / along.norm()
-        found[name] = LayerInput(
-            name=name.removesuffix(".weight"),
-            features=len(values),
-            outputs=len(move.delta),
-            rank=move.rank,
-            standing=move.standing,
-            rows=1,
-            pixels=True,
-            fixed=False,
-            values=values,
-            error=error,
-            scaled=False,
-            signs=even(values, error),
-            faint=traced.faint(name, values),
-        )
-    return list(found.values())
+def _of_pair(
+    pair: ratios.Pair, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What the move of a weight, with its bias or without, says of one vector that it was
+    multiplied with; nothing where it was not one.
+    """
+    name, bias_s, columns = pair
+    weight = moved_of(before, after, name)
+    if weight is None or not weight.delta.any() or sign_like(weight.delta):
+        return {}
+    delta, variance, old = (ratios.oriented(each, columns) for each in weight[:3])
+    if bias_s is not None:
+        bias = moved_of(before, after, bias_s)
+        known = bias and ratios.input_of(delta, bias.delta, variance, bias.variance)
+        return {"values": known[0], "error": known[1], "rank": 1} if known else {}
+    if ratios.direction(delta)[1] > ROUGH:
+        return {}
+    move = Move.of(Moved(delta, variance, old), None)
+    along, error = _direction(move, delta.shape[1])
+    if not (move.one and error < 1):
+        return {}
+    return {"values": along / along.norm(), "error": error, "rank": move.rank, "scaled": False}
 
 
 def _of_patches(

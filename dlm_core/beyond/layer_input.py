@@ -203,8 +203,8 @@ class LayerInput:
             return None
         what = "image" if self.pixels else "input"
         many = len(self.shared) > 1
-        mixed = " or mixture" * self.combined
-        shown = f"{len(self.shared)} {what}s{mixed}{'s' * self.combined}" if many else f"an {what}"
+        kinds = " or ".join(f"{each}s" for each in (what, *["mixture"] * self.combined))
+        shown = f"{len(self.shared)} {kinds}" if many else f"an {what}"
         moved = ", ".join(str(each.outputs) for each in self.shared)
         mean = "a sum or a difference" if self.combined else "a mean"
         return (

@@ -2,6 +2,7 @@
 then the update is known to half a level and no better.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,8 @@ def of_layer(
         [outputs] the same of its bias. Of an image of few grey values each row has levels as well,
         and so they are believed where the bias has levels, too, or speaks of others.
     """
-    (step, zero), (own, zero_s) = (
-        (whole, 0.0) if (whole := _step(*each)) else _of_range(*each)
-        for each in ((delta, variance), (bias, of_bias))
-    )
+    step, zero = _grid(delta, variance)
+    own, zero_s = _grid(bias, of_bias)
     added = torch.full_like(bias, own**2 / 12)
     if step:
         return Levels(torch.full_like(delta, step**2 / 12), added, zeros=(zero, zero_s))
@@ -73,38 +72,48 @@ def of_layer(
     return Levels(of_weight, added, shared)
 
 
+def _grid(delta: torch.Tensor, variance: torch.Tensor) -> tuple[float, float]:
+    """(the step of a grid on which all numbers lie, its level that stands for 0); zeros where there
+    is none. The grid has 0 in it, or goes from the lowest number to the highest.
+    """
+    step = _step(delta, variance)
+    if step or not delta.numel():
+        return step, 0.0
+    low, high = float(delta.min()), float(delta.max())
+    step = _finest(delta - low, variance, high - low, RANGES)
+    if not step:
+        return 0.0, 0.0
+    zero = low + round(-low / step) * step
+    sizes = ((delta - zero) / step).round().abs()
+    different = len(sizes[sizes > 0].unique())  # those of signs are of one size
+    return (step, zero) if different >= DIFFERENT else (0.0, 0.0)
+
+
 def _step(delta: torch.Tensor, variance: torch.Tensor) -> float:
     """The step of a grid with 0 in it on which all numbers lie; 0 where there is none."""
-    moved = (delta != 0).flatten()
-    sizes, noise = (each.flatten()[moved] for each in (delta.abs(), NOISE * variance.sqrt()))
-    if len(sizes) < FEWEST:
+    moved = delta != 0
+    if not moved.any():
         return 0.0
-    largest = float(sizes.max())
+    sizes = delta[moved].abs()
+    return _finest(sizes, variance[moved], float(sizes.max()), LEVELS)
+
+
+def _finest(
+    sizes: torch.Tensor, variance: torch.Tensor, largest: float, levels: Sequence[int]
+) -> float:
+    """The step of which all ``sizes`` are multiples and ``largest`` is so many; 0 where it is not
+    so, or they are few.
+    """
+    sizes, noise = sizes.flatten(), NOISE * variance.sqrt().flatten()
+    if len(sizes) < FEWEST or not largest > 0:
+        return 0.0
     noise = noise + noise.max() + ARITHMETIC * largest  # the largest is rounded as well
     few = slice(FEWEST)
-    for step in (largest / levels for levels in LEVELS):
+    for step in (largest / number for number in levels):
         if all(_on_grid(sizes[part], noise[part], step) for part in (few, slice(None))):
             different = (sizes / step).round().unique()
             return step if len(different) >= DIFFERENT else 0.0
     return 0.0
-
-
-def _of_range(delta: torch.Tensor, variance: torch.Tensor) -> tuple[float, float]:
-    """(the step of a grid from the lowest number to the highest on which all numbers lie, its level
-    that is nearest to 0); zeros where there is none.
-    """
-    low, high = float(delta.min()), float(delta.max())
-    if delta.numel() < FEWEST or not high > low:
-        return 0.0, 0.0
-    above, noise = (delta - low).flatten(), NOISE * variance.sqrt().flatten()
-    noise = noise + noise.max() + ARITHMETIC * (high - low)  # the ends are rounded as well
-    few = slice(FEWEST)
-    for step in ((high - low) / levels for levels in RANGES):
-        if not all(_on_grid(above[part], noise[part], step) for part in (few, slice(None))):
-            continue
-        if len((above / step).round().unique()) >= DIFFERENT:
-            return step, low + round(-low / step) * step
-    return 0.0, 0.0
 
 
 def _on_grid(sizes: torch.Tensor, noise: torch.Tensor, step: float) -> bool:

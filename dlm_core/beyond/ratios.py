@@ -28,11 +28,13 @@ NUMBERS = 2**24  # of them all, at most: of more rows those that moved most
 SKETCH = 16  # numbers of each by which like ones are sought
 ANY = 1e-6  # how nearly a gradient in float64 is its bias's times one vector
 
-Pair = tuple[str, str, bool]  # a weight, its bias, and whether its columns are the outputs
+Pair = tuple[str, str | None, bool]  # a weight, its bias, and whether its columns are the outputs
 
 
 def pairs(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[Pair]:
-    """Weights that no ``known`` layer has, each with the biases beside it that fit its outputs."""
+    """Weights that no ``known`` layer has, each with the biases beside it that fit its outputs; a
+    matrix without any, such as an adapter's, with either side as its outputs.
+    """
     parameters = dict(model.named_parameters())
     taken = {f"{name}.weight" for name in known}
     for name, weight in parameters.items():
@@ -40,30 +42,35 @@ def pairs(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[Pair]:
             continue
         place = name.rpartition(".")[0]
         rows, columns = weight.flatten(1).shape
+        fitting: list[Pair] = []
         for other, bias in parameters.items():
             if bias.ndim != 1 or len(bias) < 2 or other.rpartition(".")[0] != place:
                 continue
             if len(bias) == rows:
-                yield name, other, False
+                fitting.append((name, other, False))
             elif len(bias) == columns and weight.ndim == 2:
-                yield name, other, True
-
-
-def without_bias(model: nn.Module, known: Mapping[str, nn.Linear]) -> Iterator[tuple[str, bool]]:
-    """Matrices that no ``known`` layer has and no bias goes with, such as an adapter's; each once
-    with its rows as the outputs, and once with its columns.
-    """
-    taken = {f"{name}.weight" for name in known} | {name for name, *_ in pairs(model, known)}
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and name not in taken:
-            yield name, False
-            yield name, True
+                fitting.append((name, other, True))
+        either: list[Pair] = [(name, None, False), (name, None, True)]
+        yield from fitting or (either if weight.ndim == 2 else [])
 
 
 def ratio(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, float]:
     """(r [features], how far a weight [outputs, features] is from ``bias`` times r, relatively)."""
     r = bias @ weight / bias.square().sum()
     return r, float((weight - bias[:, None] * r).norm() / weight.norm())
+
+
+def direction(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(r [features] of length 1, how far a weight [outputs, features] is from multiples of r,
+    relatively), r the direction of its largest row, turned so that its numbers add up to 0 or more;
+    0 of a weight of zeros.
+    """
+    row = weight[weight.norm(dim=1).argmax()]
+    if not row.any():
+        return row, 0.0
+    r = row / row.norm()
+    left = (weight - torch.outer(weight @ r, r)).norm() / weight.norm()
+    return -r if r.sum() < 0 else r, float(left)
 
 
 def oriented(weight: torch.Tensor, columns: bool) -> torch.Tensor:
@@ -242,44 +249,20 @@ def used_as_one(
     traced: Traced, pair: Pair, probes: torch.Tensor, *, train: bool = False, seed: int = 0
 ) -> torch.Tensor | None:
     """[N, features], what the weight is multiplied with for each of the ``probes`` [N, pixels];
-    None where its gradient is another than its bias's times one vector.
+    without a bias the direction of that, as long as the probe. None where its gradient is another
+    than its bias's times one vector, or has more than one direction.
     """
     name, bias, columns = pair
     found = []
     for number, probe in enumerate(probes):
         image = probe.reshape(1, *traced.shape)
-        of_weight, of_bias = traced.gradients(name, bias, image, train=train, seed=seed + number)
-        delta = oriented(of_weight, columns)
-        if not of_bias.any():
+        grads = traced.gradients(name, bias, image, train=train, seed=seed + number)
+        delta = oriented(grads[0], columns)
+        unmoved = not grads[1].any() if bias else bool(probe.any()) and not delta.any()
+        r, left = ratio(delta, grads[1]) if bias else direction(delta)
+        if unmoved or delta.any() and left > ANY:
             return None
-        r, left = ratio(delta, of_bias)
-        if delta.any() and left > ANY:
-            return None
-        found.append(r)
-    return torch.stack(found)
-
-
-def directions(
-    traced: Traced, name: str, columns: bool, probes: torch.Tensor
-) -> torch.Tensor | None:
-    """[N, features], what a weight without bias is multiplied with for each of the ``probes``
-    [N, pixels], as long as these; None where its gradient has more than one direction.
-    """
-    found = []
-    for probe in probes:
-        (gradient,) = traced.gradients(name, None, probe.reshape(1, *traced.shape))
-        delta = oriented(gradient, columns)
-        row = delta[delta.norm(dim=1).argmax()]
-        if not row.any():
-            if probe.any():
-                return None
-            found.append(row)
-            continue
-        unit = row / row.norm()
-        if (delta - torch.outer(delta @ unit, unit)).norm() > ANY * delta.norm():
-            return None
-        unit = -unit if unit.sum() < 0 else unit
-        found.append(unit * probe.norm())
+        found.append(r if bias else r * probe.norm())
     return torch.stack(found)
 
 

@@ -15,13 +15,8 @@ from dlm_core.harness.belief import Audit, attack_of
 from dlm_core.results import Reconstruction
 
 SCHEMA = "dlm-audit/1"
-PICTURES = (
-    "values",
-    "shared",
-    "image",
-    "images",
-    "faint",
-)  # of a layer: its inputs, and images by them
+# Of a layer: its inputs, and images by them.
+PICTURES = {"values", "shared", "image", "images", "faint"}
 
 
 @check.arguments

@@ -1,5 +1,5 @@
-"""The first look at an update, before any attack: what it shows without one,
-and what kind of client it may come from.
+"""The first look at an update, before any attack: what it shows without one, and what kind of
+client it may come from.
 """
 
 import math

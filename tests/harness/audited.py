@@ -29,6 +29,12 @@ def linear(inputs, outputs, **options):
     return lambda: nn.Linear(inputs, outputs, **options)
 
 
+def photograph():
+    """One picture in colour, of one of ten classes."""
+    image, label, *_ = data.load("cifar100", n=1, source="bundled")
+    return image, label % 10
+
+
 def psnr(found, image):
     return metrics.psnr(found.double(), image.double(), data_range=1.0)
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlm_core import data
 from dlm_core.beyond import inputs
 from dlm_core.harness import clues
+from dlm_core.harness.look import first_look
+from dlm_core.observation import observe
 from tests.harness.audited import (
     IMAGES,
     LABELS,
@@ -17,6 +18,7 @@ from tests.harness.audited import (
     asked,
     linear,
     network,
+    photograph,
     psnr,
     seeded,
     snapshots,
@@ -25,11 +27,6 @@ from tests.harness.audited import (
 
 LAYERS = (linear(64, 64), nn.ReLU, linear(64, 10))
 COLOUR = (3, 16, 16)
-
-
-def photo():
-    images, labels, *_ = data.load("cifar100", n=1, source="bundled")
-    return F.avg_pool2d(images, 2), labels % 10
 
 
 def clamped(limit):
@@ -63,7 +60,8 @@ def test_an_image_is_read_from_the_weights_that_were_not_changed_after_the_step(
 
 
 def test_numbers_on_which_entries_do_not_agree_are_counted_and_the_others_right(tmp_path):
-    image, label = photo()
+    image, label = photograph()
+    image = F.avg_pool2d(image, 2)
     model = network(linear(768, 64), nn.ReLU, linear(64, 10))
     sent = changed_after(snapshots(model, image, label), clamped(0.026))
     found = asked(model, sent, tmp_path, image_shape=COLOUR, attack="division")
@@ -105,6 +103,12 @@ def test_an_adapter_shows_the_image_up_to_its_length(image, tmp_path):
     assert found.verdict == "partly" and not found["division"].vouched.any()
     assert psnr(found["division"].images, private / private.max()) > 90
     assert "layer '1.down' (the image, 64 numbers)" in found.look.layers[0].sentence
+
+
+def test_an_adapter_that_training_shows_another_image_shows_none():
+    model = network(lambda: nn.Dropout(0.3), lambda: Adapted(64, 32), nn.ReLU, linear(32, 10))
+    layers = inputs.read(model, snapshots(model)[1], SHAPE)
+    assert not any(each.pixels and each.values is not None for each in layers)
 
 
 def test_an_adapter_of_a_batch_shows_no_image():
@@ -172,9 +176,6 @@ def test_a_step_of_gradients_is_not_called_one_of_rmsprop():
     labels = torch.zeros(1, 10)
     labels[0, [2, 7]] = 1
     sent = snapshots(model, targets=labels, loss=F.binary_cross_entropy_with_logits)
-    from dlm_core.harness.look import first_look
-    from dlm_core.observation import observe
-
     look = first_look(observe(model, *sent, SHAPE), 1, {})
     assert look.layers[-1].linear and look.optimizer == "several steps"
 

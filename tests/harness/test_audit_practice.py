@@ -19,6 +19,7 @@ from tests.harness.audited import (
     asked,
     linear,
     network,
+    photograph,
     psnr,
     seeded,
     sgd,
@@ -29,12 +30,6 @@ from tests.networks import Tutorial
 
 MLP = (linear(64, 32), nn.ReLU, linear(32, 10))
 COLOUR = (3, 32, 32)
-
-
-def photograph():
-    """One picture in colour, of one of ten classes."""
-    image, label, *_ = data.load("cifar100", n=1, source="bundled")
-    return image, label % 10
 
 
 def test_a_frozen_head_takes_nothing_from_the_layers_in_front_of_it(tmp_path):
