@@ -100,7 +100,8 @@ def infer(
     for _ in range(ROUNDS):
         p = _mean_output(logits, shares, rate / local_steps * (h @ h + 1), local_steps)
         counts = num_images * (p - d_bias / rate)
-        if not counts.isfinite().all():
+        images = counts.clamp(min=0).sum()  # near num_images, where any counts fit
+        if not (counts.isfinite().all() and 0 < images < torch.inf):
             raise Untold(
                 "no counts of labels fit the move of the last layer's bias under cross-entropy of "
                 "a softmax, so labels cannot be read off it: give them"

@@ -6,6 +6,7 @@ gives Δ = η·g.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from functools import cached_property
@@ -229,7 +230,7 @@ def _unchanged(model: nn.Module, after: StateDict) -> Unchanged:
 def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear]:
     """Return (name, layer) of the ``nn.Linear`` whose output the network returns as class scores.
 
-    One grey image is sent through a copy of the network in eval mode, and every linear layer's
+    One image is sent through a copy of the network in eval mode, and every linear layer's
     output is compared with the network's; where none is it (scores are transformed once more), the
     last one called is taken.
 
@@ -255,7 +256,7 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
 def _linear_layers(
     model: nn.Module, image_shape: Sequence[int]
 ) -> tuple[list[tuple[str, nn.Linear, torch.Tensor]], torch.Tensor]:
-    """([(name, layer, its output)] as a grey image calls them, what the network returns); of a
+    """([(name, layer, its output)] as one image calls them, what the network returns); of a
     copy, in eval mode.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
@@ -267,10 +268,11 @@ def _linear_layers(
             )
     floating = (p for p in model.parameters() if p.is_floating_point())
     like = next(floating, torch.zeros(()))
-    grey = torch.full((1, *image_shape), 0.5).to(like)
+    # from black to white: of a constant image, standardisation by its own spread leaves NaN
+    ramp = torch.linspace(0, 1, math.prod(image_shape)).reshape(1, *image_shape).to(like)
     try:
         with torch.no_grad(), own_generator(device=like.device):
-            returned = traced(grey)
+            returned = traced(ramp)
     except Exception as error:  # whatever a user's network raises
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -1,5 +1,6 @@
 """What an observer holds, and the last layer that is found by tracing the network."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -152,3 +153,43 @@ def test_no_labels_of_a_batch_are_read_where_every_bias_rose():
     seen = observe(model, model.state_dict(), after, (1, 8, 8))
     with pytest.raises(ValueError, match="labels cannot be read off it: give them"):
         label_inference.infer(seen, 2)
+
+
+@pytest.mark.parametrize("num_images", [2, 24])
+@pytest.mark.parametrize("rows_as", [1.0, -1.0])
+@pytest.mark.parametrize("signs", ["as they are", "positive", "negative"])
+def test_whatever_the_last_layer_did_a_batch_has_its_labels_or_a_sentence(
+    num_images, rows_as, signs
+):
+    """As of updates with gaps, or of other losses."""
+    model = models.build("mlp", (1, 8, 8), 10)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        move = torch.randn(10, generator=generator)
+        move *= torch.rand(10, generator=generator) < 0.8
+        move *= 10 ** (4 * torch.rand(1, generator=generator) - 3)
+        if signs != "as they are":
+            move = move.abs() * (1 if signs == "positive" else -1)
+        after = copy.deepcopy(model.state_dict())
+        *_, weight, bias = after
+        after[bias] -= move
+        after[weight] -= rows_as * move[:, None] * torch.rand(1, generator=generator)
+        seen = observe(model, model.state_dict(), after, (1, 8, 8))
+        with contextlib.suppress(label_inference.Untold):
+            assert len(label_inference.infer(seen, num_images)) == num_images
+
+
+class Standardised(nn.Module):
+    """Each image to mean 0 and standard deviation 1, of itself."""
+
+    def forward(self, x):
+        mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+        return (x - mean) / std
+
+
+def test_the_label_is_read_behind_an_image_s_standardisation(client):
+    images, labels = client
+    model = nn.Sequential(Standardised(), models.build("mlp", tuple(images.shape[1:]), 10))
+    seen = federated.train_locally(model, images, labels, learning_rate=0.1)
+    assert seen.has_class_scores
+    assert label_inference.infer(seen).tolist() == labels.tolist()

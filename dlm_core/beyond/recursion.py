@@ -214,11 +214,12 @@ def cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
     The ridge is the prior's precision, or more where rounding demands it.
     """
     ridge = max(1 / PRIOR_VARIANCE, RIDGE * float(matrix.trace()))
+    matrix.diagonal().add_(ridge)
     for _ in range(10):
-        matrix.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             break
+        matrix.diagonal().add_(9 * ridge)
         ridge *= 10
     return factor, ridge
 
