@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from dlm_core import check, records
-from dlm_core.beyond import lengths, positions, ratios
+from dlm_core.beyond import lengths, positions, ratios, witnesses
 from dlm_core.beyond.layer_input import LayerInput
 from dlm_core.beyond.moves import (
     ARITHMETIC,
@@ -45,7 +45,8 @@ from dlm_core.beyond.moves import (
     to_levels,
 )
 from dlm_core.beyond.rounding import Transmitted, precision_of
-from dlm_core.beyond.tracing import AWAY, NOISE, Loss, Traced, repeats
+from dlm_core.beyond.tracing import AWAY, NOISE, Traced
+from dlm_core.beyond.turning import Loss, repeats, tells_apart
 from dlm_core.observation import TINY, Observation
 from dlm_core.results import Evidence, Explains, Reconstruction, Status
 
@@ -334,7 +335,7 @@ def _of_patches(
         if not traced.is_pixels(patches.weight):
             continue
         image = traced.image_of(patches.weight, solved.values)
-        confirmed = solved.open == 0 and traced.agrees(image, later)
+        confirmed = solved.open == 0 and witnesses.agree(traced, image, later)
         found.append(
             LayerInput(
                 name=patches.weight.removesuffix(".weight"),
@@ -376,10 +377,10 @@ def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
     """Whether later layers' inputs are not those of an image that a layer shows."""
     known, later = _known(layers), _later(layers)
     images = [each.image for each in known if each.image is not None and not each.untrained]
-    if any(traced.disagrees(image, later) for image in images):
+    if any(witnesses.disagree(traced, image, later) for image in images):
         return True
     inputs_s = [(name, values) for name, (values, scaled) in later.items() if scaled]
-    return any(traced.leads_elsewhere(name, values, later) for name, values in inputs_s)
+    return any(witnesses.leads_elsewhere(traced, name, values, later) for name, values in inputs_s)
 
 
 def _fixed(
@@ -426,7 +427,7 @@ def _compared(traced: Traced, shown: LayerInput, layers: Sequence[LayerInput]) -
         for each in layers
         if each.values is not None and not each.pixels and each.rows == 1
     }
-    if shown.untrained or traced.contradicts(shown.image, later):
+    if shown.untrained or witnesses.contradict(traced, shown.image, later):
         return replace(shown, untrained=True, alone=False)
     return shown
 
@@ -538,7 +539,7 @@ def _input(traced: Traced, name: str, move: Move, loss: Loss) -> dict[str, Any]:
     error = math.hypot(error, move.beside, of_unit if scaled else 0.0)
     signs, one_row = even(values, error), int(move.delta.any(1).sum()) == 1
     one = move.rank == 1 and scaled and not signs and not one_row
-    single = one and traced.tells_apart(name, values, left, move.hidden, loss)
+    single = one and tells_apart(traced, name, values, left, move.hidden, loss)
     centred = _without_mean(values, error) and traced.has_mean(name)
     return {
         "values": values,
@@ -573,7 +574,7 @@ def _without_mean(values: torch.Tensor, error: float) -> bool:
 def _apart(traced: Traced, name: str, values: torch.Tensor, move: Move, loss: Loss) -> float:
     """``LayerInput.mixed``."""
     least, greatest = traced.apart(name)
-    if least >= AWAY or traced.tells_apart(name, values, move.left, move.hidden, loss, least):
+    if least >= AWAY or tells_apart(traced, name, values, move.left, move.hidden, loss, least):
         return 0.0
     return greatest
 

@@ -1,5 +1,5 @@
-"""A network whose linear layers tell what passes through them: what of an image stands in their
-input, and whether their update tells one input from several.
+"""A network whose linear layers tell what passes through them, and what of an image stands in their
+input.
 """
 
 import contextlib
@@ -8,34 +8,21 @@ import functools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from dlm_core.beyond import priors
 from dlm_core.observation import TINY, scores
 from dlm_core.threads import own_generator
 
 NOISE = 3.0  # singular values up to so many times what rounding of the weights leaves are noise
-NEAR = 1e-4  # how far inputs are moved, over their own size, to see how δ turns
-NEAR32 = 1e-2  # the same in float32
-TURNS = 1e-4  # the angle that δ turns by, over how far its input moved, from which two show as two
+CENTRED = 1e-4  # of an input's length, the sum of its numbers that is none
 AWAY = 0.1  # how far inputs are moved to see whether rounding would hide that δ turns
 DRAWN = 8  # images, as smooth as natural ones, whose inputs tell how far two of them are apart
-HIDDEN = 40.0  # times the relative size below which rounding hides a direction: what δ turns by
-PROBES = 4
-ABSENT, ALIKE = 1e-3, 0.99  # of two inputs: what is taken for zero, and the cosine of the same
-SAME = 0.02  # of two inputs, relative: what half precision leaves between them, and more
-LEVELS = 4  # numbers of a δ to each size that it has, where a loss's slopes are constant
-FITS = 0.999  # cosine of δ with the update's, from which a label is taken for the client's
-FITS_EXACTLY = 1 - 5e-7  # the same where nothing else speaks of the loss: 0.1 % of δ's length
-
-
-T = TypeVar("T")
 
 
 class _Map(NamedTuple):
@@ -52,21 +39,6 @@ class _Map(NamedTuple):
     position: torch.Tensor
     factor: torch.Tensor
     constant: torch.Tensor
-
-
-class Loss(NamedTuple):
-    """What the last layer's move says of the client's loss.
-
-    Attributes
-    ----------
-    seen
-        Whether that layer moved.
-    slopes
-        [K] the loss's slopes in the scores, where they are the same for any images of a class.
-    """
-
-    seen: bool
-    slopes: torch.Tensor | None = None
 
 
 class Passed(NamedTuple):
@@ -111,13 +83,12 @@ class Traced:
         self.generator = torch.Generator().manual_seed(0)
         grey = self.grey()
         try:
-            passed = self._pass(grey)
+            passed = self.passed(grey)
         except Exception:  # of a user's network that makes float32 of its own
             self.dtype = next(model.parameters()).dtype
             self.model.to(self.dtype)
             self.model.load_state_dict(model.state_dict())
-            passed = self._pass(grey)
-        self.near = NEAR if self.dtype == torch.float64 else NEAR32
+            passed = self.passed(grey)
         once = {n: each[0] for n, each in passed.items() if len(each) == 1}
         self.fixed: set[str] = set()
         shared = self._used_elsewhere(once) | self._used_elsewhere(once, train=True)
@@ -185,7 +156,7 @@ class Traced:
         given: list[torch.Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, args: given.append(args[0].double()))
         try:
-            self._pass(image)
+            self.passed(image)
         except Exception:  # whatever a user's network raises
             return None
         finally:
@@ -197,7 +168,7 @@ class Traced:
     ) -> Passed:
         """To what inputs [N, features] of a layer lead."""
         with self.instead(name, given):
-            passed = self._pass(self.grey(len(given)), train=train, seed=seed)
+            passed = self.passed(self.grey(len(given)), train=train, seed=seed)
         inputs = {each: x[0].flatten(1) for each, x in passed.items() if len(x) == 1}
         return Passed(inputs, scores(self.returned).double().flatten(1))
 
@@ -208,13 +179,13 @@ class Traced:
         draw = torch.Generator().manual_seed(0)
         noise = torch.rand(1, *self.shape, generator=draw, dtype=torch.float64)
         with self.instead(name, values[None]):
-            one, two = (self._pass(images) for images in (self.grey(), noise))
+            one, two = (self.passed(images) for images in (self.grey(), noise))
         order = list(self.layers)  # in front of it inputs may be the same for both images as well
         later = order[order.index(name) :]
         both = one.keys() & two.keys()
         return {each for each in later if each in both and torch.equal(one[each][0], two[each][0])}
 
-    def _pass(
+    def passed(
         self, images: torch.Tensor, *, train: bool = False, grad: bool = False, seed: int = 0
     ) -> dict[str, list[torch.Tensor]]:
         """{layer: what passed through it}, in eval mode, or in the one the client trains in."""
@@ -261,10 +232,10 @@ class Traced:
         noise = torch.rand(count, *self.shape, generator=self.generator, dtype=torch.float64)
         try:
             self._train(True)
-            passed = self._pass(noise, train=train, grad=True)
+            passed = self.passed(noise, train=train, grad=True)
             seen = {name: each[0] for name, each in passed.items()}
             self.fixed = {name for name, each in seen.items() if not each.requires_grad}
-            total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
+            total = torch.stack([(each * slope(each)).sum() for each in _tensors(self.returned)])
             wanted = [*added.values(), *parameters]
             grads = torch.autograd.grad(total.sum(), wanted, allow_unused=True)
         finally:
@@ -342,72 +313,6 @@ class Traced:
         image = -image if image.sum() < 0 else image
         return image / image.max() if image.max() > 0 else None
 
-    def contradicts(self, image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Whether an image gives other inputs of later layers than these, which are known up to
-        their length; where ReLU left nothing, and where chance reaches in training, they say
-        nothing.
-        """
-        passes, sure = self._without_chance(image, inputs)
-        return bool(sure) and not any(
-            all(_alike(passed[name][0].flatten(), each) for name, each in sure.items())
-            for passed in passes
-        )
-
-    def disagrees(
-        self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
-    ) -> bool:
-        """Whether later layers saw what another image leaves, by more than half precision explains;
-        layers that chance reaches in training say nothing.
-
-        Parameters
-        ----------
-        image
-            [1, C, H, W].
-        inputs
-            {later layer: (its input, whether its length is known)}.
-        """
-        passes, sure = self._without_chance(image, inputs)
-        return bool(sure) and not _any_leaves(passes, sure)
-
-    def agrees(self, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]) -> bool:
-        """Whether there are such layers, and they saw what this image leaves."""
-        passes, sure = self._without_chance(image, inputs)
-        return bool(sure) and _any_leaves(passes, sure)
-
-    def _without_chance(
-        self, image: torch.Tensor, inputs: Mapping[str, T]
-    ) -> tuple[list[dict[str, list[torch.Tensor]]], dict[str, T]]:
-        """(what passes through the layers, as the client trained and as its network answers; those
-        ``inputs`` that chance does not reach).
-        """
-        answered = self._pass(image)
-        try:
-            train, again = (self._pass(image, train=True, seed=seed) for seed in (0, 1))
-        except Exception:  # one image in batch norm
-            train = again = answered
-        every = train.keys() & again.keys() & answered.keys()
-        sure = {
-            name: each
-            for name, each in inputs.items()
-            if name in every and train[name][0].equal(again[name][0])
-        }
-        return [train, answered], sure
-
-    def leads_elsewhere(
-        self,
-        name: str,
-        values: torch.Tensor,
-        inputs: Mapping[str, tuple[torch.Tensor, bool]],
-    ) -> bool:
-        """The same of what a layer's input leaves behind it."""
-        try:
-            behind = self.behind(name, values) - {name}
-            with self.instead(name, values[None]):
-                later = {each: inputs[each] for each in behind if each in inputs}
-                return bool(later) and self.disagrees(self.grey(), later)
-        except Exception:  # whatever a user's network raises
-            return False
-
     def gradients(
         self,
         weight: str,
@@ -428,8 +333,8 @@ class Traced:
             for each in given:
                 each.copy_(torch.randn(each.shape, generator=draw))
             self._train(True)
-            self._pass(image, train=train, grad=True, seed=seed)
-            total = torch.stack([(each * _slope(each)).sum() for each in _tensors(self.returned)])
+            self.passed(image, train=train, grad=True, seed=seed)
+            total = torch.stack([(each * slope(each)).sum() for each in _tensors(self.returned)])
             grads = torch.autograd.grad(total.sum(), [parameters[weight], *given])
         finally:
             self._train(False)
@@ -500,7 +405,7 @@ class Traced:
         def each(start: int, *, train: bool) -> dict[str, list[torch.Tensor]]:
             passed = []
             for i, image in enumerate(images):
-                passed.append(self._pass(image[None], train=train, seed=start + i))
+                passed.append(self.passed(image[None], train=train, seed=start + i))
                 drawn.update(self.by_chance)
             return {
                 name: [one[name][0].flatten() for one in passed]
@@ -513,14 +418,14 @@ class Traced:
             in_training = each(len(images), train=True)
         except Exception:  # batch norm, which takes no statistic of one image
             try:
-                passed = self._pass(images, train=True, seed=len(images))
+                passed = self.passed(images, train=True, seed=len(images))
             except Exception:  # a network that asks for more in training: what it does is not known
                 return {}
             drawn.update(self.by_chance)
             in_training = {name: list(passed[name][0].flatten(1)) for name in names & passed.keys()}
         alone = {name: torch.stack(inputs) for name, inputs in in_eval.items()}
         try:
-            passed = self._pass(images)
+            passed = self.passed(images)
             together = {name: passed[name][0].flatten(1) for name in names & passed.keys()}
         except Exception:  # a network that takes one image
             together = alone
@@ -553,7 +458,7 @@ class Traced:
             passed = [each[name].flatten() for each in self._drawn]
         except Exception:  # whatever a user's network raises
             return False
-        return all(bool(x.sum().abs() > NEAR * x.norm()) for x in passed)
+        return all(bool(x.sum().abs() > CENTRED * x.norm()) for x in passed)
 
     @functools.cached_property
     def _drawn(self) -> list[dict[str, torch.Tensor]]:
@@ -561,145 +466,13 @@ class Traced:
         draw = torch.Generator().manual_seed(0)
         to_images, _ = priors.root("smooth", self.shape)
         white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
-        passes = (self._pass((0.5 + to_images(each)).clamp(0, 1)) for each in white)
+        passes = (self.passed((0.5 + to_images(each)).clamp(0, 1)) for each in white)
         return [{name: given[0] for name, given in each.items()} for each in passes]
-
-    def tells_apart(
-        self,
-        name: str,
-        values: torch.Tensor,
-        left: torch.Tensor,
-        hidden: float,
-        loss: Loss,
-        away: float = AWAY,
-    ) -> bool:
-        """Whether δ turns where this input changes: then two inputs would show as two. It does not
-        in a network of one output, or of two classes, whose units are switched and not smooth, and
-        where the scores are so far apart that the softmax has saturated. And whether it turns by
-        so much that it is not ``hidden`` by rounding: the relative size of a direction that is,
-        where the inputs are so far ``away``, relative to their size.
-        Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
-        Of a loss of constant slopes δ turns only where the network between does.
-        """
-        noise = torch.randn(PROBES, len(values), generator=self.generator, dtype=torch.float64)
-        one = torch.ones_like(noise[:1])
-        given = values * torch.cat([one, 1 + self.near * noise, 1 + away * noise]).to(values)
-        try:
-            signals = self._signals(name, given, left, loss)
-            enough = FITS if loss.seen else FITS_EXACTLY
-            fits = [s for s in signals if F.cosine_similarity(s[0], left, 0).abs() > enough]
-            if not fits and repeats(left, hidden):  # a loss of constant slopes, for any images
-                return False
-            turned = torch.stack([_turned(each) for each in fits or signals])
-        except Exception:  # a network that takes one image, or gives no gradient: nothing is known
-            return False
-        near, far = turned[:, :PROBES].amax(1), turned[:, PROBES:].amax(1)
-        turns = max(TURNS * self.near, 1e2 * torch.finfo(self.dtype).eps)
-        return bool((near > turns).all() and (far > HIDDEN * hidden).all())
-
-    def _signals(
-        self, name: str, given: torch.Tensor, left: torch.Tensor, loss: Loss
-    ) -> list[torch.Tensor]:
-        """dL/dz at the layer's output for each input [N, features], L the usual loss, or one of
-        constant slopes, which it may be as well where it was not seen; for the labels whose classes
-        have the highest scores and the lowest, since others turn no less, and for the class that
-        moved most where ``left`` is of the scores.
-        """
-        kept: dict[str, torch.Tensor] = {}
-
-        def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-            kept["output"] = output.detach().requires_grad_()
-            return kept["output"].clone()  # which the next layer may overwrite
-
-        hook = self.layers[name].register_forward_hook(keep)
-        self.model.eval()
-        try:
-            with (
-                self.instead(name, given),
-                torch.enable_grad(),
-                own_generator(seed=0, device=self.device),
-            ):
-                grey = self.grey(len(given)).to(self.device, self.dtype)
-                output = scores(self.model(grey)).flatten(1)
-                losses = [F.softplus(output).sum()]
-                slopes = loss.slopes
-                if slopes is not None and len(slopes) == output.shape[1]:
-                    losses = [(output @ slopes.to(output)).sum()]
-                elif output.shape[1] > 1:
-                    order = output[0].argsort()
-                    labels = {int(order[at]) for at in (0, -1, -2)}
-                    if len(left) == output.shape[1]:
-                        labels.add(int(left.abs().argmax()))
-                    losses = [
-                        F.cross_entropy(output, torch.full_like(output[:, 0], label).long())
-                        for label in sorted(labels)
-                    ]
-                if not loss.seen:
-                    losses.append((output * _slope(output[0])).sum())
-                return [
-                    torch.autograd.grad(each, kept["output"], retain_graph=True)[0]
-                    .double()
-                    .flatten(1)
-                    for each in losses
-                ]
-        finally:
-            hook.remove()
 
 
 def _same_state(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether no number was drawn in between."""
     return all(numpy.array_equal(a, b) for a, b in zip(one, other))
-
-
-def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    used = expected.abs() > ABSENT * expected.abs().max()
-    return bool(F.cosine_similarity(found[used], expected[used], 0).abs() > ALIKE)
-
-
-def _any_leaves(
-    passes: Iterable[Mapping[str, list[torch.Tensor]]],
-    inputs: Mapping[str, tuple[torch.Tensor, bool]],
-) -> bool:
-    """Whether these are the inputs of layers in one of the passes."""
-    return any(
-        all(_same(passed[name][0].flatten(), *each) for name, each in inputs.items())
-        for passed in passes
-    )
-
-
-def _same(found: torch.Tensor, expected: torch.Tensor, scaled: bool) -> bool:
-    """Whether two inputs are one but for half precision, and but for a factor where the length is
-    not known.
-    """
-    if not scaled:
-        expected = (found @ expected) / expected.square().sum() * expected
-    return bool((found - expected).norm() <= SAME * expected.norm())
-
-
-def repeats(signal: torch.Tensor, hidden: float) -> bool:
-    """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss: its
-    slopes are then the same for all images of a class. Below ``hidden`` rounding hides how they
-    differ.
-    """
-    sizes = (signal.abs() / signal.abs().max()).sort().values
-    sizes = sizes[sizes > NOISE * hidden]
-    if len(sizes) < 2:
-        return True
-    gaps = sizes.diff()
-    same = gaps < NOISE * hidden
-    if not same.double().mean() > 0.5:
-        return False
-    # of very many classes neighbours are near, whatever the loss: one size is as wide as rounding
-    group = torch.cat([same.new_zeros(1), ~same]).cumsum(0)
-    beyond = sizes - sizes[torch.searchsorted(group, group)] > NOISE * hidden
-    return bool(group[-1] + 1 + beyond.sum() <= max(3, len(sizes) // LEVELS))
-
-
-def _turned(signals: torch.Tensor) -> torch.Tensor:
-    """By how much each direction is another than the first, from 0 to 1."""
-    first = signals[0] / signals[0].norm()
-    beside = signals[1:] - (signals[1:] @ first)[:, None] * first
-    return (beside.norm(dim=1) / signals[1:].norm(dim=1)).nan_to_num()
 
 
 def _tensors(returned: Any) -> Iterator[torch.Tensor]:
@@ -715,6 +488,6 @@ def _tensors(returned: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
-def _slope(like: torch.Tensor) -> torch.Tensor:
+def slope(like: torch.Tensor) -> torch.Tensor:
     """Another number for each entry, so that none cancel."""
     return torch.linspace(1, 2, like.numel()).to(like).reshape(like.shape)

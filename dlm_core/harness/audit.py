@@ -9,70 +9,56 @@ well.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from dlm_core import check, records
 from dlm_core.arrays import ImageShape
-from dlm_core.beyond import inputs, layer_input, preprocessing, weighted
+from dlm_core.beyond import inputs, preprocessing
 from dlm_core.harness import (
     brightness,
-    clues,
     clusters,
     devices,
     files,
     leaks,
     levels,
     many_starts,
-    networks,
     pictures,
-    registry,  # noqa: F401, it fills the tables
+    plan,
+    wording,
     written,
 )
 from dlm_core.harness.about import About
 from dlm_core.harness.about import of as about_audit
 from dlm_core.harness.attempt import Attempt, attempt
 from dlm_core.harness.belief import (
-    AGREED,
-    EXPLAINED,
-    PARTLY,
     Audit,
     Belief,
-    attack_of,
     believe,
     settled,
 )
-from dlm_core.harness.foretell import MINUTES, SEARCHES, STARTS, STEPPED, Budget, NoTime
+from dlm_core.harness.foretell import MINUTES, SEARCHES, STEPPED, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
+from dlm_core.harness.plan import Run, tried
+from dlm_core.harness.received import Received, receive
 from dlm_core.harness.tables import counted
 from dlm_core.observation import Observation, Unchanged, find_head, observe
-from dlm_core.results import Explains, Reconstruction, SearchEvidence
-from dlm_core.weights import StateDict, check_finite
+from dlm_core.results import Explains, Reconstruction
 
-GRADES = ("explains little of the update", "explains the update in part", "explains the update")
 NO_RESULT = "no attack came to a result, which is no proof that nothing leaks"
-# Images that are looked for unasked.
-MOST_IMAGES = 16
 # Cosine of W_t and W_{t+1} below which these are no weights before and after training.
 NEAR = 0.2
 # How far from 1 a decay is that leaves something of the weights.
 APART = 0.1
 # Pixels of all images together, up to which an audit is tried: half a gigabyte in float64.
 PIXELS = 2**26
-
-
-def tried() -> dict[str, records.Attack]:
-    """The registered attacks that an audit tries, in their order: they need be told nothing."""
-    every = records.ATTACKS.values()
-    placed = [(each.audited, each) for each in every if each.audited is not None]
-    return {record.key: record for _, record in sorted(placed, key=lambda pair: pair[0])}
 
 
 @check.arguments
@@ -140,7 +126,7 @@ def audit(
     if normalise is not None:
         preprocessing.check_channels(normalise, image_shape[0])
     pictures.check_out(Path(out))
-    read = _read(before, after, model, image_shape, num_classes, normalise, placed)
+    read = receive(before, after, model, image_shape, num_classes, normalise, placed)
     asked: dict[str, Any] = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     asked |= {"num_images": num_images, "attack": attack, "client": client}
     asked |= {"normalise": normalise, "minutes": minutes, "device": device}
@@ -165,16 +151,11 @@ def audit(
     _check_near(read, look)
     label = leaks.of_label(seen, look)
     print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
-    plan = _plan(num_images, look) if attack == "all" else [(attack, num_images)]
-    options = _options(read, look, image_shape, client)
-    runs = [
-        Run(name, count, _call(read, seen, name, count, options.get(name, {})))
-        for name, count in plan
-    ]
+    runs = plan.runs(read, seen, look, attack=attack, num_images=num_images, client=client)
     found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
     found.notes[:0] = read.notes
     found.known.extend(filter(None, [label]))
-    found.untried.extend(_left_out(plan, found, attack))
+    found.untried.extend(plan.left_out(runs, found, attack))
     if found:
         best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
         _show(found, best, out, attack)
@@ -183,7 +164,7 @@ def audit(
     return _printed(found, about, read)
 
 
-def _printed(found: Audit, about: About, read: "_Read") -> Audit:
+def _printed(found: Audit, about: About, read: Received) -> Audit:
     """Print the verdict; the audit with what was asked, and what may hide more."""
     found = replace(found, about=about, caution=levels.HIDES if read.lost else None)
     if found.sentence != found.verdict.sentence:
@@ -191,19 +172,6 @@ def _printed(found: Audit, about: About, read: "_Read") -> Audit:
     kinds = f"{len(found.untried)} kinds of attack"
     print(f"verdict: {found.verdict}; {kinds} were not tried (--json, --report, .untried say why)")
     return found
-
-
-class Run(NamedTuple):
-    """An attack, how many images it looks for, and what runs it."""
-
-    attack: str
-    num_images: int
-    call: partial[Reconstruction]
-
-    def named(self, told: int) -> str:
-        """The attack, and how many images it looks for where that is not the number told."""
-        images = counted(self.num_images, "image")
-        return self.attack if self.num_images == told else f"{self.attack}, {images}"
 
 
 def _tried_in_turn(
@@ -277,7 +245,7 @@ def _entered(
     again = run.attack in found
     key = f"{run.attack}, {counted(run.num_images, 'image')}" if again else run.attack
     found.results[key], found.beliefs[key] = went.result, went.belief
-    for line in _lines(went.result, went.belief):
+    for line in wording.of_result(went.result, went.belief):
         _indented(line)
     if went.stopped:
         return went.interrupted
@@ -336,7 +304,7 @@ def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
         print(suspicion)
     if kept:
         print(f"{out} shows what {best} found")
-    _conclude(found, found.beliefs[best], attack, len(found[best].images))
+    wording.conclude(found, found.beliefs[best], attack, len(found[best].images))
 
 
 def _check_asked(
@@ -367,167 +335,12 @@ def _check_asked(
         )
 
 
-def _plan(num_images: int, look: Look) -> list[tuple[str, int]]:
-    """The attacks that suit what was seen at the first look, each with the images it looks for:
-    those told, or the more that passed through the first layer, and one first where a layer tells
-    of one input; then as many as a later layer's directions, which may be steps as well, or as few
-    as told.
-    """
-    told = max(num_images, look.images)
-    counts = [1, told] if told > 1 and look.one_input else [told]
-    plan = [(name, count) for count in counts for name in _suitable(count, look)]
-    if any(each.images is not None for each in look.layers) and ("division", 1) not in plan:
-        plan.insert(0, ("division", 1))
-    others = [look.directions] if told < look.directions <= MOST_IMAGES else []
-    # an update whose entries were changed one by one may have more directions than images
-    others += [num_images] if told > num_images else []
-    for count in others:
-        more = [name for name in _suitable(count, look) if name != "unrolled_dlm"]
-        plan += [(name, count) for name in more]
-    return plan
-
-
-def _left_out(plan: Sequence[tuple[str, int]], found: Audit, attack: str) -> Iterator[Untried]:
-    """What was not tried beside what did not apply."""
-    met = {each.what for each in found.untried} | found.results.keys()
-    best = next((name for name, each in found.beliefs.items() if each.grade is Explains.FULLY), "")
-    planned = {name for name, _ in plan}
-    for name in tried():
-        if attack not in ("all", name):
-            yield Untried(name, f"not asked for, but {attack} alone")
-        elif name not in planned:
-            client = records.ATTACKS[name].client
-            yield Untried(name, f"what was told or seen does not fit its client: {client}")
-        elif best and not any(attack_of(each) == name for each in met):
-            yield Untried(name, f"not needed: {best} explains the update")
-    yield from leaks.missing()
-
-
-def _none_tried(why: str) -> list[Untried]:
-    """All attacks, where none could be tried."""
-    return [*(Untried(name, why) for name in tried()), *leaks.missing()]
-
-
-def _suitable(num_images: int, look: Look) -> list[str]:
-    if look.num_classes == 1:
-        return ["division"] if num_images == 1 else ["exact_batch"]
-    left_out = {"exact_batch"} if num_images == 1 else {"division", "exact", "weighted"}
-    if look.last_alone:
-        left_out |= {"exact", "exact_batch", "unrolled_dlm"}
-    if look.kin != "adam" or look.optimizer == "several steps":
-        left_out.add("interval_dlm")
-    return [name for name in tried() if name not in left_out]
-
-
-class _Read(NamedTuple):
-    """What was read of two snapshots.
-
-    Attributes
-    ----------
-    network
-        With the weights W_t.
-    after
-        W_{t+1}.
-    coarse
-        {name: half precision that a tensor of these is rounded to}.
-    lost
-        Variance of what W_t may have lost to rounding, one tensor for each parameter; empty where
-        it was not rounded.
-    where
-        What to add to an error of the network's.
-    notes
-        What was done to the files, in sentences.
-    """
-
-    network: nn.Module
-    after: StateDict
-    coarse: dict[str, torch.dtype]
-    lost: list[torch.Tensor]
-    where: str
-    notes: list[str]
-
-
-def _options(
-    read: _Read, look: Look, image_shape: Sequence[int], client: str | None
-) -> dict[str, dict[str, Any]]:
-    """What attacks are told of what was read and seen."""
-    options: dict[str, dict[str, Any]] = {
-        "division": {"transmitted": read.coarse, "layers": look.layers},
-        "exact": {
-            "transmitted": read.coarse,
-            "weight_decay": look.optimizer == "sgd with decay",
-        },
-        "weighted": {"restarts": max(1, weighted.affordable(image_shape) // STARTS)},
-        "dlm_plus": {"restarts": 2},
-        "unrolled_dlm": {"client_optimizer": client or look.kin},
-    }
-    if clues.insists(read.network, image_shape):  # searches compute in float64 elsewhere
-        own = next(w.dtype for w in read.network.parameters() if w.is_floating_point())
-        for name in SEARCHES:
-            options.setdefault(name, {})["dtype"] = own
-    return options
-
-
-def _call(
-    read: _Read, seen: Observation, name: str, count: int, options: Mapping[str, Any]
-) -> partial[Reconstruction]:
-    """What runs an attack for so many images."""
-    run = partial(records.ATTACKS[name], seen, num_images=count, **options)
-    return partial(levels.either, run, read.lost) if name == "exact" and read.lost else run
-
-
-def _read(
-    before: Any,
-    after: Any,
-    model: str | nn.Module,
-    image_shape: Sequence[int],
-    num_classes: int | None,
-    normalise: preprocessing.Normalisation | None,
-    device: torch.device | None,
-) -> _Read:
-    model, before, after, notes, where = networks.fitted(
-        before, after, model, image_shape, num_classes
-    )
-    for argument, state in (("before", before), ("after", after)):
-        check_finite(argument, state)
-    names = {name for name, _ in model.named_parameters()}
-    sent = {name: w for name, w in after.items() if name in names}
-    moved = {
-        name: w for name, w in sent.items() if not torch.equal(w.double(), before[name].double())
-    }
-    halves = {name: levels.half_of(w) for name, w in moved.items()}
-    coarse = {name: half for name, half in halves.items() if half is not None}
-    # All in one, as networks compute; float32 held in float64 has the rounding of float32.
-    single = all(torch.equal(w.float().double(), w.double()) for w in sent.values())
-    dtype = torch.float32 if single else torch.float64
-    before, after = (
-        {n: w.to(device=device, dtype=dtype if w.is_floating_point() else None) for n, w in each}
-        for each in (before.items(), after.items())
-    )
-    network = model.to(device=device, dtype=dtype)
-    network.load_state_dict(before)
-    for name, w in network.named_parameters():  # searches leave out what did not move
-        w.requires_grad_(w.requires_grad and name in moved)
-    if coarse:
-        which = ", ".join(sorted({str(dtype) for dtype in coarse.values()}))
-        many = "the" if len(coarse) == len(moved) else f"{len(coarse)} of {len(moved)} tensors of"
-        notes.append(f"{many} weights that came back are rounded to {which}")
-    lost, said = levels.lost(network)
-    notes += said
-    notes += clues.of_network(network, image_shape)
-    network.register_forward_hook(lambda _, __, returned: clues.alone(returned))
-    if normalise is not None:
-        network = preprocessing.normalised(network, normalise)
-        notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
-    return _Read(network, after, coarse, lost, where, notes)
-
-
-def _unchanged(read: _Read, why: Unchanged) -> Audit:
+def _unchanged(read: Received, why: Unchanged) -> Audit:
     """What to say where no parameter moved."""
     every = dict(read.network.named_parameters())
     look = Look(unmoved=list(every), num_parameters=len(every), unread="no parameter changed")
     found = Audit(results={}, beliefs={}, look=look, notes=read.notes)
-    found.untried.extend(_none_tried("no parameter changed"))
+    found.untried.extend(plan.none_tried("no parameter changed"))
     if why.statistics:
         found.known.append(leaks.of_statistics(why))
         print(*found.known, sep="\n")
@@ -562,7 +375,7 @@ def _untrained_head(seen: Observation) -> str | None:
     )
 
 
-def _check_near(read: _Read, look: Look) -> None:
+def _check_near(read: Received, look: Look) -> None:
     """Raise ValueError where W_{t+1} is nowhere near W_t, and no layer tells of a step that led so
     far: of a gradient in its place Δ has all of W_t in it, like a decay of 1.
     """
@@ -581,7 +394,7 @@ def _check_near(read: _Read, look: Look) -> None:
         )
 
 
-def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | Path) -> Audit:
+def _without_head(why: str, read: Received, image_shape: Sequence[int], out: str | Path) -> Audit:
     """What the layers of a network show that no Observation takes; ValueError with ``why`` where
     they show nothing.
     """
@@ -611,129 +424,10 @@ def _without_head(why: str, read: _Read, image_shape: Sequence[int], out: str | 
         print(none)
     found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
     found.known.extend(filter(None, [label]))
-    others = _none_tried(f"it needs what the network has not ({why})")
+    others = plan.none_tried(f"it needs what the network has not ({why})")
     found.untried.extend(each for each in others if each.what not in results)
     if results:
         _show(found, "division", out, "all")
     else:
         print(NO_RESULT)
     return found
-
-
-def _lines(found: Reconstruction, belief: Belief) -> Iterator[str]:
-    """What to print of a result."""
-    if found.evidence.verdict is not None:  # its loss is the chi2/N that the verdict names
-        yield found.evidence.verdict
-        if belief.grade is Explains.LITTLE:
-            return
-        if belief.judged and not found.vouched.any():
-            yield "it vouches for none of its pictures: none need be an image of the client"
-    searched = isinstance(found.evidence, SearchEvidence)
-    if searched:
-        loss = found.evidence.loss
-        size = int(loss <= EXPLAINED) + int(loss <= PARTLY)
-        yield (
-            f"{GRADES[size]}: loss {loss:.3g} after {found.evaluations} evaluations; "
-            f"{found.status.sentence}"
-        )
-        if belief.agreement is not None or not isinstance(found.evidence, weighted.Told):
-            yield _agreed(belief.agreement)
-    if isinstance(found.evidence, weighted.Told) and belief.grade is not Explains.LITTLE:
-        yield _worth(found, belief)
-    # what explains little of the update is no estimate of the client
-    little = searched and found.evidence.loss > PARTLY
-    unsure = little or (belief.judged and belief.doubt is not None)
-    if (found.labels >= 0).all() and not unsure:
-        yield f"labels {found.labels.tolist()}"
-    simulated = searched and not unsure and found.local_steps is not None
-    if found.learning_rate and (simulated or found.evidence.verdict is not None):
-        yield f"learning rate {found.learning_rate:.6g}, {_resting_on(found, belief)}"
-    if found.weight_decay and found.evidence.verdict is not None:
-        yield _decay(found.weight_decay, found.learning_rate)
-    if simulated:
-        yield (
-            f"local steps {found.local_steps} (where later ones hardly move the weights, "
-            "other numbers explain it as well)"
-        )
-    if belief.doubt is not None:
-        yield f"not believed: {belief.doubt}"
-
-
-def _resting_on(found: Reconstruction, belief: Belief) -> str:
-    """What a learning rate rests on: the loss, whose factor is one of it, and the images in a step,
-    of whose losses the client takes the mean, where there may be more than were found.
-    """
-    count = len(found.images)
-    said = "if the loss is plain cross-entropy"
-    sure = count == 1 and belief.grade is Explains.FULLY
-    return said if sure else f"{said} and a step had {counted(count, 'image')} and no more"
-
-
-def _decay(weight_decay: float, learning_rate: float | None) -> str:
-    """λ; or the factor of all weights, where that is none that decay leaves."""
-    shrunk = weight_decay * (learning_rate or 0.0)
-    if 0 <= shrunk < layer_input.SHRUNK:
-        return f"weight decay {weight_decay:.3g}"
-    return f"beside the step all weights were scaled by {1 - shrunk:.3g}, which is no weight decay"
-
-
-def _agreed(agreement: float | None) -> str:
-    if agreement is None:
-        return "no search from another start speaks for its picture"
-    which = "the same" if agreement >= AGREED else "another"
-    between = f"({agreement:.0f} dB between the two)"
-    return f"a search from another start ends at {which} picture {between}"
-
-
-def _worth(found: Reconstruction, belief: Belief) -> str:
-    """What a picture is worth that the update tells in part: up to 8 dB less where its search had
-    stalled, on 20 images of CIFAR-100 and the tutorials' network.
-    """
-    open_ = found.evidence.loss > EXPLAINED
-    astray = f", less if its search went astray, which a loss above {EXPLAINED:g} leaves open"
-    return (
-        f"the update tells about {found.directions:,.0f} of the {found.images.numel():,} "
-        "directions of an image there, smooth images' mean fills in the rest: about "
-        f"{belief.expected:.0f} dB are expected of its picture{astray if open_ else ''}"
-    )
-
-
-def _conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:
-    if belief.grade is Explains.FULLY:
-        print("it explains the update: what it shows has leaked")
-        return
-    mixed = [each for each in found.look.shown if each not in found.look.leaked]
-    if found.leaks:
-        print(f"what stands in the update has leaked: {'; '.join(map(str, found.leaks))}")
-    if mixed:
-        print(f"what stands in it, of one image or mixed of several: {'; '.join(mixed)}")
-    print(
-        "of an image that is no proof, nor a proof that none leaks: look at the picture. "
-        "Each attack is for one kind of client,"
-    )
-    print(
-        f"here with {counted(num_images, 'image')} in the step "
-        f"(--num-images, num_images), and some need an nn.Sequential; {_range(found.look)}"
-    )
-    if found.look.swapped:
-        print("and the files look as if they had changed places")
-    if attack != "all":
-        print("others to try, by what the client did:")
-        print(
-            *(
-                f"  --attack {name:13} {record.client}"
-                for name, record in tried().items()
-                if name != attack
-            ),
-            sep="\n",
-        )
-
-
-def _range(look: Look) -> str:
-    """What the searches assume of the client's pixels."""
-    if look.normalisation is not None:
-        return f"searches look for pixels in [0, 1] before {look.normalisation}, as told"
-    return (
-        "searches look for pixels in [0, 1] that go into the network as they are: a client that "
-        "normalises them is not reached unless --normalise (normalise) tells how"
-    )
