@@ -46,13 +46,28 @@ def tells_apart(
     loss: Loss,
     away: float = AWAY,
 ) -> bool:
-    """Whether δ turns where this input changes: then two inputs would show as two. It does not
-    in a network of one output, or of two classes, whose units are switched and not smooth, and
-    where the scores are so far apart that the softmax has saturated. And whether it turns by
-    so much that it is not ``hidden`` by rounding: the relative size of a direction that is,
-    where the inputs are so far ``away``, relative to their size.
-    Whatever the label is; where one explains ``left``, the direction of δ, whatever that is.
-    Of a loss of constant slopes δ turns only where the network between does.
+    """Whether δ turns where this input changes, and not so little that rounding hides it: then two
+    inputs would show as two.
+
+    Parameters
+    ----------
+    traced, name
+        The network, and the layer.
+    values, left
+        Its input [features], and the direction of δ [outputs] that the update has.
+    hidden
+        Relative size of a direction that rounding hides.
+    loss
+        What the last layer's move says of it.
+    away
+        How far two inputs are apart, relative to their size.
+
+    Notes
+    -----
+    δ does not turn in a network of one output, or of two classes, whose units are switched and not
+    smooth, and where the scores are so far apart that the softmax has saturated; of a loss of
+    constant slopes it turns only where the network between does. It has to turn whatever the label
+    is; where one label explains ``left``, for that.
     """
     near = NEAR if traced.dtype == torch.float64 else NEAR32
     noise = torch.randn(PROBES, len(values), generator=traced.generator, dtype=torch.float64)
@@ -121,8 +136,14 @@ def _signals(
 
 def repeats(signal: torch.Tensor, hidden: float) -> bool:
     """Whether most numbers of a δ are of one size with another, as of a hinge or absolute loss: its
-    slopes are then the same for all images of a class. Below ``hidden`` rounding hides how they
-    differ.
+    slopes are then the same for all images of a class.
+
+    Parameters
+    ----------
+    signal
+        δ [outputs].
+    hidden
+        Relative size below which rounding hides how its numbers differ.
     """
     sizes = (signal.abs() / signal.abs().max()).sort().values
     sizes = sizes[sizes > NOISE * hidden]

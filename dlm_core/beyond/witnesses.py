@@ -15,9 +15,17 @@ T = TypeVar("T")
 
 
 def contradict(traced: Traced, image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an image gives other inputs of later layers than these, which are known up to
-    their length; where ReLU left nothing, and where chance reaches in training, they say
-    nothing.
+    """Whether an image gives other inputs of later layers than these, which are known up to their
+    length; where ReLU left nothing, and where chance reaches in training, they say nothing.
+
+    Parameters
+    ----------
+    traced
+        The network.
+    image
+        [1, C, H, W].
+    inputs
+        {later layer: its input [features]}.
     """
     passes, sure = _without_chance(traced, image, inputs)
     return bool(sure) and not any(
@@ -34,10 +42,12 @@ def disagree(
 
     Parameters
     ----------
+    traced
+        The network.
     image
         [1, C, H, W].
     inputs
-        {later layer: (its input, whether its length is known)}.
+        {later layer: (its input [features], whether its length is known)}.
     """
     passes, sure = _without_chance(traced, image, inputs)
     return bool(sure) and not _any_leaves(passes, sure)
@@ -46,7 +56,13 @@ def disagree(
 def agree(
     traced: Traced, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
 ) -> bool:
-    """Whether there are such layers, and they saw what this image leaves."""
+    """Whether there are later layers that speak, and they saw what this image leaves.
+
+    Parameters
+    ----------
+    traced, image, inputs
+        As ``disagree`` takes them.
+    """
     passes, sure = _without_chance(traced, image, inputs)
     return bool(sure) and _any_leaves(passes, sure)
 
@@ -61,10 +77,10 @@ def leads_elsewhere(
 
     Parameters
     ----------
+    traced, inputs
+        As ``disagree`` takes them.
     name, values
         The layer, and its input [features].
-    inputs
-        As ``disagree`` takes them.
     """
     try:
         behind = traced.behind(name, values) - {name}

@@ -98,7 +98,13 @@ def left_out(planned: Sequence[Run], found: Audit, attack: str) -> Iterator[Untr
 
 
 def none_tried(why: str) -> list[Untried]:
-    """All attacks, where none could be tried."""
+    """All attacks, where none could be tried.
+
+    Parameters
+    ----------
+    why
+        In words.
+    """
     return [*(Untried(name, why) for name in tried()), *leaks.missing()]
 
 

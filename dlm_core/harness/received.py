@@ -50,7 +50,15 @@ def receive(
     normalise: preprocessing.Normalisation | None,
     device: torch.device | None,
 ) -> Received:
-    """Read two snapshots as ``audit`` takes them, and put W_t into the network.
+    """Read two snapshots, and put W_t into the network.
+
+    Parameters
+    ----------
+    before, after, model, image_shape, num_classes
+        As ``audit`` takes them.
+    normalise, device
+        What the client makes of pixels, and where attacks compute; None: nothing, and where the
+        network lies.
 
     Raises
     ------

@@ -13,7 +13,13 @@ GRADES = ("explains little of the update", "explains the update in part", "expla
 
 
 def of_result(found: Reconstruction, belief: Belief) -> Iterator[str]:
-    """What to print of a result."""
+    """What to print of a result, line by line.
+
+    Parameters
+    ----------
+    found, belief
+        The result, and how far it is believed.
+    """
     if found.evidence.verdict is not None:  # its loss is the chi2/N that the verdict names
         yield found.evidence.verdict
         if belief.grade is Explains.LITTLE:

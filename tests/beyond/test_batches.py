@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlm_core import metrics, models, records
-from dlm_core.beyond import batches
+from dlm_core.beyond import batches, sparse_traces
 from dlm_core.federated import train_locally
 from dlm_core.harness.trials import Trial, observe, run_trial
 from dlm_core.results import Explains
@@ -161,9 +161,9 @@ def test_starts_orthogonal_to_all_that_was_found_go_elsewhere():
     # all of them.
     basis = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     noise = torch.full((12, 4), 1e-12, dtype=torch.float64)
-    mixture = batches._Mixture(basis, noise)
-    moved = batches._MovedUnits(basis, -basis[:, 0], basis, basis.sum(1), *[noise[:, 0]] * 2)
-    rounds = batches._sparse_directions(mixture, moved, max_rounds=3, seed=0)
+    mixture = sparse_traces.Mixture(basis, noise)
+    moved = sparse_traces.MovedUnits(basis, -basis[:, 0], basis, basis.sum(1), *[noise[:, 0]] * 2)
+    rounds = sparse_traces.sparse_directions(mixture, moved, max_rounds=3, seed=0)
     for directions in rounds:
         assert directions.isfinite().all()
 
