@@ -238,10 +238,10 @@ def sparse_directions(
 
     Notes
     -----
-    Each round descends Σ |u q|^½ over the sphere from many starts. A combination of images is zero
-    only where all of them are off (and where it cancels): taking the most zeros first, and never
-    what depends on those taken, ends with the images alone. What the images at hand ask for by
-    their own ReLU patterns is tried in each round.
+    Each round descends ``Σ |u q|^½`` over the sphere from many starts. A combination of images is
+    zero only where all of them are off (and where it cancels): taking the most zeros first, and
+    never what depends on those taken, ends with the images alone. What the images at hand ask for
+    by their own ReLU patterns is tried in each round.
     """
     generator = torch.Generator().manual_seed(seed)
     unit = mixture.unit
