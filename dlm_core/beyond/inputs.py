@@ -335,7 +335,7 @@ def _of_patches(
         if not traced.is_pixels(patches.weight):
             continue
         image = traced.image_of(patches.weight, solved.values)
-        confirmed = solved.open == 0 and witnesses.agree(traced, image, later)
+        confirmed = solved.open == 0 and witnesses.agree(traced, image, later) is True
         found.append(
             LayerInput(
                 name=patches.weight.removesuffix(".weight"),
@@ -377,7 +377,7 @@ def _disagree(traced: Traced, layers: Sequence[LayerInput]) -> bool:
     """Whether later layers' inputs are not those of an image that a layer shows."""
     known, later = _known(layers), _later(layers)
     images = [each.image for each in known if each.image is not None and not each.untrained]
-    if any(witnesses.disagree(traced, image, later) for image in images):
+    if any(witnesses.agree(traced, image, later) is False for image in images):
         return True
     inputs_s = [(name, values) for name, (values, scaled) in later.items() if scaled]
     return any(witnesses.leads_elsewhere(traced, name, values, later) for name, values in inputs_s)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from dlm_core.beyond.tracing import AWAY, NOISE, Traced, slope
 from dlm_core.observation import scores
-from dlm_core.threads import own_generator
 
 NEAR = 1e-4  # how far inputs are moved, over their own size, to see how δ turns
 NEAR32 = 1e-2  # the same in float32
@@ -102,15 +101,10 @@ def _signals(
         return kept["output"].clone()  # which the next layer may overwrite
 
     hook = traced.layers[name].register_forward_hook(keep)
-    traced.model.eval()
     try:
-        with (
-            traced.instead(name, given),
-            torch.enable_grad(),
-            own_generator(seed=0, device=traced.device),
-        ):
-            grey = traced.grey(len(given)).to(traced.device, traced.dtype)
-            output = scores(traced.model(grey)).flatten(1)
+        with traced.instead(name, given), torch.enable_grad():
+            traced.passed(traced.grey(len(given)), grad=True)
+            output = scores(traced.returned).flatten(1)
             losses = [F.softplus(output).sum()]
             slopes = loss.slopes
             if slopes is not None and len(slopes) == output.shape[1]:

@@ -34,11 +34,11 @@ def contradict(traced: Traced, image: torch.Tensor, inputs: Mapping[str, torch.T
     )
 
 
-def disagree(
+def agree(
     traced: Traced, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
-) -> bool:
-    """Whether later layers saw what another image leaves, by more than half precision explains;
-    layers that chance reaches in training say nothing.
+) -> bool | None:
+    """Whether later layers saw what this image leaves, but for what half precision explains; None
+    where none speaks: layers that chance reaches in training say nothing.
 
     Parameters
     ----------
@@ -50,21 +50,7 @@ def disagree(
         {later layer: (its input [features], whether its length is known)}.
     """
     passes, sure = _without_chance(traced, image, inputs)
-    return bool(sure) and not _any_leaves(passes, sure)
-
-
-def agree(
-    traced: Traced, image: torch.Tensor, inputs: Mapping[str, tuple[torch.Tensor, bool]]
-) -> bool:
-    """Whether there are later layers that speak, and they saw what this image leaves.
-
-    Parameters
-    ----------
-    traced, image, inputs
-        As ``disagree`` takes them.
-    """
-    passes, sure = _without_chance(traced, image, inputs)
-    return bool(sure) and _any_leaves(passes, sure)
+    return _any_leaves(passes, sure) if sure else None
 
 
 def leads_elsewhere(
@@ -78,7 +64,7 @@ def leads_elsewhere(
     Parameters
     ----------
     traced, inputs
-        As ``disagree`` takes them.
+        As ``agree`` takes them.
     name, values
         The layer, and its input [features].
     """
@@ -86,7 +72,7 @@ def leads_elsewhere(
         behind = traced.behind(name, values) - {name}
         with traced.instead(name, values[None]):
             later = {each: inputs[each] for each in behind if each in inputs}
-            return bool(later) and disagree(traced, traced.grey(), later)
+            return bool(later) and agree(traced, traced.grey(), later) is False
     except Exception:  # whatever a user's network raises
         return False
 
