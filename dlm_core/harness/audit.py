@@ -37,12 +37,7 @@ from dlm_core.harness import (
 from dlm_core.harness.about import About
 from dlm_core.harness.about import of as about_audit
 from dlm_core.harness.attempt import Attempt, attempt
-from dlm_core.harness.belief import (
-    Audit,
-    Belief,
-    believe,
-    settled,
-)
+from dlm_core.harness.belief import Audit, Belief, believe, settled
 from dlm_core.harness.foretell import MINUTES, SEARCHES, STEPPED, Budget, NoTime
 from dlm_core.harness.leaks import Untried
 from dlm_core.harness.look import Look, first_look, sentence
@@ -304,7 +299,7 @@ def _show(found: Audit, best: str, out: str | Path, attack: str) -> None:
         print(suspicion)
     if kept:
         print(f"{out} shows what {best} found")
-    wording.conclude(found, found.beliefs[best], attack, len(found[best].images))
+    wording.conclude(found, best, attack)
 
 
 def _check_asked(

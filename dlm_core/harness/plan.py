@@ -131,12 +131,12 @@ def _planned(num_images: int, look: Look) -> list[tuple[str, int]]:
 def _suitable(num_images: int, look: Look) -> list[str]:
     if look.num_classes == 1:
         return ["division"] if num_images == 1 else ["exact_batch"]
-    left_out = {"exact_batch"} if num_images == 1 else {"division", "exact", "weighted"}
+    unsuited = {"exact_batch"} if num_images == 1 else {"division", "exact", "weighted"}
     if look.last_alone:
-        left_out |= {"exact", "exact_batch", "unrolled_dlm"}
+        unsuited |= {"exact", "exact_batch", "unrolled_dlm"}
     if look.kin != "adam" or look.optimizer == "several steps":
-        left_out.add("interval_dlm")
-    return [name for name in tried() if name not in left_out]
+        unsuited.add("interval_dlm")
+    return [name for name in tried() if name not in unsuited]
 
 
 def _options(

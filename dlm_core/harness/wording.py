@@ -96,17 +96,17 @@ def _worth(found: Reconstruction, belief: Belief) -> str:
     )
 
 
-def conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None:
+def conclude(found: Audit, best: str, attack: str) -> None:
     """Print what an audit concludes from its best result.
 
     Parameters
     ----------
-    found, belief
-        What was found, and how far its best result is believed.
-    attack, num_images
-        That was asked for, and the images of the best result.
+    found, best
+        What was found, and the key of the best result.
+    attack
+        That was asked for.
     """
-    if belief.grade is Explains.FULLY:
+    if found.beliefs[best].grade is Explains.FULLY:
         print("it explains the update: what it shows has leaked")
         return
     mixed = [each for each in found.look.shown if each not in found.look.leaked]
@@ -119,7 +119,7 @@ def conclude(found: Audit, belief: Belief, attack: str, num_images: int) -> None
         "Each attack is for one kind of client,"
     )
     print(
-        f"here with {counted(num_images, 'image')} in the step "
+        f"here with {counted(len(found[best].images), 'image')} in the step "
         f"(--num-images, num_images), and some need an nn.Sequential; {_range(found.look)}"
     )
     if found.look.swapped:
