@@ -100,13 +100,13 @@ def infer(
     for _ in range(ROUNDS):
         p = _mean_output(logits, shares, rate / local_steps * (h @ h + 1), local_steps)
         counts = num_images * (p - d_bias / rate)
-        images = counts.clamp(min=0).sum()  # near num_images, where any counts fit
-        if not (counts.isfinite().all() and 0 < images < torch.inf):
+        present = counts.clamp(min=0)
+        if not (counts.isfinite().all() and TINY < present.sum() < torch.inf):
             raise Untold(
                 "no counts of labels fit the move of the last layer's bias under cross-entropy of "
                 "a softmax, so labels cannot be read off it: give them"
             )
-        shares = _round_to(counts, num_images) / num_images
+        shares = _round_to(present, num_images) / num_images
         residual = p - shares
         rate = residual @ d_bias / residual.square().sum()
         rate = rate.clamp(min=torch.finfo(p.dtype).tiny)
@@ -137,9 +137,10 @@ def features(d_weight: torch.Tensor, d_bias: torch.Tensor) -> torch.Tensor:
 
 
 def _round_to(values: torch.Tensor, total: int) -> torch.Tensor:
-    """Non-negative whole numbers that sum to ``total``, by largest remainder."""
-    values = values.clamp(min=0)
-    values = values * (total / values.sum().clamp(min=TINY))
+    """Whole numbers that sum to ``total``, in proportion to ``values`` of 0 and more, by largest
+    remainder.
+    """
+    values = values * (total / values.sum())
     whole = values.floor()
     short = int(total - whole.sum())
     whole[(values - whole).topk(short).indices] += 1

@@ -230,9 +230,9 @@ def _unchanged(model: nn.Module, after: StateDict) -> Unchanged:
 def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear]:
     """Return (name, layer) of the ``nn.Linear`` whose output the network returns as class scores.
 
-    One image is sent through a copy of the network in eval mode, and every linear layer's
-    output is compared with the network's; where none is it (scores are transformed once more), the
-    last one called is taken.
+    One image is sent through a copy of the network in eval mode, and every linear layer's output is
+    compared with the network's; where none is it (scores are transformed once more), the last one
+    called is taken.
 
     Raises
     ------
@@ -256,8 +256,8 @@ def find_head(model: nn.Module, image_shape: ImageShape) -> tuple[str, nn.Linear
 def _linear_layers(
     model: nn.Module, image_shape: Sequence[int]
 ) -> tuple[list[tuple[str, nn.Linear, torch.Tensor]], torch.Tensor]:
-    """([(name, layer, its output)] as one image calls them, what the network returns); of a
-    copy, in eval mode.
+    """([(name, layer, its output)] as one image calls them, what the network returns); of a copy,
+    in eval mode.
     """
     called: list[tuple[str, nn.Linear, torch.Tensor]] = []
     traced = copy.deepcopy(model).eval()
