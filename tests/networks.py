@@ -29,3 +29,11 @@ class Tutorial(torch.nn.Module):
     def forward(self, images):
         pooled = F.max_pool2d(F.relu(self.conv(images)), 2).flatten(1)
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(pooled)))))
+
+
+class Standardised(torch.nn.Module):
+    """What networks do that take the mean off each image and divide by its spread."""
+
+    def forward(self, x):
+        mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+        return (x - mean) / std

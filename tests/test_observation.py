@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dlm_core import attacks, data, federated, label_inference, models
 from dlm_core.observation import Observation, find_head, observe
+from tests.networks import Standardised
 
 SHAPE = (1, 8, 8)
 
@@ -177,14 +178,6 @@ def test_whatever_the_last_layer_did_a_batch_has_its_labels_or_a_sentence(
         seen = observe(model, model.state_dict(), after, (1, 8, 8))
         with contextlib.suppress(label_inference.Untold):
             assert len(label_inference.infer(seen, num_images)) == num_images
-
-
-class Standardised(nn.Module):
-    """Each image to mean 0 and standard deviation 1, of itself."""
-
-    def forward(self, x):
-        mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
-        return (x - mean) / std
 
 
 def test_the_label_is_read_behind_an_image_s_standardisation(client):

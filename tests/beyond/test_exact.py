@@ -69,6 +69,7 @@ def test_recovers_every_pixel_label_and_learning_rate(name):
     assert found.learning_rate == pytest.approx(0.01, rel=1e-6)
     assert found.k == pytest.approx(100, rel=1e-6)
     assert abs(found.learning_rate - 0.01) < 5 * found.client.learning_rate_error
+    assert found.pixel_error.isfinite().all()
     assert found.identifiable == images.numel()
     assert found.stop_reason == "converged"
     assert found.verdict.startswith("determined")

@@ -24,6 +24,7 @@ from tests.harness.audited import (
     snapshots,
     trained,
 )
+from tests.networks import Standardised
 
 LAYERS = (linear(64, 64), nn.ReLU, linear(64, 10))
 COLOUR = (3, 16, 16)
@@ -141,13 +142,6 @@ def test_buffers_that_a_pass_moves_are_no_chance():
     assert not any("differ in train mode" in said for said in clues.of_network(model, SHAPE))
     model.append(nn.Dropout(0.5))
     assert any("differ in train mode" in said for said in clues.of_network(model, SHAPE))
-
-
-class Standardised(nn.Module):
-    """What networks do that take the mean off each image and divide by its spread."""
-
-    def forward(self, x):
-        return (x - x.mean()) / x.std()
 
 
 def test_a_network_that_cannot_take_a_grey_image_draws_nothing():
