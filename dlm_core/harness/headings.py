@@ -68,7 +68,8 @@ def shown(frame: tables.Frame, digits: int) -> Any:
     frame
         A pandas DataFrame, such as ``sweeps.summarise`` returns.
     digits
-        Decimals of its numbers; counts have none. Shares of successes are in per cent.
+        Decimals of its numbers. Counts have none, and their medians at most one. Shares of
+        successes are in per cent.
 
     Returns
     -------
@@ -104,9 +105,10 @@ def _cells(frame: Any, name: Any, digits: int) -> list[Any]:
         unit = " %" if name in INTERVALS else ""
         return [_number(100 * value, 0) + unit for value in values]
     if values.dtype.kind == "f":
-        counts = all(value.is_integer() for value in values if math.isfinite(value))
-        counts = counts and not str(name).startswith("psnr")
-        return [_number(value, 0 if counts else digits) for value in values]
+        counts = all((2 * value).is_integer() for value in values if math.isfinite(value))
+        if counts and not str(name).startswith("psnr"):  # a median of counts may end in a half
+            return [_number(value, 0 if value.is_integer() else 1) for value in values]
+        return [_number(value, digits) for value in values]
     titles = {key: each.title for table in _tables(name) for key, each in table.items()}
     return [_word(value, titles) for value in values]
 

@@ -43,6 +43,13 @@ def test_gaps_are_empty_and_infinity_is_a_word():
     assert shown["why"].tolist() == ["", "", "a|b"]
 
 
+def test_a_median_of_counts_that_ends_in_a_half_leaves_the_others_whole():
+    frame = pandas.DataFrame({"evaluations": [200.0, 65.5, math.nan], "psnr": [20.0, 30.5, 10.0]})
+    shown = headings.shown(frame, digits=2)
+    assert shown["evaluations"].tolist() == ["200", "65.5", ""]
+    assert shown["PSNR, dB"].tolist() == ["20.00", "30.50", "10.00"]
+
+
 @pytest.mark.parametrize("missing", ["low_20", "psnr_75"])
 def test_half_an_interval_is_shown_as_it_is(frame, missing):
     shown = headings.shown(frame.drop(columns=missing), digits=1)
