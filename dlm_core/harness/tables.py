@@ -14,6 +14,8 @@ from dlm_core import check
 Frame = Annotated[Any, check.Must("a pandas DataFrame", lambda x: hasattr(x, "columns"))]
 Column = Annotated[Any, check.Must("a pandas Series", lambda x: hasattr(x, "std"))]
 
+Z = 1.959963984540054  # of a normal distribution 95 % lie within so many standard deviations
+
 # How every share and every median counts a trial that ended without a picture, because its client
 # diverged or did not change, or the attack's equations are singular.
 WITHOUT_A_PICTURE = (
@@ -126,11 +128,22 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
     """(low, high): Wilson's 95 % interval of a share; ``hits`` may be a sum of shares."""
-    z = 1.959963984540054
-    p, spread = hits / n, z * z / n
+    p, spread = hits / n, Z * Z / n
     centre = (p + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    half = Z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is in it
+
+
+def paired(differences: Iterable[float]) -> tuple[float, float]:
+    """(low, high): 95 % interval of a difference of two shares of the same n, whose pairs differ
+    by -1, 0 or 1: of n pairs and one more each way (Bonett and Price, J. Educ. Behav. Stat. 2012).
+    It has a width where all pairs are alike, as Student's has not.
+    """
+    pairs = [*differences, 1.0, -1.0]
+    centre = sum(pairs) / len(pairs)
+    variance = sum((each - centre) ** 2 for each in pairs) / len(pairs)
+    half = Z * math.sqrt(variance / len(pairs))
+    return max(-1.0, centre - half), min(1.0, centre + half)
 
 
 @check.arguments

@@ -8,8 +8,9 @@ import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import multinomial
 
-from dlm_core.harness import evidence, report
+from dlm_core.harness import evidence, report, tables
 from dlm_core.harness.evidence import Verdict
 
 PSNRS = st.floats(-20, 200)
@@ -67,8 +68,8 @@ def test_a_median_of_few_has_no_interval_that_95_percent_of_samples_would_not_ke
 def test_a_mean_of_one_has_no_interval():
     found = evidence.mean([3.0], "x", quantity="q", unit="dB")
     assert math.isnan(found.low) and str(found) == "x: 3.0 dB [no interval of so few]"
-    found = evidence.share_difference(frame([30.0]), frame([10.0]), "x")
-    assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high)
+    found = evidence.share_difference(frame([30.0, 10.0], networks=2), frame([10.0]), "x")
+    assert found.value == 0.5 and math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_wilson_s_interval_is_scipy_s():
@@ -101,11 +102,31 @@ def test_differences_are_taken_image_by_image():
     assert (found.low, found.value, found.high) == (3, 3, 3)
     assert found.above(2).verdict is Verdict.HOLDS and found.above(3).verdict is Verdict.FAILS
     both = evidence.share_difference(ours, ours, "the same")
-    assert both.value == both.low == both.high == 0
+    assert both.value == 0 and -0.15 < both.low < -0.1 and both.high == -both.low
     most = evidence.share_difference(frame([30.0] * 9 + [0.0]), frame([0.0] * 10), "most")
-    assert most.value == pytest.approx(0.9) and most.high == 1.0 and 0.6 < most.low < 0.9
+    assert most.value == pytest.approx(0.9) and most.high == 1.0 and 0.4 < most.low < 0.9
     with pytest.raises(ValueError, match="no image in common"):
         evidence.difference(ours, frame([1.0], dataset="lfw"), "x")
+
+
+@pytest.mark.parametrize(
+    "more, less", [(0.0, 0.0), (0.05, 0.05), (0.4, 0.0), (0.3, 0.2), (0.7, 0.1)]
+)
+def test_the_interval_of_a_difference_of_shares_covers_it(more, less):
+    """Of all that ten pairs may be, weighed by their probability."""
+    covered = 0.0
+    for up in range(11):
+        for down in range(11 - up):
+            low, high = tables.paired([1.0] * up + [-1.0] * down + [0.0] * (10 - up - down))
+            chance = multinomial.pmf([up, down, 10 - up - down], 10, [more, less, 1 - more - less])
+            covered += chance * (low <= more - less <= high)
+    assert covered > 0.94
+
+
+def test_four_pairs_of_ten_that_differ_one_way_do_not_decide():
+    """As a sign test says, p = 0.125; Student's interval was 3 to 77 %."""
+    found = evidence.share_difference(frame([30.0] * 10), frame([30.0] * 6 + [0.0] * 4), "x")
+    assert found.value == pytest.approx(0.4) and found.above(0).verdict is Verdict.UNDECIDED
 
 
 def test_of_a_difference_the_networks_of_the_images_in_common_are_counted():
