@@ -139,7 +139,7 @@ def weighted(
     (PyTorch's initial weights, one step of 0.01): a median of 20.5 dB (16.0 to 27.4), above a grey
     square by 3.4 dB or more on each, where DLM+ has 13.4 dB (10.5 to 17.0). With a network for each
     image (notebook 24): 21.0 dB (14.5 to 27.2) in 28 to 40 s of one core, where the smooth prior's
-    bound has a median of 19.7 dB. That bound holds in the mean over images like that prior's; one
+    bound has a median of 19.6 dB. That bound holds in the mean over images like that prior's; one
     that is smoother passes it.
 
     ``expected_psnr`` was 0.5 dB too much in the median there, 2.5 dB too little and 7.8 dB too much

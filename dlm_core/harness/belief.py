@@ -29,7 +29,8 @@ from dlm_core.results import Explains, Reconstruction, Status
 
 # An attack's loss up to which its images explain the update: all of it, some of it.
 EXPLAINED, PARTLY = 1e-3, 0.1
-# dB between the images of two searches that found the same: right ones 40 and more, wrong below 20.
+# dB between the images of two searches, from which on they count as the same. Not enough alone: two
+# that end at the mean of two images agree to 60 dB and more (notebook 22).
 AGREED = 25.0
 # What is to be said of a batch that its reason does not confirm.
 UNCONFIRMED = {

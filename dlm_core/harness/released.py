@@ -1,4 +1,4 @@
-"""The released experiments as they stand: the trials of each script, by its name.
+"""The released experiments, in their settings: the trials of each script, by its name.
 
 ``docs/released.md`` has them in a table, which a test compares with the trials made here. All run
 in float32 on pixels from N(0, 1), never stop early, and return their last point; one that meets a

@@ -242,8 +242,8 @@ class Report:
         evidence
             Further numbers.
         whose
-            "released": of a released experiment, in its own setting. "abstract": a sentence of the
-            paper's abstract, in a setting of ours. "ours".
+            What it is about. "released": a released experiment, in its own setting. "abstract":
+            what we read in the paper's abstract, in a setting of ours. "ours": neither.
         cause
             The likely reason where it does not hold.
         """
@@ -433,7 +433,7 @@ def _claims_page(everything: dict[str, Any]) -> str:
             f"## {notebook} (profile {entry['profile']})",
             "",
             *([entry["setting"], ""] if "setting" in entry else []),
-            row(["statement", "whose", "verdict", "criterion", "evidence"]),
+            row(["statement", "about", "verdict", "criterion", "evidence"]),
             "|---|---|---|---|---|",
         ]
         for claim in entry["claims"]:

@@ -211,11 +211,15 @@ def _outcomes(runs: list[Run], profile: str) -> Iterable[tuple[str | None, float
 def results_table(figures: Path | str) -> str:
     """The README's results in Markdown, from ``figures``/claims.json.
 
-    One row per notebook, its title (what it finds) and how many claims hold, by whose they are;
-    then each claim of a released experiment or of the abstract that does not hold, with the
-    numbers.
+    One row per notebook, its title (what it finds) and how many claims hold, by what they are
+    about; then each claim about a released experiment or the abstract that does not hold, with
+    the numbers.
     """
-    whose = {"released": "released experiments", "abstract": "the abstract", "ours": "ours"}
+    whose = {
+        "released": "about a released experiment",
+        "abstract": "about the abstract, as we read it",
+        "ours": "ours alone",
+    }
     rows = [
         f"| what we find | command | {' | '.join(whose.values())} | profile |",
         "|---|---|---|---|---|---|",
@@ -233,11 +237,11 @@ def results_table(figures: Path | str) -> str:
                 statement = f"{name[:2]}. {claim['statement']}"
                 cells = statement, claim["evidence"], claim["cause"]
                 failed[claim["whose"]].append(report.row(cells))
-    page = ["Claims that hold, of how many, by whose they are:", "", *rows]
+    page = ["Claims that hold, of how many, by what they are about:", "", *rows]
     said = {
         "released": "Sentences of ours on what to expect of the released experiments, each in its "
         "own setting, that do not hold:",
-        "abstract": "What does not hold of the abstract, in a setting of ours:",
+        "abstract": "What does not hold of the abstract, as we read it, in a setting of ours:",
     }
     for each, lines in failed.items():
         if lines:
