@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dlm_core import check, records
 from dlm_core.beyond import lengths, positions, ratios, witnesses
@@ -55,6 +56,7 @@ LENGTH = 0.1  # error of the bias's update, relative, up to which the input's le
 KNOWN = 1e-3  # error of an input, relative, up to which layers are held against each other
 MANY_NUMBERS = 8  # of an input, fewer of which may have a mean of 0 by chance
 FINE = 1e-4  # of a direction, what rounding may hide for δ's numbers to be held against each other
+TRANSPOSED = 0.999  # cosine of a bias's move with its square weight's columns, from which they are
 SHOWN = 0.05  # error, relative, up to which patches, and what entries agree on, are shown
 
 
@@ -228,9 +230,12 @@ def read(
     found = [_compared(traced, each, found) for each in found]
     if _disagree(traced, found):
         found = [_disputed(each) for each in found]
-    else:
+    elif found:
         fixed = _fixed(traced, moved, after, found)
         found = [replace(each, confirmed=fixed.get(each.name) is True) for each in found]
+        if fixed.get(found[-1].name) is False:
+            found = [_under_any_loss(traced, each, moves, found[-1].name) for each in found]
+        found = [_beside_pixels(each, found) for each in found]
     patches = _of_patches(traced, before, after, found)
     return [*_of_others(traced, model, before, after), *patches, *found]
 
@@ -397,14 +402,47 @@ def _fixed(
         updates[each.name] = weight.delta - each.decay * weight.before
         if each is layers[-1]:
             if bias is not None and bias.delta.any():
-                signals = [bias.delta]
+                without = bias.delta - each.decay * bias.before
+                signals = [bias.delta, *[without] * bool(each.decay)]
             elif each.values is not None:
                 signals = [sign * (updates[each.name] @ each.values) for sign in (1, -1)]
+    known = [each for each in layers if each.values is not None and each.scaled and not each.signs]
+    # several steps leave later layers several directions, and one exactly what it leads to; a mean
+    # of several images that an optimizer of low rank left follows nearly
+    once = all(each.rank == 1 for each in layers if each.rank and each.rows == 1)
+    rounding = NOISE * max((each.error for each in known), default=0.0)
+    limit = max(lengths.EXACTLY, rounding) if once else lengths.FITS
     return {
-        each.name: lengths.fixed(traced, after, each.name, each.values, updates, signals)
-        for each in layers
-        if each.values is not None and each.scaled and not each.signs
+        each.name: lengths.fixed(
+            traced, after, each.name, each.values, updates, signals, min(limit, lengths.FITS)
+        )
+        for each in known
+        if each.values is not None
     }
+
+
+def _under_any_loss(
+    traced: Traced, layer: LayerInput, moves: Mapping[str, Move], last: str
+) -> LayerInput:
+    """A layer's input where the ``last`` layer's δ follows the scores of none: then an optimizer of
+    low rank may have left it, or a loss of which δ is the same for any images. It is one input
+    alone where a later layer confirms it, and the network between turns such a δ.
+    """
+    if not layer.alone or layer.values is None:
+        return layer
+    move, loss = moves[layer.name], Loss(seen=True, slopes=moves[last].left)
+    turns = layer.confirmed and tells_apart(
+        traced, layer.name, layer.values, move.left, move.hidden, loss
+    )
+    return layer if turns else replace(layer, single=False, alone=False)
+
+
+def _beside_pixels(layer: LayerInput, layers: Sequence[LayerInput]) -> LayerInput:
+    """A layer's input, which is none of one image alone where a layer that sees the pixels has
+    several.
+    """
+    several = any(each.directions > 1 for each in layers if each.pixels)
+    return replace(layer, single=False, alone=False) if several and layer.alone else layer
 
 
 def _disputed(layer: LayerInput) -> LayerInput:
@@ -469,6 +507,10 @@ def _of_layer(
         return LayerInput(**about)
     if move.scaled and not move.one:
         of_weight = Move.of(weight, None, images=pixels and fixed)
+        if of_weight.one and bias is not None and outputs == features:
+            along, _ = _direction(of_weight, features)
+            if F.cosine_similarity(along, bias.delta, 0).abs() > TRANSPOSED:
+                return LayerInput(**about | {"transposed": True})
         if of_weight.one:
             move = of_weight
             about |= {"scaled": False, "decay": move.decay, "bias_apart": True}

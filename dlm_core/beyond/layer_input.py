@@ -85,6 +85,9 @@ class LayerInput:
     bias_apart
         Whether the weight's update has one direction and the bias's is another: it moved by another
         rule, or by further images that are multiples of one or black.
+    transposed
+        Whether, of a square weight whose update has one direction, the bias moved as its columns
+        did: the weight was sent the other way round, and nothing is told.
     bias_alone
         Whether the bias moved and the weight did not: its input was 0, or it was not trained.
     entries
@@ -133,6 +136,7 @@ class LayerInput:
     confirmed: bool = False
     centred: bool = False
     bias_apart: bool = False
+    transposed: bool = False
     bias_alone: bool = False
     entries: bool = False
     image: torch.Tensor | None = field(repr=False, default=None)
@@ -180,6 +184,12 @@ class LayerInput:
         """What it says, in words; None for nothing."""
         if self.values is not None:
             return self.told
+        if self.transposed:
+            return (
+                f"the weight of layer {self.name!r} seems to be transposed: the bias moved as the "
+                "weight's columns did, where PyTorch has rows for outputs (Keras has them the "
+                "other way round); its input is not read"
+            )
         if self.bias_alone:
             black = " (a black image)" if self.pixels else ""
             return (
@@ -243,7 +253,8 @@ class LayerInput:
             return (
                 f"{said}: the weight's update has one direction, and the bias moved by another "
                 "rule, or by further images that are darker copies of it or black; or an optimizer "
-                f"of low rank left this mixture of several inputs{self._mixture * self.signs}"
+                "of low rank left this mixture of several inputs, or one that scales columns, as "
+                f"Adafactor does, numbers that are each scaled{self._mixture * self.signs}"
             )
         if self.entries:
             return f"{said}, {self._agreeing}"
@@ -264,9 +275,9 @@ class LayerInput:
             )
         if self.disputed:
             return (
-                f"{said}, or a multiple or a projection of it: layers' updates do not agree on one "
-                "image, as where the client sets rates or clips tensor by tensor, projects its "
-                f"updates, or trains adapters{mixture}"
+                f"{said}, or a multiple or a projection of it, or of several: layers' updates do "
+                "not agree on one image, as where the client sets rates or clips tensor by tensor, "
+                f"projects its updates, or trains adapters{mixture}"
             )
         if self.scaled and not self.confirmed:
             said += (
@@ -343,4 +354,4 @@ class LayerInput:
         """What multiple of the weights was taken off, in words."""
         if 0 < self.decay < SHRUNK:
             return f"weight decay of {self.decay:.2g}·W"
-        return f"weights that were scaled by {1 - self.decay:.3g}, which is no weight decay"
+        return f"weights that were scaled by {1 - self.decay:.7g}, which is no weight decay"

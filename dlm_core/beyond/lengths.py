@@ -24,6 +24,7 @@ FACTORS = (1.0, 0.8, 1.25)
 BESIDE = tuple(1 + 0.005 * step for step in range(-20, 21) if step)
 SHARES = (0.0, 0.5, 1.0)  # of the way from W_t to W_{t+1}
 FITS, SHARPLY = 1e-2, 1e-4  # how nearly: with equations to spare, and with few
+EXACTLY = 1e-5  # of one step on one image, which every layer's one direction speaks of
 SPARE = 3
 DEPENDENT = 1e-9  # of columns
 BACKWARDS = 0.3  # of a sum, what interpolation may take from one of its points
@@ -34,7 +35,7 @@ Link = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    return (scores - scores.max()).exp()
+    return scores.softmax(-1)
 
 
 def _itself(scores: torch.Tensor) -> torch.Tensor:
@@ -48,6 +49,7 @@ def fixed(
     values: torch.Tensor,
     updates: Mapping[str, torch.Tensor],
     signals: Sequence[torch.Tensor],
+    limit: float = FITS,
 ) -> bool | None:
     """Whether the length of a layer's input is that of which others speak. Where chance stands
     behind it (dropout, noise), the scores cannot; the next layer's input can, by the numbers of it
@@ -65,6 +67,8 @@ def fixed(
         {layer: its weight's update [outputs, features]}; those behind this one are taken.
     signals
         [K] each, what δ of the last layer may be, up to a positive factor.
+    limit
+        How nearly they have to follow, relative.
     """
     factors = torch.tensor([*FACTORS, *BESIDE], dtype=values.dtype, device=values.device)
     given = values * factors[:, None]
@@ -83,10 +87,10 @@ def fixed(
         scores = torch.stack([each.scores for each in way], 1)
         # with biases of 0 another loss may follow the scores of a multiple nearly as well
         sharply = _multiples(scores[: len(FACTORS), 0])
-        if not chance and any(_by_scores(scores, signal, sharply) for signal in signals):
+        if not chance and any(_by_scores(scores, signal, sharply, limit) for signal in signals):
             return True
         told = any(
-            _by_direction(torch.stack([one.inputs[each] for one in way], 1), update, chance)
+            _by_direction(torch.stack([one.inputs[each] for one in way], 1), update, chance, limit)
             for each, update in updates.items()
             if each in behind and traced.rows[each] == 1
         )
@@ -95,7 +99,7 @@ def fixed(
     return told or (None if chance else False)
 
 
-def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool) -> bool:
+def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool, limit: float) -> bool:
     """Whether a later layer's update combines its inputs [factors, shares, features] for the first
     factor alone; where numbers may be ``dropped``, by those that moved its weights.
     """
@@ -105,7 +109,7 @@ def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool) -> boo
     if not update.any():
         return False
     return any(
-        _first_alone([_left(each[:taken].T, update.T) for each in way], FITS)
+        _first_alone([_left(each[:taken].T, update.T) for each in way], limit)
         for taken in (1, len(SHARES))  # of one step, of several
         if update.shape[1] >= taken + SPARE
     )
@@ -118,7 +122,7 @@ def _multiples(scores: torch.Tensor) -> bool:
     return bool((away <= ALIKE * scores[0].norm()).all())
 
 
-def _by_scores(way: torch.Tensor, signal: torch.Tensor, sharply: bool) -> bool:
+def _by_scores(way: torch.Tensor, signal: torch.Tensor, sharply: bool, limit: float) -> bool:
     """Whether δ follows the scores [factors, shares, K] of the first factor alone."""
     if way.shape[2] != len(signal):
         return False
@@ -133,8 +137,8 @@ def _by_scores(way: torch.Tensor, signal: torch.Tensor, sharply: bool) -> bool:
             spare = len(target) - columns
             if spare < (1 if columns == 1 else SPARE):
                 continue
-            limit = SHARPLY if sharply or spare < SPARE else FITS
-            alone = _first_alone([_left(one[others], target) for one in each], limit)
+            nearly = min(limit, SHARPLY if sharply or spare < SPARE else FITS)
+            alone = _first_alone([_left(one[others], target) for one in each], nearly)
             if alone and _on_the_way(each[0][others], target):
                 return True
     return False

@@ -115,7 +115,6 @@ def audit(
         Before any attack, for arguments out of range and snapshots that do not fit; and where the
         one attack that was asked for does not apply.
     """
-    budget = Budget(minutes)
     placed = None if device is None else devices.named(device)
     _check_asked(model, image_shape, num_images, attack, client)
     if normalise is not None:
@@ -144,12 +143,14 @@ def audit(
         return _printed(_without_head(invented, read, image_shape, out), about, read)
     look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
-    label = leaks.of_label(seen, look)
-    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
+    known = leaks.of_embeddings(read.network, read.after)
+    known += filter(None, [leaks.of_label(seen, look)])
+    print(*read.notes, *look.sentences, *known, sep="\n")
     runs = plan.runs(read, seen, look, attack=attack, num_images=num_images, client=client)
+    budget = Budget(minutes)  # the look, and what it shows, is given whatever time it takes
     found = _tried_in_turn(runs, seen, look, num_images, budget, only=attack != "all")
     found.notes[:0] = read.notes
-    found.known.extend(filter(None, [label]))
+    found.known.extend(known)
     found.untried.extend(plan.left_out(runs, found, attack))
     if found:
         best = max(found.beliefs, key=found.beliefs.__getitem__)  # the first of equals
@@ -404,11 +405,13 @@ def _without_head(why: str, read: Received, image_shape: Sequence[int], out: str
         num_parameters=count,
         normalisation=preprocessing.told_to(read.network),
     )
-    if not any(each.sentence for each in layers):
+    rows = leaks.of_embeddings(read.network, read.after)
+    if not rows and not any(each.sentence for each in layers):
         _check_near(read, look)
         raise ValueError(why) from None
     label = leaks.of_rows(layers, read.network, image_shape)
-    print(*read.notes, *look.sentences, *filter(None, [label]), sep="\n")
+    known = [*rows, *filter(None, [label])]
+    print(*read.notes, *look.sentences, *known, sep="\n")
     print("no other attack was tried: each needs what the network has not")
     results: dict[str, Reconstruction] = {}
     beliefs: dict[str, Belief] = {}
@@ -418,7 +421,7 @@ def _without_head(why: str, read: Received, image_shape: Sequence[int], out: str
     except ValueError as none:
         print(none)
     found = Audit(results=results, beliefs=beliefs, look=look, notes=[*read.notes, why])
-    found.known.extend(filter(None, [label]))
+    found.known.extend(known)
     others = plan.none_tried(f"it needs what the network has not ({why})")
     found.untried.extend(each for each in others if each.what not in results)
     if results:

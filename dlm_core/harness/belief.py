@@ -66,7 +66,7 @@ class Verdict(StrEnum):
 
 
 _SENTENCES = {
-    Verdict.LEAKED: "An image of the client was read from what it sent.",
+    Verdict.LEAKED: "An image that the client's network was fed was read from what it sent.",
     Verdict.PARTLY: (
         "Something about the client's data was read from what it sent, or may have been; "
         "of no image it is certain."
@@ -141,7 +141,8 @@ class Audit(Mapping[str, Reconstruction]):
     notes
         What was done to the files, why attacks did not apply, and which were cut off.
     known
-        What the files show before any attack beside layers' inputs: labels, running statistics.
+        What the files show before any attack beside layers' inputs: labels, embeddings' rows,
+        running statistics.
     untried
         What was not tried, or could not be, each with its reason; kinds of attack that the audit
         does not have, too.

@@ -45,9 +45,12 @@ class Budget:
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def until(self, attack: str, later: Iterable[str]) -> float:
-        """When an attack has to end, on the clock ``time.monotonic``; infinite for no limit. A
-        search leaves half of the time to ``later`` ones.
+        """When an attack has to end, on the clock ``time.monotonic``; infinite for no limit, as of
+        the division, which was made at the first look. A search leaves half of the time to
+        ``later`` ones.
         """
+        if attack == "division":
+            return math.inf
         every = (*SEARCHES, *STEPPED)
         shared = attack in every and any(each in every for each in later)
         return (time.monotonic() + self.end) / 2 if shared else self.end

@@ -1,7 +1,7 @@
 """What leaked, what was not tried, and what the files show before any attack, in sentences."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from dlm_core.observation import Observation, Unchanged, gives_class_scores
 # and how much of its size rounding may be, if its sum shall say anything.
 FITS, ROUNDED = 0.01, 0.01
 ARITHMETIC = 4e-6  # of the sum of its sizes: what float32 leaves of a sum that is 0
+DECAYS = 1e-3  # of a weight, what its decay takes off in a round, at most
+ROWS = 20  # of an embedding that a sentence names
+AS_OTHERS = 0.1  # how nearly the decay of the last bias is that of its weight
 ASSUMED = (
     "the loss is cross-entropy of a softmax, labels are not smoothed or mixed, and the optimizer "
     "kept nothing from earlier rounds"
@@ -32,7 +35,8 @@ class Leak:
     Attributes
     ----------
     what
-        "image", "images", "label", "input of layer 'fc1'" or "running statistics".
+        "image", "images", "label", "input of layer 'fc1'", "rows of embedding 'words'" or "running
+        statistics".
     attack
         By which: a key of ``Audit.results``, "division" or "label inference".
     error
@@ -79,6 +83,11 @@ MISSING = (
         "batch-norm statistics alone",
         "where they are sent, their moves are means of what passed through the network; no attack "
         "of the audit reads them",
+    ),
+    Untried(
+        "weights that are no matrices",
+        "of weights that multiply numbers one by one, as a gate or a normalisation's scale does, "
+        "with a bias beside them, no input is read",
     ),
     Untried(
         "learned priors",
@@ -138,20 +147,54 @@ def of_statistics(unchanged: Unchanged) -> Leak:
     return Leak("running statistics", "comparing the files", math.nan, str(unchanged))
 
 
+def of_embeddings(model: nn.Module, after: Mapping[str, torch.Tensor]) -> list[Leak]:
+    """The rows of embeddings that moved beside others that did not: of what was looked up.
+
+    Parameters
+    ----------
+    model
+        With the weights W_t.
+    after
+        W_{t+1}.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        sent = after.get(f"{name}.weight")
+        if sent is None:
+            continue
+        before = module.weight.detach()
+        rows = (before.double() != sent.to(before.device).double()).any(1).nonzero()[:, 0].tolist()
+        if not 0 < len(rows) < len(before):
+            continue
+        named = ", ".join(map(str, rows[:ROWS])) + ", …" * (len(rows) > ROWS)
+        said = (
+            f"{len(rows):,} of the {len(before):,} rows of embedding {name!r} moved, {named}: what "
+            "these stand for, such as words of a text, was in the client's data, unless its "
+            "optimizer kept something from earlier rounds; nothing was of the others, unless their "
+            "moves were taken away"
+        )
+        found.append(Leak(f"rows of embedding {name!r}", "comparing the files", 0.0, said))
+    return found
+
+
 def of_label(seen: Observation, look: Look) -> Leak | None:
     """The label that the last bias's update shows, or the classes; None where it shows none, or
     where another loss or other targets than one class an image may have left it.
     """
     delta, variance = seen.head.delta_bias, seen.head.variance_bias
-    towards = [int(each) for each in (delta < 0).nonzero()]
     size = float(delta.abs().sum())
     left = NOISE * math.sqrt(float(variance.sum())) + ARITHMETIC * size
     if any(each.halved for each in look.layers):
         left += HALF * size
+    last = next((each for each in look.layers if f"{each.name}.weight" == seen.head.names[0]), None)
+    taken = _decay(seen, left, 0.0 if last is None else last.decay)
+    delta = delta - taken * seen.head.layer.bias.detach().to(delta)
+    towards = [int(each) for each in (delta < 0).nonzero()]
     if len(delta) < 3 or not towards or left > ROUNDED * size or not seen.has_class_scores:
         return None
     by, unknown = "label inference", math.nan
-    last = next((each for each in look.layers if f"{each.name}.weight" == seen.head.names[0]), None)
     if len(towards) == 1 and last is not None and last.alone and _one_label(seen, last):
         said = (
             f"the label, class {towards[0]}: the last bias moved as one image of this class moves "
@@ -171,6 +214,8 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     order = ", and if the files have not changed places" * reversible
     # its signs may be those of the decay of a bias that its image hardly moves, or of noise
     decay = ", and if no weight decay acts on biases and no noise was added" * (look.kin == "adam")
+    if taken:
+        decay = f", and if weight decay left {taken:.2g} of the last bias in its move"
     said = (
         f"{classes} among the labels, if {ASSUMED}{order}{decay} (others may be, too): "
         "the last bias moved towards no other class"
@@ -192,6 +237,20 @@ def of_rows(
         f"its row in {f'{last.name}.weight'!r} moved against all others"
     )
     return Leak("label", "label inference", math.nan, said, (last.odd,))
+
+
+def _decay(seen: Observation, left: float, known: float) -> float:
+    """What multiple of the last bias has to be taken off its move for this to add up to 0 but for
+    what is ``left``, where a weight decay may have left as much, and its weight tells of no other
+    that is ``known``; else 0.
+    """
+    total = float(seen.head.delta_bias.sum())
+    of_all = float(seen.head.layer.bias.detach().double().sum())
+    if abs(total) <= left or of_all == 0:
+        return 0.0
+    taken = total / of_all
+    fits = known == 0 or abs(taken - known) <= AS_OTHERS * known
+    return taken if 0 < taken <= DECAYS and fits else 0.0
 
 
 def _one_label(seen: Observation, last: LayerInput) -> bool:

@@ -152,8 +152,9 @@ class Look:
         if self.unread is not None:
             yield f"the update cannot be read at a first look: {self.unread}"
         elif 0 < self.num_classes <= 2 and self.directions == 1:
+            outputs = "one output" if self.num_classes == 1 else "two classes"
             yield (
-                "with two classes any number of images and steps may leave the last layer such an "
+                f"with {outputs} any number of images and steps may leave the last layer such an "
                 "update: neither it nor the learning rate can be told"
             )
         elif self.optimizer != "several steps":
@@ -191,13 +192,9 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     -----
     Whatever a user's network raises is ``unread``.
     """
-    bias = seen.head.delta_bias
-    balanced = abs(float(bias.sum())) <= UNBALANCED * float(bias.abs().sum())  # as of a softmax
     moved = [bool(layer.any()) for layer in seen.delta]
     told = [name for name, did in zip(seen.parameter_names, moved) if did]
     about: dict[str, Any] = {
-        # the labels' classes fall in Δ, all others rise
-        "swapped": balanced and bool((bias > 0).sum() <= num_images < (bias < 0).sum()),
         "unmoved": [name for name, did in zip(seen.parameter_names, moved) if not did],
         "last_alone": set(seen.parameter_names) > set(seen.head.names) >= set(told),
         "invented": _invented(seen),
@@ -212,14 +209,24 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
         noisy = noisy_inputs(seen, layers)
         found = recognise.recognise(seen)
     except Exception as why:
-        return Look(**about, unread=sentence(why))
+        return Look(**about, swapped=_swapped(seen, num_images), unread=sentence(why))
     linear = any(each.linear for each in layers)  # entries changed one by one leave full rank
     kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
     noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
     look = Look(**about, kin=kin, layers=layers, noisy=noisy)
+    look = replace(look, swapped=_swapped(seen, max(num_images, look.directions)))
     if not (linear and found.optimizer in BY_ENTRIES):
         look = replace(look, optimizer=found.optimizer, learning_rate=found.learning_rate)
     return replace(look, optimizer="several steps") if look.directions > 1 else look
+
+
+def _swapped(seen: Observation, num_images: int) -> bool:
+    """Whether the last bias moved as after minus before would: the classes of so many images rise
+    in it, and all others fall.
+    """
+    bias = seen.head.delta_bias
+    balanced = abs(float(bias.sum())) <= UNBALANCED * float(bias.abs().sum())  # as of a softmax
+    return balanced and bool((bias > 0).sum() <= num_images < (bias < 0).sum())
 
 
 def _invented(seen: Observation) -> list[str]:

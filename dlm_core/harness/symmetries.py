@@ -40,7 +40,7 @@ def against(seen: Observation) -> str | None:
         model = clues.precise(seen.model, seen.image_shape)
         own = _gradient(model, image)
         turned = {name: turn(image) for name, turn in OTHERS.items()}
-        fit = {name: each for name, each in turned.items() if each.shape == image.shape}
+        fit = {name: each for name, each in turned.items() if _another(each, image)}
         same = next((name for name, each in fit.items() if _same(model, each, own)), None)
     except Exception:  # whatever a user's network raises
         return None
@@ -50,6 +50,13 @@ def against(seen: Observation) -> str | None:
         f"of an image and of {same} this network leaves the same update: which of them the client "
         "had is not told"
     )
+
+
+def _another(turned: torch.Tensor, image: torch.Tensor) -> bool:
+    """Whether an image that was turned is of the same shape, and not the image itself, as one of a
+    single row is upside down.
+    """
+    return turned.shape == image.shape and not torch.equal(turned, image)
 
 
 def _same(model: nn.Module, image: torch.Tensor, expected: list[torch.Tensor]) -> bool:
