@@ -410,8 +410,8 @@ def _fixed(
     # several steps leave later layers several directions, and one exactly what it leads to; a mean
     # of several images that an optimizer of low rank left follows nearly
     once = all(each.rank == 1 for each in layers if each.rank and each.rows == 1)
-    rounding = NOISE * max((each.error for each in known), default=0.0)
-    limit = max(lengths.EXACTLY, rounding) if once else lengths.FITS
+    both = [part for each in known for part in moved[each.name] if part and part.delta.any()]
+    limit = max([lengths.EXACTLY, *map(_rounding, both)]) if once else lengths.FITS
     return {
         each.name: lengths.fixed(
             traced, after, each.name, each.values, updates, signals, min(limit, lengths.FITS)
@@ -419,6 +419,14 @@ def _fixed(
         for each in known
         if each.values is not None
     }
+
+
+def _rounding(part: Moved) -> float:
+    """How far rounding may lead from a move, over its size: of a bias over that of what rises, as
+    the classes do that are no label.
+    """
+    told = part.delta.clamp(min=0) if part.delta.ndim == 1 else part.delta
+    return NOISE * float(part.variance.sum().sqrt() / told.norm())
 
 
 def _under_any_loss(
