@@ -265,7 +265,10 @@ class LayerInput:
                 "rank)"
             )
         if self.untrained:
-            multiple = "; or all of it is a multiple of the input, as of two rates"
+            multiple = (
+                "; or all of it is a multiple of the input, as of two rates, or scaled number by "
+                "number, as by an optimizer that scales columns"
+            )
             return (
                 f"{said}, but for {self.still:,} of them. Their weights did not move: the client "
                 "did not train these, which are not 0 then as they seem, unless it took its "

@@ -452,22 +452,29 @@ class Traced:
 
     def has_mean(self, name: str) -> bool:
         """Whether the numbers of a layer's inputs do not add up to 0 whatever the image is, as
-        behind layer norm; False where a network does not tell.
+        behind layer norm, or behind batch norm in training; False where a network does not tell.
         """
         try:
             passed = [each[name].flatten() for each in self._drawn]
         except Exception:  # whatever a user's network raises
             return False
+        with contextlib.suppress(Exception):  # one image in batch norm
+            passed.append(self.passed(self._smooth[0], train=True)[name][0].flatten())
         return all(bool(x.sum().abs() > CENTRED * x.norm()) for x in passed)
 
     @functools.cached_property
     def _drawn(self) -> list[dict[str, torch.Tensor]]:
         """What passes through the layers, for each of a few smooth images alone."""
+        passes = map(self.passed, self._smooth)
+        return [{name: given[0] for name, given in each.items()} for each in passes]
+
+    @functools.cached_property
+    def _smooth(self) -> list[torch.Tensor]:
+        """[1, C, H, W] each."""
         draw = torch.Generator().manual_seed(0)
         to_images, _ = priors.root("smooth", self.shape)
         white = torch.randn(DRAWN, 1, *self.shape, generator=draw, dtype=torch.float64)
-        passes = (self.passed((0.5 + to_images(each)).clamp(0, 1)) for each in white)
-        return [{name: given[0] for name, given in each.items()} for each in passes]
+        return [(0.5 + to_images(each)).clamp(0, 1) for each in white]
 
 
 def _same_state(one: Sequence[Any], other: Sequence[Any]) -> bool:

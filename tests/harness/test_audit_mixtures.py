@@ -172,6 +172,16 @@ def test_a_transposed_weight_is_said_to_be_and_shows_nothing():
     assert first.values is None and "seems to be transposed" in first.sentence
 
 
+def test_an_input_that_batch_norm_centres_in_training_is_whole():
+    model = network(
+        lambda: nn.Unflatten(1, SHAPE), lambda: nn.BatchNorm2d(1), nn.Flatten, linear(64, 10)
+    )
+    (layer,) = inputs.read(model, snapshots(model)[1], SHAPE)
+    image = IMAGES[0].flatten().double()
+    expected = (image - image.mean()) / (image.var(correction=0) + 1e-5).sqrt()
+    assert torch.allclose(layer.values, expected, atol=1e-4) and not layer.centred
+
+
 class Text(nn.Module):
     """Counts the words of a text; ``cast`` where it takes the numbers of an image for them."""
 
