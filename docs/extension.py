@@ -125,7 +125,7 @@ def results():
                     f"![{caption}](../figures/{file})\n\n*{caption}* [PDF](../figures/{pdf})\n\n"
                 )
         for claim in entry["claims"]:
-            named = {"released": "a released experiment's", "abstract": "the abstract's"}
+            named = {"released": "released experiment", "abstract": "the abstract, as we read it"}
             whose = named.get(claim["whose"], "ours")
             text += (
                 f"- **{claim['verdict'].capitalize()}** ({whose}): {plain(claim['statement'])}\n"

@@ -235,7 +235,6 @@ def read(
         found = [replace(each, confirmed=fixed.get(each.name) is True) for each in found]
         if fixed.get(found[-1].name) is False:
             found = [_under_any_loss(traced, each, moves, found[-1].name) for each in found]
-        found = [_beside_pixels(each, found) for each in found]
     patches = _of_patches(traced, before, after, found)
     return [*_of_others(traced, model, before, after), *patches, *found]
 
@@ -443,14 +442,6 @@ def _under_any_loss(
         traced, layer.name, layer.values, move.left, move.hidden, loss
     )
     return layer if turns else replace(layer, single=False, alone=False)
-
-
-def _beside_pixels(layer: LayerInput, layers: Sequence[LayerInput]) -> LayerInput:
-    """A layer's input, which is none of one image alone where a layer that sees the pixels has
-    several.
-    """
-    several = any(each.directions > 1 for each in layers if each.pixels)
-    return replace(layer, single=False, alone=False) if several and layer.alone else layer
 
 
 def _disputed(layer: LayerInput) -> LayerInput:

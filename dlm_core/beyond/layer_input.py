@@ -157,13 +157,16 @@ class LayerInput:
         """Inputs, at least, that left the update, unless the client changed it entry by entry; 0
         where that says nothing, since the rank is full or an image has several inputs here.
         """
+        if self.transposed:
+            return 0
         full = self.rank >= min(self.outputs, self.features)
         return 0 if self.rows > 1 or (full and self.rank > 1) else self.standing
 
     @property
     def linear(self) -> bool:
         """Whether gradients alone moved it: fewer directions than it has room for, and no signs."""
-        return 0 < self.rank < min(self.outputs, self.features) and not self.signs
+        few = 0 < self.rank < min(self.outputs, self.features)
+        return few and not (self.signs or self.transposed)
 
     @property
     def halved(self) -> bool:
@@ -253,8 +256,9 @@ class LayerInput:
             return (
                 f"{said}: the weight's update has one direction, and the bias moved by another "
                 "rule, or by further images that are darker copies of it or black; or an optimizer "
-                "of low rank left this mixture of several inputs, or one that scales columns, as "
-                f"Adafactor does, numbers that are each scaled{self._mixture * self.signs}"
+                "of low rank left this mixture of several inputs; or an optimizer that scales "
+                "columns, as Adafactor does, scaled its numbers one by one"
+                f"{self._mixture * self.signs}"
             )
         if self.entries:
             return f"{said}, {self._agreeing}"

@@ -51,9 +51,9 @@ def fixed(
     signals: Sequence[torch.Tensor],
     limit: float = FITS,
 ) -> bool | None:
-    """Whether the length of a layer's input is that of which others speak. Where chance stands
-    behind it (dropout, noise), the scores cannot; the next layer's input can, by the numbers of it
-    that dropout left; else None.
+    """Whether the length of a layer's input is that of which others speak; None where none does.
+    Where chance stands behind it (dropout, noise), the scores cannot; the next layer's input can,
+    by the numbers of it that dropout left.
 
     Parameters
     ----------
@@ -95,8 +95,9 @@ def fixed(
             if each in behind and traced.rows[each] == 1
         )
     except Exception:  # whatever a user's network raises
-        return False
-    return told or (None if chance else False)
+        return None
+    scored = any(len(signal) == scores.shape[2] for signal in signals)
+    return told or (False if scored and not chance else None)
 
 
 def _by_direction(way: torch.Tensor, update: torch.Tensor, dropped: bool, limit: float) -> bool:

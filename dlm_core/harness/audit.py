@@ -143,7 +143,7 @@ def audit(
         return _printed(_without_head(invented, read, image_shape, out), about, read)
     look = first_look(seen, num_images, read.coarse)
     _check_near(read, look)
-    known = leaks.of_embeddings(read.network, read.after)
+    known = leaks.of_embeddings(read.network, read.after, read.coarse)
     known += filter(None, [leaks.of_label(seen, look)])
     print(*read.notes, *look.sentences, *known, sep="\n")
     runs = plan.runs(read, seen, look, attack=attack, num_images=num_images, client=client)
@@ -405,7 +405,7 @@ def _without_head(why: str, read: Received, image_shape: Sequence[int], out: str
         num_parameters=count,
         normalisation=preprocessing.told_to(read.network),
     )
-    rows = leaks.of_embeddings(read.network, read.after)
+    rows = leaks.of_embeddings(read.network, read.after, read.coarse)
     if not rows and not any(each.sentence for each in layers):
         _check_near(read, look)
         raise ValueError(why) from None

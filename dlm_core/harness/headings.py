@@ -56,6 +56,7 @@ INTERVALS = {
     "success_30": ("low_30", "high_30", "95 %"),
     "psnr_50": ("psnr_25", "psnr_75", "quartiles"),
 }
+COUNTS = ("evaluations", "identifiable", "half_grey", "better_than_prior")
 PER_CENT = [f"{part}_{threshold}" for part in ("success", "low", "high") for threshold in (20, 30)]
 LARGE = 1e5  # from which a number is shown by its leading digits
 
@@ -105,9 +106,12 @@ def _cells(frame: Any, name: Any, digits: int) -> list[Any]:
         unit = " %" if name in INTERVALS else ""
         return [_number(100 * value, 0) + unit for value in values]
     if values.dtype.kind == "f":
-        counts = all((2 * value).is_integer() for value in values if math.isfinite(value))
+        counts = name in COUNTS or all(each.is_integer() for each in values if math.isfinite(each))
         if counts and not str(name).startswith("psnr"):  # a median of counts may end in a half
-            return [_number(value, 0 if value.is_integer() else 1) for value in values]
+            return [
+                _number(value, int(math.isfinite(value) and not value.is_integer()))
+                for value in values
+            ]
         return [_number(value, digits) for value in values]
     titles = {key: each.title for table in _tables(name) for key, each in table.items()}
     return [_word(value, titles) for value in values]

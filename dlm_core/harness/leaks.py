@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from dlm_core import records
 from dlm_core.beyond.layer_input import LayerInput
-from dlm_core.beyond.moves import HALF
+from dlm_core.beyond.moves import HALF, moved_of
+from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
 from dlm_core.observation import Observation, Unchanged, gives_class_scores
@@ -147,8 +148,11 @@ def of_statistics(unchanged: Unchanged) -> Leak:
     return Leak("running statistics", "comparing the files", math.nan, str(unchanged))
 
 
-def of_embeddings(model: nn.Module, after: Mapping[str, torch.Tensor]) -> list[Leak]:
-    """The rows of embeddings that moved beside others that did not: of what was looked up.
+def of_embeddings(
+    model: nn.Module, after: Mapping[str, torch.Tensor], coarse: Transmitted | None = None
+) -> list[Leak]:
+    """The rows of embeddings that moved beside others that did not: of what was looked up. A weight
+    that other layers share, as a text's head may, says nothing.
 
     Parameters
     ----------
@@ -156,27 +160,37 @@ def of_embeddings(model: nn.Module, after: Mapping[str, torch.Tensor]) -> list[L
         With the weights W_t.
     after
         W_{t+1}.
+    coarse
+        Precision to which W_{t+1} was rounded, where that is not its own; or some of its tensors,
+        by name.
     """
-    found = []
+    found, before = [], dict(model.named_parameters())
+    holders = [id(w) for _, w in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        weight = f"{name}.weight"
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or weight not in after:
             continue
-        sent = after.get(f"{name}.weight")
-        if sent is None:
+        if weight not in before or holders.count(id(module.weight)) > 1:
             continue
-        before = module.weight.detach()
-        rows = (before.double() != sent.to(before.device).double()).any(1).nonzero()[:, 0].tolist()
-        if not 0 < len(rows) < len(before):
-            continue
-        named = ", ".join(map(str, rows[:ROWS])) + ", …" * (len(rows) > ROWS)
-        said = (
-            f"{len(rows):,} of the {len(before):,} rows of embedding {name!r} moved, {named}: what "
-            "these stand for, such as words of a text, was in the client's data, unless its "
-            "optimizer kept something from earlier rounds; nothing was of the others, unless their "
-            "moves were taken away"
-        )
-        found.append(Leak(f"rows of embedding {name!r}", "comparing the files", 0.0, said))
+        sent = precision_of(weight, coarse)
+        move = moved_of(before, {weight: after[weight].to(sent)} if sent else after, weight)
+        assert move is not None
+        rows = (move.delta.abs() > NOISE * move.variance.sqrt()).any(1)
+        others = move.before.any(1) & ~rows  # decay leaves rows of zeros alone
+        if rows.any() and others.any():
+            found.append(_rows(name, rows.nonzero()[:, 0].tolist(), len(rows)))
     return found
+
+
+def _rows(name: str, rows: list[int], number: int) -> Leak:
+    named = ", ".join(map(str, rows[:ROWS])) + ", …" * (len(rows) > ROWS)
+    said = (
+        f"{len(rows):,} of the {number:,} rows of embedding {name!r} moved, {named}: what these "
+        "stand for, such as words of a text, was in the client's data, if its network uses them "
+        "for nothing but to look them up, none was drawn at random (negative samples), and its "
+        "optimizer kept nothing from earlier rounds"
+    )
+    return Leak(f"rows of embedding {name!r}", "comparing the files", 0.0, said)
 
 
 def of_label(seen: Observation, look: Look) -> Leak | None:
@@ -189,7 +203,8 @@ def of_label(seen: Observation, look: Look) -> Leak | None:
     if any(each.halved for each in look.layers):
         left += HALF * size
     last = next((each for each in look.layers if f"{each.name}.weight" == seen.head.names[0]), None)
-    taken = _decay(seen, left, 0.0 if last is None else last.decay)
+    # of signs the sum says nothing of a decay
+    taken = 0.0 if look.kin == "adam" else _decay(seen, left, last)
     delta = delta - taken * seen.head.layer.bias.detach().to(delta)
     towards = [int(each) for each in (delta < 0).nonzero()]
     if len(delta) < 3 or not towards or left > ROUNDED * size or not seen.has_class_scores:
@@ -239,17 +254,17 @@ def of_rows(
     return Leak("label", "label inference", math.nan, said, (last.odd,))
 
 
-def _decay(seen: Observation, left: float, known: float) -> float:
+def _decay(seen: Observation, left: float, last: LayerInput | None) -> float:
     """What multiple of the last bias has to be taken off its move for this to add up to 0 but for
-    what is ``left``, where a weight decay may have left as much, and its weight tells of no other
-    that is ``known``; else 0.
+    what is ``left``, where a weight decay may have left as much, and did by the ``last`` layer's
+    weight, if that tells; else 0.
     """
     total = float(seen.head.delta_bias.sum())
     of_all = float(seen.head.layer.bias.detach().double().sum())
     if abs(total) <= left or of_all == 0:
         return 0.0
     taken = total / of_all
-    fits = known == 0 or abs(taken - known) <= AS_OTHERS * known
+    fits = last is None or not last.linear or abs(taken - last.decay) <= AS_OTHERS * last.decay
     return taken if 0 < taken <= DECAYS and fits else 0.0
 
 

@@ -214,7 +214,7 @@ def first_look(seen: Observation, num_images: int, coarse: dict[str, torch.dtype
     kin = "adam" if found.share >= recognise.SIGN_LIKE and not linear else "sgd"
     noisy = [] if kin == "adam" else noisy  # its leading direction is none of an input
     look = Look(**about, kin=kin, layers=layers, noisy=noisy)
-    look = replace(look, swapped=_swapped(seen, max(num_images, look.directions)))
+    look = replace(look, swapped=_swapped(seen, max(num_images, look.images)))
     if not (linear and found.optimizer in BY_ENTRIES):
         look = replace(look, optimizer=found.optimizer, learning_rate=found.learning_rate)
     return replace(look, optimizer="several steps") if look.directions > 1 else look

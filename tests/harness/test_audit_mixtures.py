@@ -131,10 +131,32 @@ def test_labels_of_a_batch_stand_beside_weight_decay(decay, tmp_path):
     assert ("if weight decay left" in str(label)) == (decay > 0)
 
 
-def test_no_weight_decay_is_made_up_for_a_bias_that_does_not_balance():
+@pytest.mark.parametrize("factor, told", [(1.0, True), (3.0, False)])
+def test_a_decay_of_the_last_bias_is_that_of_its_weight(factor, told):
+    """Of a bias that something else moved as a decay would, nothing is said."""
+    model = convolutions()
+    before, after = snapshots(model, IMAGES[:3], LABELS[:3], weight_decay=5e-4)
+    after["6.bias"] -= (factor - 1) * 0.1 * 5e-4 * before["6.bias"]
+    seen = observe(model, before, after, SHAPE)
+    assert (leaks.of_label(seen, first_look(seen, 3, {})) is not None) == told
+
+
+def test_no_decay_is_so_large():
+    model = convolutions()
+    before, after = snapshots(model, IMAGES[:3], LABELS[:3])
+    after["6.bias"] -= 1e-2 * before["6.bias"]
+    seen = observe(model, before, after, SHAPE)
+    assert leaks.of_label(seen, first_look(seen, 3, {})) is None
+
+
+def test_of_adam_s_signs_no_decay_is_taken_off():
     model = network(*NETWORKS["ReLU"])
-    seen = observe(model, *snapshots(model, IMAGES[:4], LABELS[:4], loss=weighed), SHAPE)
-    assert leaks.of_label(seen, first_look(seen, 4, {})) is None
+    with torch.no_grad():
+        model[3].bias.copy_(torch.linspace(0, 0.3, 10))
+    sent = trained(model, lambda client: [torch.optim.Adam(client.parameters(), lr=1e-5)])
+    seen = observe(model, *sent, SHAPE)
+    label = leaks.of_label(seen, first_look(seen, 1, {}))
+    assert label is not None and label.classes == (int(LABELS[0]),)
 
 
 def test_an_image_of_one_row_is_not_another_upside_down():
@@ -168,8 +190,9 @@ def test_a_transposed_weight_is_said_to_be_and_shows_nothing():
     for each in (before, after):
         each["1.weight"] = each["1.weight"].T.clone()
     model.load_state_dict(before)
-    first, *_ = inputs.read(model, after, SHAPE)
+    first, last = inputs.read(model, after, SHAPE)
     assert first.values is None and "seems to be transposed" in first.sentence
+    assert first.directions == 0 and last.alone and last.confirmed
 
 
 def test_an_input_that_batch_norm_centres_in_training_is_whole():
@@ -209,12 +232,74 @@ def test_the_rows_of_an_embedding_that_moved_are_named(cast, tmp_path):
     assert ", ".join(map(str, expected)) + ":" in str(rows)
 
 
-def test_of_an_embedding_that_moved_whole_nothing_is_said(tmp_path):
-    model = network(lambda: Text(True))
-    text = torch.arange(12).reshape(1, 1, 1, 12)
-    sent = snapshots(model, text, torch.tensor([1]), weight_decay=0.1)
-    found = asked(model, sent, tmp_path, image_shape=(1, 1, 12), minutes=0.02)
-    assert not any("embedding" in each.what for each in found.leaks)
+class Tied(Text):
+    """Its head is its words, as a language model's."""
+
+    def __init__(self, padding=None):
+        super().__init__(True)
+        self.words = nn.Embedding(200, 16, padding_idx=padding)
+        self.head = nn.Linear(16, 200)
+        self.head.weight = self.words.weight
+
+
+def padded():
+    model = Text(True)
+    model.words = nn.Embedding(200, 16, padding_idx=0)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: Text(True), padded], ids=["all rows", "a row of zeros"])
+def test_of_an_embedding_that_decayed_whole_nothing_is_said(make):
+    model = network(make)
+    text = torch.arange(1, 13).reshape(1, 1, 1, 12)
+    after = snapshots(model, text, torch.tensor([1]), weight_decay=0.1)[1]
+    assert leaks.of_embeddings(model, after) == []
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-4])
+def test_of_an_embedding_that_is_the_head_as_well_nothing_is_said(rate):
+    model = network(Tied)
+    text = torch.arange(1, 13).reshape(1, 1, 1, 12)
+    assert leaks.of_embeddings(model, snapshots(model, text, torch.tensor([1]), lr=rate)[1]) == []
+
+
+def test_rows_that_half_precision_moved_are_not_named():
+    model = network(padded)
+    text = torch.arange(1, 13).reshape(1, 1, 1, 12)
+    after = snapshots(model, text, torch.tensor([1]), lr=10.0)[1]
+    halved = {name: w.half().float() for name, w in after.items()}
+    (rows,) = leaks.of_embeddings(model, halved, torch.float16)
+    assert "12 of the 200 rows" in str(rows)
+
+
+@pytest.mark.parametrize("head", [lambda: nn.Conv1d(48, 10, 1), linear(48, 10)])
+def test_an_image_stays_alone_whatever_kind_of_layer_the_head_is(head):
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(64, 48), head()
+
+        def forward(self, x):
+            x = torch.sigmoid(self.first(x))
+            one = isinstance(self.head, nn.Conv1d)
+            return self.head(x[:, :, None])[:, :, 0] if one else self.head(x)
+
+    model = network(Headed)
+    (first,) = [each for each in inputs.read(model, snapshots(model)[1], SHAPE) if each.pixels]
+    assert first.alone
+
+
+def test_no_later_input_is_one_alone_where_the_pixels_have_several_directions():
+    """Two of ten scores have slopes, which the last layer's update does not show to be several."""
+    model = network(linear(64, 48), nn.ReLU, linear(48, 10))
+
+    def two_scores(scores, targets):
+        return F.cross_entropy(scores[:, :2] * torch.tensor([1.0, 0.5]), targets % 2)
+
+    layers = inputs.read(
+        model, snapshots(model, DIGITS[:4], CLASSES[:4], loss=two_scores)[1], SHAPE
+    )
+    assert layers[0].directions > 1 and not layers[1].alone
 
 
 def test_the_division_is_given_however_little_time_there_is(tmp_path):

@@ -42,7 +42,7 @@ class Page(HTMLParser):
             self.loaded.append(source)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("build") / "site"
     command = [sys.executable, "-m", "dlm_core", "site", "--out", out]
@@ -51,7 +51,7 @@ def site(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages(site):
     return {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
 
