@@ -110,7 +110,7 @@ def test(pytest: Sequence[str]) -> int:
     nbval = (*parallel, *alone, *lax)
     steps = [
         ("-m", "dlm_core", "figures", "--profile", "smoke", "--set", "all", "--out", str(build)),
-        (*parallel, "--dist", "loadgroup", "tests"),  # groups: tests/conftest.py
+        (*parallel, "tests"),  # which goes to which worker: tests/conftest.py
         (*nbval, str(build / "notebooks")),
         (*nbval, "notebooks/teaching", "notebooks/howto"),
     ]
