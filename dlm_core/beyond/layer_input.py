@@ -269,17 +269,7 @@ class LayerInput:
                 "rank)"
             )
         if self.untrained:
-            multiple = (
-                "; or all of it is a multiple of the input, as of two rates, or scaled number by "
-                "number, as by an optimizer that scales columns"
-            )
-            return (
-                f"{said}, but for {self.still:,} of them. Their weights did not move: the client "
-                "did not train these, which are not 0 then as they seem, unless it took its "
-                "gradients at other weights than W_t, as SAM does, or gave the network more than "
-                "an image"
-                f"{multiple * (not self.confirmed)}{mixture}"
-            )
+            return f"{said}{self._but_for}{mixture}"
         if self.disputed:
             return (
                 f"{said}, or a multiple or a projection of it, or of several: layers' updates do "
@@ -292,6 +282,20 @@ class LayerInput:
                 "else in the update fixes its length)"
             )
         return f"{said}{mixture}{self._zeros * bool(self.pixels and self.still)}"
+
+    @property
+    def _but_for(self) -> str:
+        """Which of its numbers are not told, and what the others may be."""
+        scaled = (
+            "; or all of it is a multiple of the input, as of two rates, or scaled number by "
+            "number, as by an optimizer that scales columns"
+        )
+        return (
+            f", but for {self.still:,} of them. Their weights did not move: the client did not "
+            "train these, which are not 0 then as they seem, unless it took its gradients at other "
+            "weights than W_t, as SAM does, or gave the network more than an image"
+            f"{scaled * (not self.confirmed)}"
+        )
 
     @property
     def _agreeing(self) -> str:
