@@ -20,7 +20,6 @@ from dlm_core.observation import Observation, Unchanged, gives_class_scores
 # and how much of its size rounding may be, if its sum shall say anything.
 FITS, ROUNDED = 0.01, 0.01
 ARITHMETIC = 4e-6  # of the sum of its sizes: what float32 leaves of a sum that is 0
-DECAYS = 1e-3  # of a weight, what its decay takes off in a round, at most
 ROWS = 20  # of an embedding that a sentence names
 AS_OTHERS = 0.1  # how nearly the decay of the last bias is that of its weight
 ASSUMED = (
@@ -256,16 +255,15 @@ def of_rows(
 
 def _decay(seen: Observation, left: float, last: LayerInput | None) -> float:
     """What multiple of the last bias has to be taken off its move for this to add up to 0 but for
-    what is ``left``, where a weight decay may have left as much, and did by the ``last`` layer's
-    weight, if that tells; else 0.
+    what is ``left``, where the ``last`` layer's weight tells of as much weight decay; else 0.
     """
     total = float(seen.head.delta_bias.sum())
     of_all = float(seen.head.layer.bias.detach().double().sum())
-    if abs(total) <= left or of_all == 0:
+    if last is None or abs(total) <= left or of_all == 0:
         return 0.0
     taken = total / of_all
-    fits = last is None or not last.linear or abs(taken - last.decay) <= AS_OTHERS * last.decay
-    return taken if 0 < taken <= DECAYS and fits else 0.0
+    fits = abs(taken - last.decay) <= AS_OTHERS * last.decay
+    return taken if taken > 0 and fits else 0.0
 
 
 def _one_label(seen: Observation, last: LayerInput) -> bool:

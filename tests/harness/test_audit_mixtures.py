@@ -141,7 +141,7 @@ def test_a_decay_of_the_last_bias_is_that_of_its_weight(factor, told):
     assert (leaks.of_label(seen, first_look(seen, 3, {})) is not None) == told
 
 
-def test_no_decay_is_so_large():
+def test_no_decay_is_made_up_that_the_weight_does_not_tell_of():
     model = convolutions()
     before, after = snapshots(model, IMAGES[:3], LABELS[:3])
     after["6.bias"] -= 1e-2 * before["6.bias"]
