@@ -41,11 +41,12 @@ from dlm_core.beyond.moves import (
     ROUGH,
     Move,
     Moved,
+    as_sent,
     moved_of,
     sign_like,
     to_levels,
 )
-from dlm_core.beyond.rounding import Transmitted, precision_of
+from dlm_core.beyond.rounding import Transmitted
 from dlm_core.beyond.tracing import AWAY, NOISE, Traced
 from dlm_core.beyond.turning import Loss, repeats, tells_apart
 from dlm_core.observation import TINY, Observation
@@ -208,10 +209,7 @@ def read(
     transmitted
         As in ``division``.
     """
-    after = {}
-    for name, w in weights_after.items():
-        sent = precision_of(name, transmitted)
-        after[name] = w.to(sent) if sent and w.is_floating_point() else w
+    after = as_sent(weights_after, transmitted)
     before = dict(model.named_parameters())
     traced = Traced(model, image_shape)
     moved = _moved(traced, before, after)
@@ -405,18 +403,20 @@ def _fixed(
                 signals = [bias.delta, *[without] * bool(each.decay)]
             elif each.values is not None:
                 signals = [sign * (updates[each.name] @ each.values) for sign in (1, -1)]
-    known = [each for each in layers if each.values is not None and each.scaled and not each.signs]
+    known = {
+        each.name: each.values
+        for each in layers
+        if each.values is not None and each.scaled and not each.signs
+    }
     # several steps leave later layers several directions, and one exactly what it leads to; a mean
     # of several images that an optimizer of low rank left follows nearly
     once = all(each.rank == 1 for each in layers if each.rank and each.rows == 1)
-    both = [part for each in known for part in moved[each.name] if part and part.delta.any()]
-    limit = max([lengths.EXACTLY, *map(_rounding, both)]) if once else lengths.FITS
+    parts = [part for name in known for part in moved[name] if part and part.delta.any()]
+    exactly = max([lengths.EXACTLY, *map(_rounding, parts)])
+    limit = min(exactly, lengths.FITS) if once else lengths.FITS
     return {
-        each.name: lengths.fixed(
-            traced, after, each.name, each.values, updates, signals, min(limit, lengths.FITS)
-        )
-        for each in known
-        if each.values is not None
+        name: lengths.fixed(traced, after, name, values, updates, signals, limit)
+        for name, values in known.items()
     }
 
 

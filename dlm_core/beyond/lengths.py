@@ -68,7 +68,7 @@ def fixed(
     signals
         [K] each, what δ of the last layer may be, up to a positive factor.
     limit
-        How nearly they have to follow, relative.
+        How nearly they have to follow, relative; ``FITS`` at most.
     """
     factors = torch.tensor([*FACTORS, *BESIDE], dtype=values.dtype, device=values.device)
     given = values * factors[:, None]
@@ -138,7 +138,7 @@ def _by_scores(way: torch.Tensor, signal: torch.Tensor, sharply: bool, limit: fl
             spare = len(target) - columns
             if spare < (1 if columns == 1 else SPARE):
                 continue
-            nearly = min(limit, SHARPLY if sharply or spare < SPARE else FITS)
+            nearly = min(limit, SHARPLY) if sharply or spare < SPARE else limit
             alone = _first_alone([_left(one[others], target) for one in each], nearly)
             if alone and _on_the_way(each[0][others], target):
                 return True

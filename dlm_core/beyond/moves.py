@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dlm_core.beyond import decay, quantised
+from dlm_core.beyond.rounding import Transmitted, precision_of
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.observation import TINY, unit_in_last_place
 
@@ -161,6 +162,17 @@ def moved_of(
     old, new = before[name].detach(), after[name].detach().to(before[name].device)
     old, variance = old.double(), unit_in_last_place(new).square() / 12
     return Moved(old - new.double(), variance, old)
+
+
+def as_sent(
+    weights: Mapping[str, torch.Tensor], transmitted: Transmitted | None
+) -> dict[str, torch.Tensor]:
+    """The weights in the precision that each was rounded to, where that is not its own."""
+    found = {}
+    for name, w in weights.items():
+        sent = precision_of(name, transmitted)
+        found[name] = w.to(sent) if sent and w.is_floating_point() else w
+    return found
 
 
 def to_levels(weight: Moved, bias: Moved | None) -> tuple[Moved, Moved | None]:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from dlm_core import records
 from dlm_core.beyond.layer_input import LayerInput
-from dlm_core.beyond.moves import HALF, moved_of
-from dlm_core.beyond.rounding import Transmitted, precision_of
+from dlm_core.beyond.moves import HALF, as_sent, moved_of
+from dlm_core.beyond.rounding import Transmitted
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
 from dlm_core.observation import Observation, Unchanged, gives_class_scores
@@ -163,17 +163,14 @@ def of_embeddings(
         Precision to which W_{t+1} was rounded, where that is not its own; or some of its tensors,
         by name.
     """
-    found, before = [], dict(model.named_parameters())
+    found, before, sent = [], dict(model.named_parameters()), as_sent(after, coarse)
     holders = [id(w) for _, w in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or weight not in after:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue
-        if weight not in before or holders.count(id(module.weight)) > 1:
+        move = moved_of(before, sent, f"{name}.weight")
+        if move is None or holders.count(id(module.weight)) > 1:
             continue
-        sent = precision_of(weight, coarse)
-        move = moved_of(before, {weight: after[weight].to(sent)} if sent else after, weight)
-        assert move is not None
         rows = (move.delta.abs() > NOISE * move.variance.sqrt()).any(1)
         others = move.before.any(1) & ~rows  # decay leaves rows of zeros alone
         if rows.any() and others.any():

@@ -20,6 +20,7 @@ from tests.harness.audited import (
     LABELS,
     SHAPE,
     asked,
+    focal,
     linear,
     network,
     psnr,
@@ -263,10 +264,6 @@ def test_a_mixture_that_an_optimizer_of_low_rank_leaves_is_called_one():
 
 
 def test_a_learning_rate_is_that_of_a_loss(tmp_path, capsys):
-    def focal(scores, targets):
-        plain = F.cross_entropy(scores, targets)
-        return (1 - (-plain).exp()) ** 2 * plain
-
     model = models.build("lenet", SHAPE, 10, seed=1)
     sent = snapshots(model, loss=focal, lr=0.01)
     found = asked(model, sent, tmp_path, attack="exact")

@@ -20,6 +20,7 @@ from tests.harness.audited import (
     LABELS,
     SHAPE,
     asked,
+    focal,
     linear,
     network,
     psnr,
@@ -94,12 +95,6 @@ def test_no_input_is_named_of_several_for_which_unequal_slopes_are_the_same(laye
     model = network(*layers)
     sent = snapshots(model, DIGITS[:8], CLASSES[:8], loss=loss)
     assert not any(each.alone for each in inputs.read(model, sent[1], SHAPE))
-
-
-def focal(scores, targets):
-    """A loss of the label's probability alone: its slopes follow the softmax."""
-    likely = F.log_softmax(scores, 1).gather(1, targets[:, None])
-    return -((1 - likely.exp()) ** 2 * likely).mean()
 
 
 @pytest.mark.parametrize("loss", [focal, F.cross_entropy], ids=["focal", "cross-entropy"])
@@ -208,10 +203,10 @@ def test_an_input_that_batch_norm_centres_in_training_is_whole():
 class Text(nn.Module):
     """Counts the words of a text; ``cast`` where it takes the numbers of an image for them."""
 
-    def __init__(self, cast):
+    def __init__(self, cast, padding=None):
         super().__init__()
         self.cast = cast
-        self.words = nn.Embedding(200, 16)
+        self.words = nn.Embedding(200, 16, padding_idx=padding)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x):
@@ -235,17 +230,14 @@ def test_the_rows_of_an_embedding_that_moved_are_named(cast, tmp_path):
 class Tied(Text):
     """Its head is its words, as a language model's."""
 
-    def __init__(self, padding=None):
+    def __init__(self):
         super().__init__(True)
-        self.words = nn.Embedding(200, 16, padding_idx=padding)
         self.head = nn.Linear(16, 200)
         self.head.weight = self.words.weight
 
 
 def padded():
-    model = Text(True)
-    model.words = nn.Embedding(200, 16, padding_idx=0)
-    return model
+    return Text(True, padding=0)
 
 
 @pytest.mark.parametrize("make", [lambda: Text(True), padded], ids=["all rows", "a row of zeros"])
