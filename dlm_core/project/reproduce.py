@@ -221,17 +221,15 @@ def results_table(figures: Path | str) -> str:
         "ours": "ours alone",
     }
     rows = [
-        f"| what we find | command | {' | '.join(whose.values())} | profile |",
-        "|---|---|---|---|---|---|",
+        f"| what we find | {' | '.join(whose.values())} | profile |",
+        "|---|---|---|---|---|",
     ]
     failed: dict[str, list[str]] = {"released": [], "abstract": []}
     for name, entry in sorted(report.read_json(Path(figures) / "claims.json").items()):
         claims = entry["claims"]
         link = f"{name[:2]}. [{title(NOTEBOOKS / f'{name}.ipynb')}](notebooks/{name}.ipynb)"
         counts = " | ".join(evidence.summary(claims, each) for each in whose)
-        profile = entry["profile"]
-        command = f"`make figures ONLY={name[:2]} PROFILE={profile}`"
-        rows.append(f"| {link} | {command} | {counts} | {profile} |")
+        rows.append(f"| {link} | {counts} | {entry['profile']} |")
         for claim in claims:
             if claim["whose"] in failed and claim["verdict"] == Verdict.FAILS:
                 statement = f"{name[:2]}. {claim['statement']}"
