@@ -335,15 +335,16 @@ def show_images(
     for i, row in enumerate(shown):
         for j, axis in enumerate(axes[i]):
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
             pixels = row[j] if j < len(row) else None
+            # A frame tells a white picture from an empty place.
+            axis.spines[:].set(visible=pixels is not None, color="0.8", linewidth=0.4)
             if pixels is not None:
                 axis.imshow(pixels)
             if i == 0 and j < len(column_names):
                 axis.set_title(column_names[j], loc="center", pad=2, fontsize=6)
         for number, axis in zip(below[i] if i < len(below) else (), axes[i]):
             if number is not None:
-                axis.set_xlabel(f"{number:.1f} dB", fontsize=5, labelpad=1)
+                axis.set_xlabel(f"{number:.1f} dB", fontsize=5.5, labelpad=1)
         axes[i][0].set_ylabel(row_names[i], rotation=0, ha="right", va="center", fontsize=6)
     return figure
 
