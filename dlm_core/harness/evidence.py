@@ -239,18 +239,15 @@ def share_difference(
     first: tables.Frame, second: tables.Frame, label: str, *, at: check.Finite = 20.0
 ) -> Measured:
     """Mean over images of how much more often the first table reaches ``at`` dB than the second;
-    as ``difference`` else. The interval is that of ``tables.paired`` where each image has one row
-    in either table, and Student's where it has several, and a share of its own.
+    as ``difference`` else. The interval is that of ``tables.paired``; of an image that has several
+    rows its share counts.
     """
     hits = [(tables.psnrs(each) >= at).astype(float) for each in (first, second)]
     pairs, units = _pairs(first, second, hits, numpy.mean)
     gained = [ours - theirs for ours, theirs in pairs]
     quantity = f"difference in the share at {at:g} dB"
     found = mean(gained, label, quantity=quantity, unit="%", units=units)
-    if not any(each.duplicated(["dataset", "index"]).any() for each in (first, second)):
-        low, high = tables.paired(gained)
-    else:  # Student's interval knows no bounds, and shares have some; a NaN stays one
-        low, high = max(found.low, -1.0), min(found.high, 1.0)
+    low, high = tables.paired(gained)
     return replace(found, low=low, high=high)
 
 

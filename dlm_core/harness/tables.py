@@ -136,8 +136,9 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 def paired(differences: Iterable[float]) -> tuple[float, float]:
     """(low, high): 95 % interval of a difference of two shares of the same n, whose pairs differ
-    by -1, 0 or 1: of n pairs and one more each way (Bonett and Price, J. Educ. Behav. Stat. 2012).
-    It has a width where all pairs are alike, as Student's has not.
+    by -1, 0 or 1, or by something between where a pair is a mean of several runs: of n pairs and
+    one more each way (Bonett and Price, J. Educ. Behav. Stat. 2012). It has a width where all
+    pairs are alike, as Student's has not.
     """
     pairs = [*differences, 1.0, -1.0]
     centre = sum(pairs) / len(pairs)
