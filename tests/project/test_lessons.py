@@ -16,6 +16,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
+from dlm_core import data, federated, models, objectives
 from dlm_core.project import lessons
 
 COURSE = lessons.paths("teaching")
@@ -122,26 +123,172 @@ A_MEAN_OVER_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("test", A_MEAN_OVER_LAYERS)
-def test_what_students_see_refuses_a_mean_over_layers_and_what_ignores_directions(test):
-    (cell,) = [
-        cell
-        for path in COURSE
-        for cell in cells(path)
-        if cell.metadata.get("nbgrader", {}).get("grade_id") == test
-    ]
-    visible = cell.source.split("### BEGIN HIDDEN TESTS")[0]
-    draw = torch.Generator().manual_seed(0)
-    gradient = [torch.rand(size, generator=draw, dtype=torch.float64) for size in (4, 3)]
-    given = {
-        "torch": torch,
-        "learning_rate": 0.1,
-        "true_gradient": gradient,
-        "delta": [0.1 * layer for layer in gradient],
-        "g": [torch.tensor([3.0, 4.0]), torch.tensor([1.0])],
+def noise_of(draw):
+    """A ``noisy`` whose noise of standard deviation 1 is drawn by ``draw(shape, generator)``."""
+    return lambda weights, std, generator: {
+        name: tensor + std * draw(tensor.shape, generator) for name, tensor in weights.items()
     }
+
+
+def normal(shape, generator):
+    return torch.randn(shape, generator=generator)
+
+
+def uniform(shape, generator):
+    return 12**0.5 * (torch.rand(shape, generator=generator) - 0.5)
+
+
+def laplace(shape, generator):
+    one, two = (-torch.log1p(-torch.rand(shape, generator=generator)) for _ in range(2))
+    return (one - two) / 2**0.5
+
+
+def first_tensor_alone(weights, std, generator):
+    return {**weights, "w": weights["w"] + std * normal(weights["w"].shape, generator)}
+
+
+def bound_by(mean):
+    """A ``bound`` that takes ``mean`` of the pixels' variances, which returns dB."""
+
+    def bound(jacobian, noise, prior=0.25):
+        known = jacobian.double().T @ jacobian.double() / noise**2
+        known += torch.eye(len(known), dtype=torch.float64) / prior**2
+        return float(mean(torch.linalg.inv(known).diagonal()))
+
+    return bound
+
+
+def decibels(variance):
+    return -10 * variance.log10()
+
+
+def without_its_prior(jacobian, noise, prior=0.25):
+    return bound_by(lambda variance: decibels(variance.mean()))(jacobian, noise)
+
+
+def lone_images_by(live, margin):
+    """A ``lone_images`` that keeps the rows that ``live(bias)`` names, and takes pictures for equal
+    that differ by less than ``margin``.
+    """
+
+    def lone_images(weight, bias):
+        kept, found = live(bias), []
+        pictures = weight[kept] / bias[kept, None]
+        for picture in pictures:
+            twins = ((pictures - picture).abs().amax(1) < margin).sum()
+            known = any((picture - other).abs().max() < margin for other in found)
+            if twins > 1 and not known:
+                found.append(picture)
+        return torch.stack(found).view(-1, 1, 8, 8) if found else torch.zeros(0, 1, 8, 8)
+
+    return lone_images
+
+
+def relative(bias):
+    return bias.abs() > 1e-3 * bias.abs().max()
+
+
+def subtract_first(seen):
+    weights = seen.model.named_parameters()
+    return [(p.detach() - seen.weights_after[name]).double() for name, p in weights]
+
+
+def absolute_directions(before, after, name):
+    return int((torch.linalg.svdvals(before[name].double() - after[name].double()) > 1e-4).sum())
+
+
+WRONG = [
+    *A_MEAN_OVER_LAYERS.items(),
+    ("test_noisy", noise_of(lambda shape, _: normal(shape, torch.Generator().manual_seed(0)))),
+    ("test_noisy", noise_of(lambda shape, own: normal(shape, own.manual_seed(1)))),
+    ("test_noisy", noise_of(uniform)),
+    ("test_noisy", noise_of(laplace)),
+    ("test_noisy", first_tensor_alone),
+    ("test_bound", bound_by(lambda variance: decibels(variance).mean())),
+    ("test_bound", bound_by(lambda variance: decibels(variance.median()))),
+    ("test_bound", without_its_prior),
+    ("test_blend", lambda images, d: torch.einsum("n,nchw->chw", d.abs() / d.abs().sum(), images)),
+    ("test_lone_images", lone_images_by(lambda bias: bias != 0, 1e-4)),
+    ("test_lone_images", lone_images_by(relative, 0.01)),
+    ("test_lone_images", lone_images_by(relative, 0.1)),
+    ("test_directions", absolute_directions),
+]
+# What students see lets these pass; the hidden part does not.
+HIDDEN_FROM = [
+    ("test_update", subtract_first),
+    ("test_lone_images", lone_images_by(lambda bias: bias.abs() > 1e-3, 1e-4)),
+    ("test_lone_images", lone_images_by(lambda bias: bias.abs() > 1e-5, 1e-4)),
+]
+# Of these the notebook's own answer is all that their tests need, beside what the lesson gives; the
+# distance of DLM+ is written with exercise 1's norm.
+BY_ITSELF = dict.fromkeys([test for test, _ in WRONG + HIDDEN_FROM])
+BY_ITSELF |= dict.fromkeys(["test_dlm_distance", "test_silencing_label"])
+del BY_ITSELF["test_dlm_plus_distance"]
+
+
+def graded(name):
+    """The test cell of this name, and the cell before it that it tests."""
+    ((solution, test),) = [
+        (found[place - 1], found[place])
+        for found in map(cells, COURSE)
+        for place in range(len(found))
+        if found[place].metadata.get("nbgrader", {}).get("grade_id") == name
+    ]
+    assert solution.metadata.nbgrader.grade_id == name.removeprefix("test_")
+    return solution, test
+
+
+def given():
+    """What the lessons give to the tests: no other exercise's answer."""
+    images, labels, num_classes, _ = data.load("digits", n=10)
+    model = models.build("lenet", (1, 8, 8), num_classes)
+    image, label = images[:1], labels[:1]
+    seen = federated.train_locally(model, image, label, learning_rate=0.1)
+    layers = objectives.gradient(model, federated.loss, image, label)
+    return {
+        "torch": torch,
+        "objectives": objectives,
+        "federated": federated,
+        "learning_rate": 0.1,
+        "images": images,
+        "image": image,
+        "label": label,
+        "num_classes": num_classes,
+        "model": model,
+        "seen": seen,
+        "true_gradient": [layer.detach().double() for layer in layers],
+        "delta": seen.delta,
+        "g": [torch.tensor([3.0, 4.0]), torch.tensor([1.0])],
+        "batch": 2,
+        "private": images[:2],
+        "units": (),  # lesson 1 compares with these of its own batch too
+        "blends": (),
+    }
+
+
+def seen_of(test):
+    return test.source.split("### BEGIN HIDDEN TESTS")[0]
+
+
+@pytest.mark.parametrize(("test", "wrong"), WRONG)
+def test_what_students_see_refuses_an_answer_that_leaves_a_rule_out(test, wrong):
     with pytest.raises(AssertionError):
-        exec(visible, {**given, test.removeprefix("test_"): A_MEAN_OVER_LAYERS[test]})
+        exec(seen_of(graded(test)[1]), {**given(), test.removeprefix("test_"): wrong})
+
+
+@pytest.mark.parametrize(("test", "wrong"), HIDDEN_FROM)
+def test_a_hidden_part_refuses_what_students_tests_let_pass(test, wrong):
+    cell, names = graded(test)[1], {**given(), test.removeprefix("test_"): wrong}
+    exec(seen_of(cell), names)
+    with pytest.raises(AssertionError):
+        exec(part(cell, "HIDDEN TESTS"), names)
+
+
+@pytest.mark.parametrize("test", BY_ITSELF)
+def test_a_right_answer_passes_where_no_other_exercise_is_answered(test):
+    names = given()
+    for cell in graded(test):
+        exec(cell.source, names)
 
 
 def test_students_get_neither_solutions_nor_hidden_tests_nor_outputs(tmp_path):
