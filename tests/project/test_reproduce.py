@@ -199,7 +199,7 @@ def test_the_readme_table_is_filled_between_its_markers(tmp_path, monkeypatch):
     reproduce.fill_readme(tmp_path, readme)
     text = readme.read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    row = "| 91. [It works](notebooks/91_works.ipynb) | `make figures ONLY=91 PROFILE=smoke` "
+    row = "| 91. [It works](notebooks/91_works.ipynb) "
     assert f"{row}| 1 of 3, 1 undecided | – | 0 of 1 | smoke |" in text
     assert "| 91. s | e | c |" in text
     assert not any(f"| 91. {other} |" in text for other in "huo")
