@@ -425,6 +425,7 @@ OF_ANY_VALUE = {
     *((f"evidence.{each}", "label") for each in ("share", "median", "difference", "computed")),
     *((f"evidence.{each}", "label") for each in ("share_difference", "middle", "mean")),
     *((f"evidence.{each}", "quantity") for each in ("middle", "mean", "computed")),
+    *((f"evidence.{each}", "units") for each in ("share", "difference")),
 }
 
 

@@ -10,7 +10,7 @@ is one number. So intervals say what other images would give.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -144,6 +144,7 @@ def share(
     at: check.Finite = 20.0,
     of: Any = None,
     quantity: str | None = None,
+    units: str | None = None,
 ) -> Measured:
     """Share of a table's images for which something is true, with its Wilson interval.
 
@@ -158,6 +159,8 @@ def share(
     of
         A pandas Series of bool, one for each row, where something else is asked; then ``quantity``
         names it.
+    units
+        What n counts, where an ``index`` in the table is no image.
 
     Raises
     ------
@@ -165,7 +168,7 @@ def share(
         For an ``of`` that is not of these rows, in this order, or not of True and False alone.
     """
     hits = tables.psnrs(frame) >= at if of is None else _of_rows(of, frame)
-    numbers, units = _each_image(frame, hits.astype(float), numpy.mean)
+    numbers, counted = _each_image(frame, hits.astype(float), numpy.mean)
     low, high = tables.wilson(sum(numbers), len(numbers))
     return Measured(
         label=label,
@@ -175,7 +178,7 @@ def share(
         high=high,
         unit="%",
         n=len(numbers),
-        units=units,
+        units=units or counted,
     )
 
 
@@ -216,6 +219,7 @@ def difference(
     column: str = "psnr",
     unit: str = "dB",
     quantity: str = "median difference in PSNR",
+    units: str | None = None,
 ) -> Measured:
     """Median over images of what the first table has more than the second, image by image.
 
@@ -227,11 +231,13 @@ def difference(
         "DLM+ over DLG".
     column, unit, quantity
         What is measured.
+    units
+        As in ``share``.
     """
     values = [_column(each, column) for each in (first, second)]
-    pairs, units = _pairs(first, second, values, _centre)
+    pairs, counted = _pairs(first, second, values, _centre)
     gained = [0.0 if ours == theirs else ours - theirs for ours, theirs in pairs]
-    return middle(gained, label, quantity=quantity, unit=unit, units=units)
+    return middle(gained, label, quantity=quantity, unit=unit, units=units or counted)
 
 
 @check.arguments
@@ -245,10 +251,17 @@ def share_difference(
     hits = [(tables.psnrs(each) >= at).astype(float) for each in (first, second)]
     pairs, units = _pairs(first, second, hits, numpy.mean)
     gained = [ours - theirs for ours, theirs in pairs]
-    quantity = f"difference in the share at {at:g} dB"
-    found = mean(gained, label, quantity=quantity, unit="%", units=units)
     low, high = tables.paired(gained)
-    return replace(found, low=low, high=high)
+    return Measured(
+        label=label,
+        quantity=f"difference in the share at {at:g} dB",
+        value=sum(gained) / len(gained),
+        low=low,
+        high=high,
+        unit="%",
+        n=len(gained),
+        units=units,
+    )
 
 
 @check.arguments
