@@ -169,17 +169,8 @@ def share(
     """
     hits = tables.psnrs(frame) >= at if of is None else _of_rows(of, frame)
     numbers, counted = _each_image(frame, hits.astype(float), numpy.mean)
-    low, high = tables.wilson(sum(numbers), len(numbers))
-    return Measured(
-        label=label,
-        quantity=quantity or f"share at {at:g} dB",
-        value=sum(numbers) / len(numbers),
-        low=low,
-        high=high,
-        unit="%",
-        n=len(numbers),
-        units=units or counted,
-    )
+    ends = tables.wilson(sum(numbers), len(numbers))
+    return _shares(numbers, ends, label, quantity or f"share at {at:g} dB", units or counted)
 
 
 @check.arguments
@@ -251,17 +242,8 @@ def share_difference(
     hits = [(tables.psnrs(each) >= at).astype(float) for each in (first, second)]
     pairs, units = _pairs(first, second, hits, numpy.mean)
     gained = [ours - theirs for ours, theirs in pairs]
-    low, high = tables.paired(gained)
-    return Measured(
-        label=label,
-        quantity=f"difference in the share at {at:g} dB",
-        value=sum(gained) / len(gained),
-        low=low,
-        high=high,
-        unit="%",
-        n=len(gained),
-        units=units,
-    )
+    quantity = f"difference in the share at {at:g} dB"
+    return _shares(gained, tables.paired(gained), label, quantity, units)
 
 
 @check.arguments
@@ -356,6 +338,22 @@ def _joined(findings: list[Finding], all_: Verdict, one: Verdict, word: str) -> 
         interval=decides.interval,
         n=decides.n,
         units=decides.units,
+    )
+
+
+def _shares(
+    numbers: list[float], ends: tuple[float, float], label: str, quantity: str, units: str
+) -> Measured:
+    """The mean of shares, or of differences of shares, with the interval's ``ends``."""
+    return Measured(
+        label=label,
+        quantity=quantity,
+        value=sum(numbers) / len(numbers),
+        low=ends[0],
+        high=ends[1],
+        unit="%",
+        n=len(numbers),
+        units=units,
     )
 
 
