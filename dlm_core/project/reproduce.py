@@ -136,12 +136,15 @@ def run(
         )
     failed = []
     for each, (problem, seconds) in zip(runs, _outcomes(runs, profile)):
+        name = each.source.stem
         if problem:
-            failed.append(each.source.stem)
+            failed.append(name)
             print(f"{each.heading}: FAILED after {seconds:.0f} s: {problem}", flush=True)
             continue
         print(f"{each.heading}: done in {seconds:.0f} s", flush=True)
-        _note_seconds(figures, each.source.stem, seconds)
+        if stale := _untouched(figures, name, since=began):
+            print(f"{each.heading}: left of an earlier run: {', '.join(stale)}", flush=True)
+        _note_seconds(figures, name, seconds, but=stale)
         if in_place:
             shutil.copy(each.target, each.source)
     if figures == REPOSITORY / "figures":
@@ -378,10 +381,21 @@ def _markdown(cell: dict[str, Any]) -> list[str]:
     return ["".join(each["text/markdown"]) for each in data if "text/markdown" in each]
 
 
-def _note_seconds(figures: Path, name: str, seconds: float) -> None:
+def _untouched(figures: Path, name: str, since: float) -> list[str]:
+    """The files of notebook ``name`` that stand in the manifest and are older than ``since``, in
+    seconds since the epoch: a profile or a missing package may draw fewer.
+    """
+    manifest = report.read_json(figures / "manifest.json")
+    files = [file for file, entry in manifest.items() if entry["notebook"] == name]
+    kept = [file for file in files if (figures / file).exists()]
+    return [file for file in kept if (figures / file).stat().st_mtime < since]
+
+
+def _note_seconds(figures: Path, name: str, seconds: float, but: Iterable[str]) -> None:
+    """Note how long the notebook took in the manifest, but for files that it did not write."""
     with report.shared(figures / "manifest.json") as manifest:
-        for entry in manifest.values():
-            if entry["notebook"] == name:
+        for file, entry in manifest.items():
+            if entry["notebook"] == name and file not in but:
                 entry["seconds"] = round(seconds, 1)
 
 

@@ -113,6 +113,18 @@ def test_twice_the_same_table_and_a_manifest_that_tells(notebooks, tmp_path):
     assert entry["revision"] == report.revision()
 
 
+def test_a_run_says_which_files_of_the_notebook_it_did_not_write(notebooks, tmp_path, capsys):
+    out, notebook = tmp_path / "out", notebooks / "91_works.ipynb"
+    reproduce.run("smoke", only="91", out=out)
+    assert "earlier run" not in capsys.readouterr().out
+    before = json.loads((out / "manifest.json").read_text())
+    notebook.write_text(notebook.read_text().replace("run.table(", "print("))
+    reproduce.run("quick", only="91", out=out, jobs=1)
+    assert "left of an earlier run: 91_works.csv, 91_works.md\n" in capsys.readouterr().out
+    after = json.loads((out / "manifest.json").read_text())
+    assert after["91_works.csv"] == before["91_works.csv"]
+
+
 def test_in_place_puts_the_executed_notebook_back(notebooks, tmp_path):
     reproduce.run("smoke", only="91", out=tmp_path / "out", in_place=True)
     cells = nbformat.read(notebooks / "91_works.ipynb", as_version=4).cells
