@@ -73,7 +73,9 @@ class Fit(Evidence):
     grade
         How far to trust the image.
     counted
-        Whether ``identifiable`` was computed, and is not just the number of equations.
+        Whether ``identifiable`` was computed, and is not just the number of equations: behind
+        convolutions an image of more than ``information.LARGEST`` entries is *partly* determined
+        for that.
     two_classes
         Whether the network tells two classes apart, where χ² tests less.
     """
@@ -128,8 +130,9 @@ class Fit(Evidence):
             )
         if self.grade is Grade.PARTLY:
             few = "; so low, the noise was overstated or too little moved" * self._overstated
+            uncounted = "" if self.counted else " (which of them was not counted at this size)"
             return (
-                f"partly determined ({found}{few}): the update fixes {fixed}; "
+                f"partly determined ({found}{few}): the update fixes {fixed}{uncounted}; "
                 "along the others the image shows a prior, not the client's image"
             )
         if self.grade is Grade.OVERSTATED:
@@ -409,6 +412,7 @@ def _judge(
     of_scale = point.scale - point.cross.T @ coupled
     separable = bool((torch.linalg.eigvalsh(of_scale) > 0).all())
     scale_covariance = torch.linalg.inv(of_scale) if separable else of_scale * math.nan
+    counted = curvature.variance is not None
     if curvature.variance is None:
         variance = torch.full_like(point.x[:n], math.nan)
         identifiable = equations
@@ -430,8 +434,8 @@ def _judge(
         pixel_error=_of_pixels(variance, seen).sqrt().reshape(seen.image_shape),
         identifiable=identifiable,
         directions=n,
-        grade=_grade(chi2, plausible, identifiable < n, cut_short),
-        counted=curvature.variance is not None,
+        grade=_grade(chi2, plausible, identifiable < n or not counted, cut_short),
+        counted=counted,
         two_classes=seen.num_classes == 2,
     )
     return evidence, point.eta * math.sqrt(float(scale_covariance[0, 0]))

@@ -16,7 +16,7 @@ from dlm_core.federated import train_locally
 from dlm_core.harness import trials
 from dlm_core.harness.trials import Trial
 from dlm_core.observation import Observation
-from dlm_core.results import ClientEstimate, Status
+from dlm_core.results import ClientEstimate, Explains, Status
 
 SHAPE, CLASSES, LABEL = (1, 8, 8), 10, torch.tensor([3])
 
@@ -218,6 +218,22 @@ def test_curvature_is_the_information_matrix(build, errors, largest, monkeypatch
         curvature.solve(torch.eye(len(x)).double()), inverse, rtol=1e-8, atol=1e-10
     )
     assert torch.allclose(curvature.variance, inverse.diagonal()[:64], rtol=1e-8)
+
+
+@pytest.mark.parametrize("largest", [5000, 50], ids=["counted", "not counted"])
+def test_pixels_that_no_layer_sees_are_not_vouched_for(largest, monkeypatch):
+    """A stride of two leaves three quarters of them, and more equations than pixels."""
+    monkeypatch.setattr(information, "LARGEST", largest)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 1, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(8 * 16, CLASSES)
+    )
+    for weights in network.parameters():
+        nn.init.uniform_(weights, -0.5, 0.5)
+    seen = train_locally(network, picture((1, 8, 8)), LABEL, learning_rate=0.05)
+    found = exact.recover(seen)
+    assert found.evidence.explains is Explains.PARTLY and not found.vouched.any()
+    assert "partly determined" in found.verdict and "nan" not in found.verdict
 
 
 def test_a_raised_ridge_leaves_what_is_known_and_what_is_open_as_it_is():
