@@ -138,5 +138,6 @@ def _count(trials: list[Trial]) -> str:
     """Images and networks, which are not the same thing."""
     images = len({(t.dataset, t.index + i) for t in trials for i in range(t.num_images)})
     networks = len({(t.model, t.model_options, t.seed) for t in trials})
-    counts = {"image": images, "network": networks, "attack": len(trials)}
+    attacks = len(set(trials))  # a trial may stand in two plans, and runs once
+    counts = {"image": images, "network": networks, "attack": attacks}
     return ", ".join(tables.counted(count, what) for what, count in counts.items())

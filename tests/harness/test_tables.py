@@ -79,9 +79,11 @@ def test_the_setting_is_said_from_the_trials():
     assert settings.sentence([], n="no attack") == "Setting: n = no attack."
 
 
-def test_equal_images_and_networks_are_counted_once():
+def test_equal_images_networks_and_attacks_are_counted_once():
     trials = [Trial(attack_options={"max_evaluations": n}) for n in (1, 2, 3)]
     assert settings.sentence(trials).endswith("n = 1 image, 1 network, 3 attacks.")
+    again = [*trials, Trial(attack_options={"max_evaluations": 1})]
+    assert settings.sentence(again).endswith("3 attacks.")
 
 
 def test_a_report_reads_its_parameters_cell(tmp_path, monkeypatch):
