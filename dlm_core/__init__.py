@@ -1,9 +1,9 @@
 """Deep Leakage from Model in Federated Learning: attacks and defences, stronger ones, experiments,
 the repository's commands.
 
-The modules beside this file are the paper. Whatever the folder, each is a public name here:
-``from dlm_core import exact``. They are imported on first use: ``import dlm_core`` costs nothing,
-and the environment can be made without torch.
+The modules beside this file are the paper. Whatever the folder, each but one is a public name here:
+``from dlm_core import exact``; ``information`` is ``beyond.fisher``. They are imported on first
+use: ``import dlm_core`` costs nothing, and the environment can be made without torch.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def inverting_gradients(
     **options: Any,
 ) -> Reconstruction:
     """Inverting Gradients (Geiping et al. 2020): cosine distance, total variation, signed Adam on
-    boxed pixels, full budget.
+    boxed pixels, without patience: it ends at its budget, or where it has converged.
 
     Parameters
     ----------

@@ -325,7 +325,8 @@ def _named(hint: Any) -> str:
 
 
 def one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise ValueError unless ``value`` is among ``allowed``; the message offers the near ones.
+    """Raise ValueError unless ``value`` is the text of one of ``allowed``; the message offers the
+    near ones.
 
     Parameters
     ----------

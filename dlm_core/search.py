@@ -52,7 +52,7 @@ class StopRule:
         Budget of each restart.
     max_iterations
         Budget in steps of the optimizer, each of one evaluation or several; None for no other
-        budget than that of evaluations.
+        budget than that of evaluations, which ends a search in any case.
     whole_budget
         True as in the released code: tolerance and patience are not asked, and the last point is
         returned instead of the best one.
@@ -231,7 +231,7 @@ def reconstruct(
         Of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     restarts
         Independent starts; the one of lowest loss is returned, the first that converges ends the
-        search.
+        search. A first start that ends in NaN is returned as it is, and said to have diverged.
     keep_every
         Keep the images of every so many evaluations in ``history``.
     update_of
@@ -241,7 +241,8 @@ def reconstruct(
         given; "images", "logits" and "growth" are the search's own.
     resume
         The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
-        and is no yardstick for convergence.
+        and is no yardstick for convergence. It is not checked: one of other names or shapes ends
+        in an error of PyTorch's.
     **stop
         Fields of ``StopRule``.
 

@@ -1,7 +1,8 @@
 """Networks of the kinds that people federate, small: that of beginners' tutorials, one like VGG and
 a vision transformer.
 
-Their own initial weights are PyTorch's: ``models.build("tutorial", …, init="default")``.
+Their own initial weights are PyTorch's: ``models.build("tutorial", …, init="default")``, which
+knows them once this module is imported.
 """
 
 import torch

@@ -98,15 +98,16 @@ def audit(
     out
         Picture to write, enlarged; its suffix says in which format.
     minutes
-        That the audit may take, above 0: searches are shortened or left out where it is too little,
-        and it is said. None for as many as they need.
+        That the audit may take after its first look, above 0: searches are shortened or left out
+        where it is too little, and it is said. None for as many as they need.
     device
         Where attacks compute, "cpu" or "cuda"; None: where the network lies.
 
     Returns
     -------
     Audit
-        The verdict, "nothing was sent" where both snapshots are equal, and what each attack found.
+        The verdict, "nothing was sent" where both snapshots are equal and the second holds no
+        other numbers, and what each attack found.
         Where the user interrupts an attack, what was found until then; ``interrupted`` says so.
 
     Raises
@@ -339,6 +340,16 @@ def _unchanged(read: Received, why: Unchanged) -> Audit:
     found.untried.extend(plan.none_tried("no parameter changed"))
     if why.statistics:
         found.known.append(leaks.of_statistics(why))
+    else:
+        found.known.extend(leaks.of_counts(read.network, read.after))
+    if read.beside:
+        many = counted(len(read.beside), "array")
+        found.notes.append(
+            f"no weight changed, but the second snapshot holds {many} beside them that the first "
+            f"has not, {read.beside[0]!r} first; no attack reads them"
+        )
+        print(found.notes[-1])
+    if found.known or read.beside:
         print(*found.known, sep="\n")
         return found
     print(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlm_core import data, defenses, federated, models, records
+from dlm_core import check, data, defenses, federated, models, records
 from dlm_core.harness import registry  # noqa: F401  so that the tables are full
 from dlm_core.observation import Observation
 from dlm_core.records import ATTACKS, DATA_SETS, DEFENCES, Attack, Defence, Options
@@ -133,11 +133,14 @@ def check_attack(
         With a sentence, where it does not: it takes ``num_images`` and ``seed`` and any
         client's device and precision; it leaves the Observation and the global random generators as
         they were; the same seed gives the same bits (on a GPU, where sums are taken in any order,
-        the same images to ``ON_GPU``), and another one another start where its record says that
-        it is seeded; it returns a ``Reconstruction`` of as many images in [0, 1], or refuses in
-        one sentence what does not suit it; it refuses bad input likewise.
+        the same images to ``ON_GPU``), and of a search another one another start where its record
+        says that it is seeded; it returns a ``Reconstruction`` of as many images in [0, 1], or
+        refuses in one sentence what does not suit it; its record refuses bad input likewise (the
+        function called by itself is not asked).
+    ValueError
+        For a key that is not in ``records.ATTACKS``.
     """
-    record = ATTACKS[attack] if isinstance(attack, str) else attack
+    record = _of("attack", attack, ATTACKS)
     scene = scene or Scene(**record.scene)
     usual: dict[str, Any] = {name: n for name, n in BUDGETS.items() if name in record.options}
     usual |= {name: TOLD[name] for name in record.demands if name in TOLD}
@@ -162,6 +165,14 @@ def check_attack(
     _check_seeded(record, found, _attacked(record, seen, 1, options, seed=2))
 
 
+def _of(kind: str, given: Any, known: Mapping[str, Any]) -> Any:
+    """The record that was given, by itself or by its key."""
+    if not isinstance(given, str):
+        return given
+    check.one_of(kind, given, known)
+    return known[given]
+
+
 def check_defence(
     defence: Defence | str, *, neutral: Mapping[str, Any] | None = None, **options: Any
 ) -> None:
@@ -183,9 +194,12 @@ def check_defence(
         With a sentence, where it does not: it changes nothing in place and no buffer; the
         same seed gives the same bits and another one others, if it is random; names, shapes and
         precisions stay; strength zero is the identity; misspelt options are refused; the variance
-        and the coordinates kept that its record promises are what an observer finds.
+        that its record promises is, summed over all entries and within a factor of two, what an
+        observer finds, and so are the coordinates kept.
+    ValueError
+        For a key that is not in ``records.DEFENCES``.
     """
-    record = DEFENCES[defence] if isinstance(defence, str) else defence
+    record = _of("defence", defence, DEFENCES)
     if DEFENCES.get(record.key) != record:
         _fail(record, "is not in records.DEFENCES: register it with records.defence")
     options = {**record.example, **options}

@@ -76,7 +76,8 @@ _SENTENCES = {
         "client, and what was not tried is listed."
     ),
     Verdict.NOTHING_SENT: (
-        "The client sent back what it had received: these two files say nothing about its images."
+        "The client sent back the weights and statistics that it had received: they say nothing "
+        "about its images."
     ),
 }
 

@@ -96,6 +96,58 @@ def snapshots(
     return first, second, both + alone + [f"after: {note}" for note in more if note not in both]
 
 
+def beside(before: Given, after: Given, network: Network) -> list[str]:
+    """Places of numbers that W_{t+1} came with outside the network's state dict, and W_t did not.
+
+    Parameters
+    ----------
+    before, after
+        As ``snapshots`` has read them.
+    network
+        The network's state dict, as ``snapshots`` takes it.
+    """
+    room = ROOM * sum(w.nbytes for w in network.values())
+    first, second = (_outside(_read(each, room), network) for each in (before, after))
+    return [
+        place
+        for place, found in second.items()
+        if place not in first or not np.array_equal(_plain(found), _plain(first[place]))
+    ]
+
+
+def _outside(read: Any, network: Network) -> dict[str, Any]:
+    """{place: tensor or array} of what was read, but for the entry that is the network's."""
+    if _holds_arrays(read):
+        return {}
+    own = [entry for place, entry in _entries(read) if place and _fits(entry, network)]
+    found, queue, met = {}, deque([("", read)]), {id(each) for each in own}
+    while queue:
+        place, each = queue.popleft()
+        if _is_array(each):
+            found[place] = each
+        elif isinstance(each, (Mapping, list, tuple)) and id(each) not in met:
+            met.add(id(each))
+            named = each.items() if isinstance(each, Mapping) else enumerate(each)
+            queue += [(f"{place}/{name}" if place else str(name), inner) for name, inner in named]
+    return found
+
+
+def _fits(entry: Any, network: Network) -> bool:
+    try:
+        _fitted("after", entry, lambda _: network, {})
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(array: Any) -> np.ndarray:
+    """Of any dtype, whose numbers NumPy compares."""
+    if not isinstance(array, torch.Tensor):
+        return np.asarray(array)
+    dense = array.detach().to_dense() if array.layout != torch.strided else array.detach()
+    return (dense.double() if dense.is_floating_point() else dense).numpy()
+
+
 def parts(given: str | Path) -> list[Path]:
     """The files that a snapshot's path stands for: itself, or an index and its shards."""
     path = _file_in(Path(given)) if os.path.isdir(given) else Path(given)

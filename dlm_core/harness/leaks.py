@@ -14,6 +14,7 @@ from dlm_core.beyond.moves import HALF, as_sent, moved_of
 from dlm_core.beyond.rounding import Transmitted
 from dlm_core.beyond.tracing import NOISE
 from dlm_core.harness.look import Look
+from dlm_core.harness.tables import counted
 from dlm_core.observation import Observation, Unchanged, gives_class_scores
 
 # Of the last bias's update: how far it may be from that of softmax, cross-entropy and one label;
@@ -35,10 +36,11 @@ class Leak:
     Attributes
     ----------
     what
-        "image", "images", "label", "input of layer 'fc1'", "rows of embedding 'words'" or "running
-        statistics".
+        "image", "images", "label", "input of layer 'fc1'", "rows of embedding 'words'", "running
+        statistics" or "counts".
     attack
-        By which: a key of ``Audit.results``, "division" or "label inference".
+        By which: a key of ``Audit.results``, "division", "label inference" or "comparing the
+        files".
     error
         How exactly: root mean square error, of pixels in [0, 1] or relative to a layer's input; of
         a search the distance between its two ends, or what is expected. NaN where none is known.
@@ -145,6 +147,28 @@ def of_layers(layers: Iterable[LayerInput]) -> list[Leak]:
 def of_statistics(unchanged: Unchanged) -> Leak:
     """What running statistics show that moved while no parameter did."""
     return Leak("running statistics", "comparing the files", math.nan, str(unchanged))
+
+
+def of_counts(model: nn.Module, after: Mapping[str, torch.Tensor]) -> list[Leak]:
+    """The buffers of whole numbers that moved, such as batch norm's count of its batches.
+
+    Parameters
+    ----------
+    model
+        With the buffers before.
+    after
+        W_{t+1}.
+    """
+    whole = {n: w for n, w in model.named_buffers() if n in after and not w.is_floating_point()}
+    moved = [n for n, w in whole.items() if not torch.equal(w, after[n].to(w))]
+    if not moved:
+        return []
+    many = counted(len(moved), "buffer")
+    said = (
+        f"{many} of whole numbers changed, {moved[0]!r} first: the client's images passed through "
+        "the network, and what is counted there may tell of them; no attack here reads it alone"
+    )
+    return [Leak("counts", "comparing the files", math.nan, said)]
 
 
 def of_embeddings(

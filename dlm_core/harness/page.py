@@ -120,7 +120,7 @@ def _leaks(found: Audit) -> Iterator[str]:
             "update leaves open.</p>"
         )
     elif found.verdict is Verdict.NOTHING_SENT:
-        yield "<p>Weights and running statistics are equal in both files.</p>"
+        yield "<p>Weights, statistics and whatever else the second file holds are the same.</p>"
     else:
         yield "<p>Nothing that is certain. That is no proof that nothing leaks.</p>"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlm_core.beyond import preprocessing
-from dlm_core.harness import clues, levels, networks
+from dlm_core.harness import clues, files, levels, networks
 from dlm_core.weights import StateDict, check_finite
 
 
@@ -31,6 +31,8 @@ class Received(NamedTuple):
         What to add to an error of the network's.
     notes
         What was done to the files, in sentences.
+    beside
+        Where no weight moved: places of other numbers that came with W_{t+1} and not with W_t.
     """
 
     network: nn.Module
@@ -39,6 +41,7 @@ class Received(NamedTuple):
     lost: list[torch.Tensor]
     where: str
     notes: list[str]
+    beside: list[str]
 
 
 def receive(
@@ -65,9 +68,8 @@ def receive(
     ValueError
         Where they cannot be read, do not fit the network, or hold numbers that are not finite.
     """
-    model, before, after, notes, where = networks.fitted(
-        before, after, model, image_shape, num_classes
-    )
+    given = before, after
+    model, before, after, notes, where = networks.fitted(*given, model, image_shape, num_classes)
     for argument, state in (("before", before), ("after", after)):
         check_finite(argument, state)
     names = {name for name, _ in model.named_parameters()}
@@ -99,4 +101,5 @@ def receive(
     if normalise is not None:
         network = preprocessing.normalised(network, normalise)
         notes.append(f"images are looked for in [0, 1], as they were before {normalise}")
-    return Received(network, after, coarse, lost, where, notes)
+    beside = [] if moved else files.beside(*given, model.state_dict(keep_vars=True))
+    return Received(network, after, coarse, lost, where, notes, beside)

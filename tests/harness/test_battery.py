@@ -320,3 +320,9 @@ def test_a_wrong_variance_is_found(register):
     register("defence", shift, variance=tenfold)
     with pytest.raises(AssertionError, match="'mine' adds noise of .*; its variance says"):
         battery.check_defence("mine", strength=1e-2)
+
+
+@pytest.mark.parametrize("checked", [battery.check_attack, battery.check_defence])
+def test_an_unknown_key_is_named(checked):
+    with pytest.raises(ValueError, match="'nope' is unknown"):
+        checked("nope")

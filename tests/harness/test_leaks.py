@@ -146,3 +146,30 @@ def test_equal_weights_and_moved_statistics_are_no_nothing(tmp_path, capsys):
     (leak,) = found.leaks
     assert found.verdict == "partly" and leak.what == "running statistics"
     assert "running statistics did" in capsys.readouterr().out and "as much" in str(leak)
+
+
+def test_a_count_that_moved_alone_is_no_nothing(tmp_path):
+    """Batch norm without a momentum of its own counts batches, and so may any buffer."""
+    model = nn.Sequential(nn.BatchNorm2d(1, momentum=0.0), *mlp())
+    before = copy.deepcopy(model.state_dict())
+    model.train()(IMAGES)
+    found = asked(model, (before, model.state_dict()), tmp_path)
+    (leak,) = found.leaks
+    assert found.verdict == "partly" and leak.what == "counts"
+    assert "'0.num_batches_tracked'" in str(leak)
+
+
+@pytest.mark.parametrize("place", ["gradients", "optimizer"])
+def test_numbers_beside_equal_weights_are_no_nothing(tmp_path, capsys, place):
+    state = mlp().state_dict()
+    beside = {
+        "gradients": [torch.ones(3)],
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []},
+    }
+    before, after = {"model": state, "epoch": 1}, {"model": state, place: beside[place]}
+    torch.save(before, tmp_path / "before.pt")
+    torch.save(after, tmp_path / "after.pt")
+    found = asked(mlp(), (tmp_path / "before.pt", tmp_path / "after.pt"), tmp_path)
+    assert found.verdict == "not shown" and f"'{place}" in capsys.readouterr().out
+    same = asked(mlp(), (tmp_path / "after.pt", tmp_path / "after.pt"), tmp_path)
+    assert same.verdict == "nothing was sent"
