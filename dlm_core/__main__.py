@@ -339,7 +339,8 @@ def _bound_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--defence",
         "--defense",
         help="with its options: clip_and_noise:clip=1,noise_multiplier=0.1 or "
-        "noise:scale=0.01,observer=server (default: none)",
+        "noise:scale=0.01 (default: none); before the server's eyes, or with observer=channel "
+        "before those of one who sees both snapshots defended",
     )
     _normalise_option(bound)
     bound.add_argument("--out", default="exposure.png", help="map to write (default exposure.png)")

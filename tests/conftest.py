@@ -1,12 +1,14 @@
 """Shared fixtures: a small network, attacked in a fraction of a second, and real images."""
 
+import math
 import os
 import signal
 
 import pytest
 import torch
+from torch import nn
 
-from dlm_core import data, federated, models
+from dlm_core import data, federated, models, records
 
 torch.set_num_threads(1)
 # A shell that starts the tests in the background has them ignore interrupts, and all they start.
@@ -57,6 +59,20 @@ def small(device):
 @pytest.fixture
 def seen(small, digit):
     return federated.train_locally(small, *digit, learning_rate=0.05)
+
+
+@pytest.fixture
+def dropping():
+    """The name of a network of a user's own that draws at random in training."""
+
+    @records.network("dropping", title="With dropout")
+    def network(image_shape, num_classes):
+        size = math.prod(image_shape)
+        layers = [nn.Linear(size, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, num_classes)]
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    yield "dropping"
+    records.NETWORKS.pop("dropping")
 
 
 @pytest.fixture

@@ -363,7 +363,6 @@ VALID: dict[str, Callable] = {
     "tables.rms": lambda s: {"tensors": s.update},
     "tables.brief": lambda s: {"values": [1.0, 2.0], "digits": 6},
     "tables.listed": lambda s: {"texts": ["a", "b"], "separator": ", "},
-    "tables.spread": lambda s: {"values": s.frame.psnr, "unit": "dB"},
     "sweeps.summarise": lambda s: {"frame": s.frame, "by": ["name"]},
     "evidence.share": lambda s: {"frame": s.judged, "label": "x", "at": 20.0},
     "evidence.median": lambda s: {"frame": s.judged, "label": "x", "column": "psnr"},
@@ -419,7 +418,6 @@ VALID: dict[str, Callable] = {
 # such, and trials among others.
 OF_ANY_VALUE = {
     *(("tables.where", "name"), ("tables.listed", "separator"), ("sweeps.sweep", "store")),
-    *(("tables.spread", "unit"), ("tables.spread", "values")),
     *(("figures.heading", "letter"), ("figures.heading", "text"), ("figures.counted", "of")),
     *(("tables.brief", "values"), ("settings.sentence", "n"), ("settings.sentence", "trials")),
     *((f"evidence.{each}", "label") for each in ("share", "median", "difference", "computed")),

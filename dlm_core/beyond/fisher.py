@@ -167,9 +167,7 @@ class Information:
             "white" or "smooth".
         """
         variance = self.posterior(prior).variance
-        shape = variance.shape[1:]
-        unit = torch.eye(shape.numel()).to(variance).reshape(-1, *shape)
-        before = priors.root(prior, shape)[0](unit).square().sum(0).mean(0)
+        before = priors.variance(prior, variance.shape[1:]).to(variance).mean(0)
         return 1 - (variance.mean(1, keepdim=True) / before).sqrt().clamp(0, 1)
 
     @property

@@ -58,6 +58,23 @@ def root(name: str, image_shape: Sequence[int]) -> tuple[Map, Map]:
     return to_images, to_coefficients
 
 
+@check.arguments
+def variance(name: str, image_shape: Sequence[int]) -> torch.Tensor:
+    """[C, H, W] of each pixel before anything is seen, in float64.
+
+    Parameters
+    ----------
+    name, image_shape
+        Of ``root``.
+    """
+    check.one_of("prior", name, PRIORS)
+    if name == "white":
+        return torch.full(tuple(image_shape), STD**2, dtype=torch.float64)
+    bases = [cosine_basis(n).double().square() for n in image_shape]
+    coefficients = STD**2 * _amplitude(image_shape).square()
+    return torch.einsum("dc,ih,jw,dij->chw", *bases, coefficients)
+
+
 def _amplitude(image_shape: Sequence[int]) -> torch.Tensor:
     """[C, H, W] standard deviations of the coefficients, of mean square 1."""
     channels, height, width = image_shape

@@ -117,7 +117,7 @@ class Watched:
         """What the server sees of the client: its answers to the W_t of the training."""
         rounds = []
         rate = self.training.client.learning_rate
-        for turn, model in enumerate(_sent(self.training)):
+        for turn, model in enumerate(_sent(self.training, self.training.key)):
             if turn % self.every:
                 continue
             how: dict[str, Any] = {"learning_rate": rate, "local_steps": self.local_steps}
@@ -159,8 +159,21 @@ def averaged(rounds: Sequence[Observation]) -> Observation:
 
 
 @functools.lru_cache(maxsize=4)
-def _sent(training: Federation) -> list[nn.Module]:
-    """W_t of each round, of a training like that of ``Federation.run``."""
+def _sent(training: Federation, key: str) -> list[nn.Module]:
+    """W_t of each round, of a training like that of ``Federation.run``.
+
+    Parameters
+    ----------
+    training
+        The training.
+    key
+        Its own, which names the code and the images behind it: a user's may have changed.
+    """
+    with own_generator(training.seed):
+        return _received(training)
+
+
+def _received(training: Federation) -> list[nn.Module]:
     (images, labels), _, everything = training.split()
     reserved = everything.images[:RESERVED].flatten(1)
     others = torch.cdist(images.flatten(1), reserved).min(1).values > 0

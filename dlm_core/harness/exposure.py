@@ -32,6 +32,7 @@ from dlm_core.weights import StateDict
 
 SCHEMA = "dlm-bound/1"
 PRIORS: tuple[Prior, ...] = ("white", "smooth")
+HALF = {torch.float16, torch.bfloat16}
 FIXED = {"half a grey level": fisher.HALF_GREY, "0.05": 0.05}
 
 
@@ -105,6 +106,38 @@ def _precision(weights: StateDict) -> torch.dtype:
     return torch.float32 if single else torch.float64
 
 
+def _half_precision(weights: StateDict) -> torch.dtype | None:
+    """The half precision that all floating entries have, None where there is none."""
+    kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 and kinds <= HALF else None
+
+
+def _seen_by_the_server(defence: Setting | Mapping[str, Any]) -> Setting:
+    """The setting; where a mapping names no observer, that of the server."""
+    if isinstance(defence, Mapping):
+        defence = {"observer": "server", **defence}
+    return Setting.of(defence)
+
+
+def _of_sending(half: torch.dtype | None, setting: Setting | None) -> list[str]:
+    """What to say of a precision that nobody told, and of who looks on."""
+    said = []
+    if half is not None:
+        name = str(half).removeprefix("torch.")
+        said.append(
+            f"the client is taken to send {name}, which the weights given are in; an update sent "
+            "in float32 (precision) tells more"
+        )
+    if setting is not None and setting.observer == "server":
+        said.append("the observer is the server, who knows the weights that it sent")
+    elif setting is not None:
+        said.append(
+            "the observer is on the channel, and sees both snapshots defended; the server, who "
+            "knows the weights that it sent, sees as much or more"
+        )
+    return said
+
+
 def _of_chance(network: nn.Module, images: torch.Tensor) -> list[str]:
     """What to say of a network that draws at random."""
     if not clues.draws(copy.deepcopy(network), images.to(next(network.parameters()))):
@@ -163,8 +196,12 @@ def bound(
         A network of the owner's in the mode that it trains in, or a name of ``models.build``.
     num_classes
         Of a network by name; None: as in ``weights``.
-    transmitted, defence
-        As in ``information.of_update``.
+    transmitted
+        As in ``information.of_update``; None for that of ``weights``, where all are of one half
+        precision.
+    defence
+        As in ``information.of_update``, but for the observer of a mapping that names none: it is
+        the server, who knows W_t and sees the more.
     normalise
         What the client makes of pixels in [0, 1] before its network sees them, as
         ``preprocessing.normalised`` takes it; None for nothing.
@@ -185,6 +222,7 @@ def bound(
             f"num_classes is {num_classes}, and model a network, which has its own; "
             "give num_classes for a network by name"
         )
+    setting = None if defence is None else _seen_by_the_server(defence)
     try:
         read = networks.fitted(weights, weights, model, tuple(images.shape[1:]), num_classes)
     except ValueError as why:  # it takes two snapshots for each other
@@ -195,7 +233,9 @@ def bound(
     if normalise is not None:
         preprocessing.check_channels(normalise, images.shape[1])
         network = preprocessing.normalised(network, normalise)
-    print(*read.notes, f"products with the Jacobian, {images.numel():,} at most ...", sep="\n")
+    half = None if transmitted is not None else _half_precision(read.before)
+    about = [*read.notes, *_of_sending(half, setting)]
+    print(*about, f"products with the Jacobian, {images.numel():,} at most ...", sep="\n")
     information = fisher.of_update(
         network,
         images,
@@ -205,11 +245,11 @@ def bound(
         batch_size=batch_size,
         client_optimizer=client_optimizer,
         optimizer_options=optimizer_options,
-        transmitted=transmitted,
-        defence=defence,
+        transmitted=transmitted or half,
+        defence=setting,
     )
     chance = _of_chance(network, images)
-    found = Exposure(information, [*read.notes, *chance])
+    found = Exposure(information, [*about, *chance])
     print(*chance, *found.lines, sep="\n")
     for said in pictures.write(found.map(), out):
         print(said)

@@ -26,14 +26,23 @@ WITHOUT_A_PICTURE = (
 @check.arguments
 def where(frame: Frame, **columns: Any) -> Any:
     """The rows in which each column has the value given, or one of several (a list, a range, a
-    Series); dots in names are written as "__".
+    Series); None takes the gaps, and a dict is one value. Dots in names are written as "__".
     """
     for name, value in columns.items():
         name = name.replace("__", ".")
         check.one_of("column", name, frame.columns)
-        several = isinstance(value, Iterable) and not isinstance(value, str)
-        frame = frame[frame[name].isin(list(value)) if several else frame[name] == value]
+        frame = frame[_has(frame[name], value)]
     return frame
+
+
+def _has(of: Any, value: Any) -> Any:
+    """Which entries of a column are that value, or one of several; gaps are alike."""
+    if isinstance(value, Mapping):
+        return of.map(lambda each: each == value).astype(bool)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    values = list(value) if several else [value]
+    chosen = of.isin(values) if several else of == value
+    return chosen | of.isna() if any(each is None or each != each for each in values) else chosen
 
 
 @check.arguments
@@ -159,15 +168,31 @@ def rms(tensors: Sequence[torch.Tensor]) -> float:
 def per_image(frame: Frame) -> Any:
     """One row per image instead of one per trial: "psnr" is the image's, not the batch's mean. A
     batch without a picture has as many rows as images.
+
+    Raises
+    ------
+    ValueError
+        Where a trial has a "psnr" and no "psnrs", one for each image.
     """
     counts = frame["num_images"] if "num_images" in frame else [1] * len(frame)
     found = frame["psnrs"] if "psnrs" in frame else [None] * len(frame)
-    each = [
-        psnrs if isinstance(psnrs, list) else [math.nan] * count
-        for psnrs, count in zip(found, counts)
-    ]
+    each = [_of_images(*one) for one in zip(found, column(frame, "psnr"), counts)]
     images = frame.assign(psnrs=each).drop(columns="psnr", errors="ignore")
     return images.rename(columns={"psnrs": "psnr"}).explode("psnr").astype({"psnr": float})
+
+
+def _of_images(psnrs: Any, mean: float, count: int) -> list[float]:
+    """The PSNR of each image of a trial."""
+    if isinstance(psnrs, str):  # as a file of records has them
+        psnrs = [float(each) for each in psnrs.split()]
+    if isinstance(psnrs, list) and psnrs:
+        return psnrs
+    if not math.isnan(mean):
+        raise ValueError(
+            f"frame has a trial with psnr {mean:g} and no psnrs; it takes a table of trials, which "
+            "has one number for each image in psnrs"
+        )
+    return [math.nan] * count
 
 
 @check.arguments
@@ -195,9 +220,10 @@ def over_networks(frame: Frame, columns: Mapping[str, str]) -> tuple[Any, dict[A
     for name in columns:
         check.one_of("column", name, frame.columns)
     rows, medians = [], {}
-    for values, some in frame.groupby(list(columns), sort=False):
-        psnr = psnrs(some)
-        least, greatest = (psnr.groupby(some["index"]).agg(end) for end in ("min", "max"))
+    image = [name for name in ("dataset", "index") if name in frame]
+    for values, some in frame.groupby(list(columns), sort=False, dropna=False):
+        psnr, of_image = psnrs(some), [some[name] for name in image]
+        least, greatest = (psnr.groupby(of_image).agg(end) for end in ("min", "max"))
         of_networks = psnr.groupby(some["seed"] // 100).median()
         medians[values if len(columns) > 1 else values[0]] = of_networks
         row = dict(zip(columns.values(), values))
@@ -226,12 +252,3 @@ def listed(texts: Iterable[str], separator: str = "; ") -> str:
 def counted(n: int, what: str) -> str:
     """A count in words: "1 image", "4 images"."""
     return f"{n} {what}{'s' * (n != 1)}"
-
-
-@check.arguments
-def spread(values: Column, unit: str = "dB") -> str:
-    """A column in words: "41.3 ± 2.1 dB (n 10)", mean and standard deviation; or "not run"."""
-    if not len(values):
-        return "not run"
-    deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{deviation} {unit} (n {len(values)})"

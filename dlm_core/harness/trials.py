@@ -6,16 +6,19 @@ from typing import Annotated, Any
 import torch
 
 from dlm_core import check, data, federated, records
+from dlm_core.beyond.learned import PUBLIC
 from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
 from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
 from dlm_core.harness.keys import result_key
-from dlm_core.harness.scene import DTYPES, OPTION_PARTS, attack, observe
+from dlm_core.harness.scene import DTYPES, OPTION_PARTS, TOLD_LABELS, attack, observe
 from dlm_core.records import Options, Plain, Record, typed, with_options
+from dlm_core.search import StopRule, reconstruct
 
 __all__ = ["Client", "Protocol", "Trial", "attack", "observe", "repeated", "run_trial"]
 
 MODES = ("train", "eval")
+LABELS = (*TOLD_LABELS, "inferred", "optimised")  # that an attack takes by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ class Protocol:
         check.one_of("name of a protocol", self.name, records.PROTOCOLS)
         record = records.PROTOCOLS[self.name]
         record.check_options("options", self.options)
+        record.check_values(self.options)
         if "attack" in self.options:
             check.one_of("options: attack", self.options["attack"], records.ATTACKS)
 
@@ -150,7 +154,14 @@ class Trial:
     Raises
     ------
     ValueError
-        For an unknown name or option, or a number out of range, when the trial is made.
+        For an unknown name or option, or a value out of range, when the trial is made. What only
+        the network's function or the data set can refuse (an activation, an index) is refused when
+        it runs.
+
+    Notes
+    -----
+    The attack's start and the defence's noise follow from one seed: an attack that simulated the
+    defence from the ``seed`` it is handed would draw the client's own noise. None of ours does.
     """
 
     attack: str = "dlm_plus"
@@ -185,22 +196,48 @@ class Trial:
         self._check_attack()
         options = {name: value for name, value in self.model_options.items() if name != "init"}
         records.NETWORKS[self.model].check_options("model_options", options)
-        if self.protocol is not None and self.defence is not None:
+        records.NETWORKS[self.model].check_values(options)
+        if self.protocol is not None:
+            self._check_protocol(self.protocol.name)
+
+    def _check_protocol(self, name: str) -> None:
+        taken = scene.training(self.client, plainly=True)
+        records.PROTOCOLS[name].check_options("option of a client", taken)
+        if self.defence is not None:
             defended = [key for key, record in records.PROTOCOLS.items() if record.defended]
-            check.one_of("protocol of defended clients", self.protocol.name, defended)
+            check.one_of("protocol of defended clients", name, defended)
 
     def _check_attack(self) -> None:
         record = records.ATTACKS[self.attack]
         record.check_options("attack_options", self.attack_options)
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
+        self._check_values(record)
         record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
+        last = self.index + self.num_images
+        if self.attack == "learned_prior" and self.dataset == "digits" and last > PUBLIC.start:
+            raise ValueError(
+                f"index is {self.index} with num_images {self.num_images}; 'learned_prior' is "
+                f"trained on digits from {PUBLIC.start} on, and attacks those before"
+            )
         several = self.protocol is not None and self.protocol.name == "rounds"
         if several and getattr(record.function, "in_lanes", False):
             raise ValueError(
                 f"protocol 'rounds' shows an Observation a round, and attack {self.attack!r} "
                 "reconstructs from one: aware_combined takes several"
             )
+
+    def _check_values(self, record: Record) -> None:
+        """Of the attack's options, and of those that it passes on to a search."""
+        given = {record.renamed.get(n, n): value for n, value in self.attack_options.items()}
+        labels = given.pop("labels", None)
+        if isinstance(labels, str) and registry.is_ours(record):
+            check.one_of("labels", labels, LABELS)
+        given |= {n: OPTION_PARTS[n][given[n]] for n in OPTION_PARTS.keys() & given.keys()}
+        record.check_values(given)
+        passed_on = {n: value for n, value in given.items() if n not in record.parameters}
+        for taker in (reconstruct, StopRule):
+            check.named(taker, passed_on)
 
     @property
     def named(self) -> list[Record]:

@@ -2,6 +2,7 @@
 it sends.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from dlm_core.defenses import Setting
 from dlm_core.harness.keys import result_key
 from dlm_core.observation import Observation, Unchanged
 from dlm_core.records import Options, Plain, typed
-from dlm_core.threads import one_thread
+from dlm_core.threads import one_thread, own_generator
 
 HELD_OUT = 0.2  # of the images: for the accuracy
 LAST = 5  # rounds over which the final accuracy is averaged
@@ -145,7 +146,7 @@ class Federation:
         class. So does one in which a client sends back the weights that it received: "stalled", at
         the accuracy of these.
         """
-        with one_thread():
+        with one_thread(), own_generator(self.seed):
             members, held_out, _ = self.split()
             networks = self.rounds(*members)
             accuracies, stop_reason, trained = [], "finished", next(networks)
@@ -240,7 +241,10 @@ def _count(record: records.DataSet, source: str) -> int:
 
 
 def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of images whose class the model finds."""
+    """The share of images whose class the model finds, with dropout off and batch norm's running
+    statistics, as a network is used.
+    """
+    tested = copy.deepcopy(model).eval()
     with torch.no_grad():
-        right = model(images).argmax(1) == labels
+        right = tested(images).argmax(1) == labels
     return float(right.double().mean())

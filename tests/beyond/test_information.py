@@ -1,6 +1,8 @@
 """What an update tells of its images: against finite differences, exact recovery, and reason."""
 
 import copy
+import itertools
+import math
 
 import pytest
 import torch
@@ -300,6 +302,15 @@ def test_a_smooth_prior_knows_more_than_a_white_one_and_both_have_the_same_varia
         convolutions(1), IMAGES[:1], LABELS[:1], learning_rate=1e-6, prior="smooth"
     )
     assert other.bound_psnr == found.posterior("smooth").psnr
+
+
+def test_a_priors_variance_is_that_of_its_root_and_needs_no_matrix():
+    for name, shape in itertools.product(priors.PRIORS, [(3, 6, 8), (1, 5, 5)]):
+        size = math.prod(shape)
+        unit = torch.eye(size).double().reshape(size, *shape)
+        expected = priors.root(name, shape)[0](unit).square().sum(0)
+        assert torch.allclose(priors.variance(name, shape), expected)
+    assert priors.variance("smooth", (3, 224, 224)).shape == (3, 224, 224)  # of a matrix, 84 GiB
 
 
 def test_a_priors_root_and_its_transpose_belong_together():

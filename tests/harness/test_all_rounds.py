@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlm_core import data, federated
+from dlm_core import data, federated, models, records
 from dlm_core.harness import all_rounds, options
 from dlm_core.harness.all_rounds import Watched
 from dlm_core.records import Options
@@ -32,6 +32,28 @@ def test_a_run_is_the_same_each_time():
     records = [client(index=2).run() for _ in range(2)]
     assert records[0]["psnr"] == records[1]["psnr"]
     assert torch.equal(*(each["arrays"]["images"] for each in records))
+
+
+def test_with_dropout_a_run_is_the_same_whatever_ran_before(dropping):
+    training = replace(OPTION.training, model=dropping, model_options=Options(), num_rounds=2)
+    search = {"attack": "aware_dlm_plus", "attack_options": Options(max_evaluations=3)}
+    first, again = (client(training=training, **search).run() for _ in range(2))
+    assert torch.equal(first["arrays"]["images"], again["arrays"]["images"])
+
+
+def test_a_network_that_is_defined_again_is_watched_anew(dropping):
+    """One that was trained under the same name serves no more."""
+    training = replace(OPTION.training, model=dropping, model_options=Options(), num_rounds=1)
+    watched = client(training=training)
+    found = []
+    for width in (8, 24, 8):
+
+        def network(image_shape, num_classes, width=width):
+            return models.mlp(image_shape, num_classes, hidden=width)
+
+        records.NETWORKS[dropping] = replace(records.NETWORKS[dropping], function=network)
+        found.append(watched.run()["arrays"]["images"])
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_each_so_many_th_round_is_kept():

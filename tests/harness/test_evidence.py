@@ -130,6 +130,13 @@ def test_four_pairs_of_ten_that_differ_one_way_do_not_decide():
     assert found.value == pytest.approx(0.4) and found.above(0).verdict is Verdict.UNDECIDED
 
 
+def test_networks_that_differ_in_options_or_training_are_several():
+    many = frame([40.0] * 10)
+    other = [many.assign(**change) for change in ({"trained": 3}, {"model_options.init": "paper"})]
+    both = pandas.concat([many.assign(trained=0), *other])
+    assert evidence.share(both, "DLM+").units == "images, 3 networks"
+
+
 def test_of_a_difference_the_networks_of_the_images_in_common_are_counted():
     many = frame([30.0] * 20).assign(seed=range(20))  # an image each on a network of its own
     assert evidence.difference(many, many[:4], "x").units == "images, 4 networks"

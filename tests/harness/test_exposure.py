@@ -109,6 +109,39 @@ def test_a_network_that_draws_at_random_is_named(own, tmp_path, capsys):
         assert ("at random" in capsys.readouterr().out) == mode
 
 
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def test_the_observer_of_a_defence_is_named_and_is_the_server_unless_told(tmp_path, capsys):
+    """Who knows W_t sees the more: the other's bound would comfort wrongly."""
+    model = layers()
+    given = (model.state_dict(), IMAGES[:1], LABELS[:1])
+    told = {"learning_rate": 0.1, "model": model, "out": tmp_path / "map.png"}
+    found = {}
+    for observer in (None, "server", "channel"):
+        defence = {"name": "noise", "scale": 1e-4} | ({"observer": observer} if observer else {})
+        found[observer] = exposure.bound(*given, defence=defence, **told)
+        assert f"the observer is {'on the channel' if observer == 'channel' else 'the server'}" in (
+            capsys.readouterr().out
+        )
+    bounds = {who: each.information.bound_psnr for who, each in found.items()}
+    assert bounds[None] == bounds["server"] > bounds["channel"]
+
+
+def test_weights_in_half_precision_are_taken_to_be_sent_in_it(tmp_path, capsys):
+    given = (layers().half().state_dict(), IMAGES[:1], LABELS[:1])
+    told = {"learning_rate": 1e-3, "model": layers(), "out": tmp_path / "map.png"}
+    found = exposure.bound(*given, **told)
+    assert "taken to send float16" in capsys.readouterr().out
+    asked = exposure.bound(*given, transmitted=torch.float16, **told)
+    whole = exposure.bound(*given, transmitted=torch.float32, **told)
+    assert "taken to send" not in capsys.readouterr().out
+    assert found.information.bound_psnr == asked.information.bound_psnr
+    assert whole.information.bound_psnr > found.information.bound_psnr + 3
+
+
 def test_the_bound_is_not_said_of_a_single_image(folder, own, capsys):
     """It holds in the mean over what a prior draws; a smoother image passes it."""
     assert bound("both.npz") == 0

@@ -127,6 +127,40 @@ def test_per_image_gives_each_image_of_a_batch_its_row():
     assert "psnrs" not in images and "psnrs" in trials
 
 
+def test_per_image_reads_what_a_file_of_records_holds():
+    """There a list is a text, and a trial without a picture has none."""
+    trials = pandas.DataFrame(
+        {
+            "num_images": [2, 2, 1],
+            "psnr": [15.0, math.nan, 30.0],
+            "psnrs": ["10.0 20.0", None, "30"],
+        }
+    )
+    images = tables.per_image(trials)
+    assert images.psnr.fillna(-1).tolist() == [10.0, 20.0, -1, -1, 30.0]
+    with pytest.raises(ValueError, match="psnr 15 and no psnrs"):
+        tables.per_image(trials.drop(columns="psnrs"))
+
+
+def test_gaps_and_options_are_values_that_rows_may_have():
+    options = [{"momentum": 0.9}, {}, {"momentum": 0.9}]
+    columns = {"defence": ["noise", None, None], "options": options, "scale": [0.1, math.nan, 1]}
+    frame = pandas.DataFrame(columns)
+    for wanted, rows in (
+        ({"defence": None}, [1, 2]),
+        ({"defence": ["noise", None]}, [0, 1, 2]),
+        ({"scale": math.nan}, [1]),
+        ({"scale": [0.1, 1]}, [0, 2]),
+        ({"options": {"momentum": 0.9}}, [0, 2]),
+        ({"options": {}, "defence": None}, [1]),
+    ):
+        assert tables.where(frame, **wanted).index.tolist() == rows, wanted
+    trials = frame.assign(index=[0, 0, 0], seed=0, psnr=[10.0, 30.0, 40.0])
+    trials["dataset"] = ["digits", "digits", "lfw"]
+    found, _ = tables.over_networks(trials, {"defence": "defence"})
+    assert found.images.tolist() == [1, 2]  # the undefended too; 0 of two sets is two images
+
+
 def test_what_networks_differ_in_is_told_image_by_image():
     """Image 0 is found on both sets of networks, 1 on one, 2 on none; 2 has no picture once."""
     trials = pandas.DataFrame(
@@ -148,13 +182,10 @@ def test_what_networks_differ_in_is_told_image_by_image():
         tables.over_networks(trials, {"client": "client"})
 
 
-def test_numbers_texts_and_spreads_are_said_briefly():
+def test_numbers_and_texts_are_said_briefly():
     assert tables.brief([0.03, math.nan, 0.123456]) == ["0.03", "", "0.123456"]
     assert tables.brief([0.123456], 2) == ["0.12"]
     assert tables.listed(["a", "b"]) == "a; b" and tables.listed([]) == "none"
-    assert tables.spread(pandas.Series([40.0, 42.0])) == "41.0 ± 1.4 dB (n 2)"
-    assert tables.spread(pandas.Series([40.0])) == "40.0 dB (n 1)"
-    assert tables.spread(pandas.Series([], dtype=float)) == "not run"
 
 
 # --- trials without a picture

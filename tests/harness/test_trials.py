@@ -305,6 +305,24 @@ def test_record_of_a_defended_batch():
             {"attack_options": {"dtype": "float46"}},
             "dtype 'float46' is unknown.*did you mean float64",
         ),
+        ({"attack_options": {"max_evaluations": -5}}, "max_evaluations is -5"),
+        ({"attack_options": {"labels": "givn"}}, "labels 'givn' is unknown.* mean given"),
+        (
+            {"attack": "sign_dlm", "attack_options": {"total_variation": -1}},
+            "total_variation is -1",
+        ),
+        ({"protocol": {"name": "fedsgd", "num_rounds": -3}}, "num_rounds is -3"),
+        (
+            {"protocol": {"name": "fedsgd"}, "client": {"local_steps": 5}},
+            "option of a client of fedsgd 'local_steps' is unknown",
+        ),
+        (
+            {
+                **{"attack": "learned_prior", "attack_options": {"learning_rate": 0.05}},
+                **{"index": 100, "defence": {"name": "noise", "scale": 0.1}},
+            },
+            "index is 100 .* trained on digits from 100 on",
+        ),
     ],
 )
 def test_a_bad_trial_is_refused_when_it_is_made(change, message):

@@ -11,6 +11,7 @@ from dlm_core import federated, records
 from dlm_core.defenses import Setting
 from dlm_core.harness import sweeps
 from dlm_core.harness.utility import Federation
+from dlm_core.threads import own_generator
 
 TINY = Federation(
     model="mlp",
@@ -171,6 +172,19 @@ def test_who_looks_on_changes_no_accuracy():
     )
     assert plain == server == channel == setting
     assert plain.defence.observer == "server" and plain.key == setting.key
+
+
+def test_a_network_with_dropout_is_measured_without_it_and_the_same_each_time(dropping):
+    """In training it draws from the seed, and leaves the caller's generator as it was."""
+    training = replace(TINY, model=dropping, model_options={})
+    before = torch.get_rng_state()
+    first, again = training.run(), training.run()
+    assert first == again and torch.equal(torch.get_rng_state(), before)
+    (images, labels), held_out, _ = training.split()
+    with own_generator(training.seed):
+        *_, last = training.rounds(images, labels)
+    right = last.eval()(held_out[0]).argmax(1) == held_out[1]
+    assert first["accuracies"][-1] == pytest.approx(float(right.double().mean()))
 
 
 def test_training_on_samples_of_a_data_set_is_refused(monkeypatch, tmp_path):
