@@ -37,12 +37,15 @@ def where(frame: Frame, **columns: Any) -> Any:
 
 def _has(of: Any, value: Any) -> Any:
     """Which entries of a column are that value, or one of several; gaps are alike."""
+    import pandas
+
     if isinstance(value, Mapping):
         return of.map(lambda each: each == value).astype(bool)
     several = isinstance(value, Iterable) and not isinstance(value, str)
     values = list(value) if several else [value]
     chosen = of.isin(values) if several else of == value
-    return chosen | of.isna() if any(each is None or each != each for each in values) else chosen
+    gaps = pandas.Series(values, dtype=object).isna().any()
+    return chosen | of.isna() if gaps else chosen
 
 
 @check.arguments

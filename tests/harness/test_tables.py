@@ -145,7 +145,7 @@ def test_per_image_reads_what_a_file_of_records_holds():
 def test_gaps_and_options_are_values_that_rows_may_have():
     options = [{"momentum": 0.9}, {}, {"momentum": 0.9}]
     columns = {"defence": ["noise", None, None], "options": options, "scale": [0.1, math.nan, 1]}
-    frame = pandas.DataFrame(columns)
+    frame = pandas.DataFrame(columns).assign(labels=pandas.array([3, None, 3], dtype="Int64"))
     for wanted, rows in (
         ({"defence": None}, [1, 2]),
         ({"defence": ["noise", None]}, [0, 1, 2]),
@@ -153,6 +153,8 @@ def test_gaps_and_options_are_values_that_rows_may_have():
         ({"scale": [0.1, 1]}, [0, 2]),
         ({"options": {"momentum": 0.9}}, [0, 2]),
         ({"options": {}, "defence": None}, [1]),
+        ({"labels": pandas.NA}, [1]),
+        ({"labels": frame.labels.unique()}, [0, 1, 2]),
     ):
         assert tables.where(frame, **wanted).index.tolist() == rows, wanted
     trials = frame.assign(index=[0, 0, 0], seed=0, psnr=[10.0, 30.0, 40.0])
