@@ -106,9 +106,9 @@ def _precision(weights: StateDict) -> torch.dtype:
     return torch.float32 if single else torch.float64
 
 
-def _half_precision(weights: StateDict) -> torch.dtype | None:
-    """The half precision that all floating entries have, None where there is none."""
-    kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
+def _half_precision(network: nn.Module, weights: StateDict) -> torch.dtype | None:
+    """The half precision that all parameters have, whatever buffers have; None for none."""
+    kinds = {weights[name].dtype for name, _ in network.named_parameters()}
     return kinds.pop() if len(kinds) == 1 and kinds <= HALF else None
 
 
@@ -197,8 +197,8 @@ def bound(
     num_classes
         Of a network by name; None: as in ``weights``.
     transmitted
-        As in ``information.of_update``; None for that of ``weights``, where all are of one half
-        precision.
+        As in ``information.of_update``; None for that of ``weights``, where all parameters are
+        of one half precision.
     defence
         As in ``information.of_update``, but for the observer of a mapping that names none: it is
         the server, who knows W_t and sees the more.
@@ -233,7 +233,7 @@ def bound(
     if normalise is not None:
         preprocessing.check_channels(normalise, images.shape[1])
         network = preprocessing.normalised(network, normalise)
-    half = None if transmitted is not None else _half_precision(read.before)
+    half = None if transmitted is not None else _half_precision(read.network, read.before)
     about = [*read.notes, *_of_sending(half, setting)]
     print(*about, f"products with the Jacobian, {images.numel():,} at most ...", sep="\n")
     information = fisher.of_update(

@@ -111,7 +111,8 @@ def test_a_network_that_draws_at_random_is_named(own, tmp_path, capsys):
 
 def layers():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    layers = nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)
+    return nn.Sequential(nn.BatchNorm2d(1, affine=False).eval(), *layers)
 
 
 def test_the_observer_of_a_defence_is_named_and_is_the_server_unless_told(tmp_path, capsys):
@@ -131,7 +132,8 @@ def test_the_observer_of_a_defence_is_named_and_is_the_server_unless_told(tmp_pa
 
 
 def test_weights_in_half_precision_are_taken_to_be_sent_in_it(tmp_path, capsys):
-    given = (layers().half().state_dict(), IMAGES[:1], LABELS[:1])
+    buffers = dict(layers().named_buffers())  # batch norm's, which stay in float32
+    given = ({**layers().half().state_dict(), **buffers}, IMAGES[:1], LABELS[:1])
     told = {"learning_rate": 1e-3, "model": layers(), "out": tmp_path / "map.png"}
     found = exposure.bound(*given, **told)
     assert "taken to send float16" in capsys.readouterr().out
