@@ -430,8 +430,9 @@ def _kind(frame: Any) -> str:
 
 
 def _networks(frame: Any) -> str:
-    of_network = ("model", "trained", "seed")
-    names = [n for n in frame.columns if n in of_network or n.startswith("model_options.")]
+    """A network named with an option is another than without it, default or not."""
+    of_network = ("dataset", "model", "trained", "seed")
+    names = [n for n in frame.columns if n in of_network or f"{n}".startswith("model_options.")]
     count = len(frame[names].astype(str).drop_duplicates()) if names else 1
     return tables.counted(count, "network")
 

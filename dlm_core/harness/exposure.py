@@ -45,7 +45,8 @@ class Exposure:
     information
         All of it, as ``information.of_update`` returns it.
     notes
-        What was done to the weights' file, and whether the network draws at random.
+        What was done to the weights' file, a precision that was taken for the client's, who looks
+        on, and whether the network draws at random.
     """
 
     information: Information
@@ -130,7 +131,7 @@ def _of_sending(half: torch.dtype | None, setting: Setting | None) -> list[str]:
         )
     if setting is not None and setting.observer == "server":
         said.append("the observer is the server, who knows the weights that it sent")
-    elif setting is not None:
+    elif setting is not None and setting.record.acts_on == "snapshot":
         said.append(
             "the observer is on the channel, and sees both snapshots defended; the server, who "
             "knows the weights that it sent, sees as much or more"
@@ -201,7 +202,8 @@ def bound(
         of one half precision.
     defence
         As in ``information.of_update``, but for the observer of a mapping that names none: it is
-        the server, who knows W_t and sees the more.
+        the server, who knows W_t and sees the more. A ``Setting`` keeps its own, by default the
+        channel.
     normalise
         What the client makes of pixels in [0, 1] before its network sees them, as
         ``preprocessing.normalised`` takes it; None for nothing.

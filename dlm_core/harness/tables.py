@@ -184,18 +184,20 @@ def per_image(frame: Frame) -> Any:
     return images.rename(columns={"psnrs": "psnr"}).explode("psnr").astype({"psnr": float})
 
 
-def _of_images(psnrs: Any, mean: float, count: int) -> list[float]:
+def _of_images(psnrs: Any, mean: float, count: float) -> list[float]:
     """The PSNR of each image of a trial."""
     if isinstance(psnrs, str):  # as a file of records has them
         psnrs = [float(each) for each in psnrs.split()]
-    if isinstance(psnrs, list) and psnrs:
-        return psnrs
+    elif isinstance(psnrs, float) and not math.isnan(psnrs):  # as a file of single images has it
+        psnrs = [psnrs]
+    if isinstance(psnrs, Sequence) and psnrs:
+        return list(psnrs)
     if not math.isnan(mean):
         raise ValueError(
             f"frame has a trial with psnr {mean:g} and no psnrs; it takes a table of trials, which "
             "has one number for each image in psnrs"
         )
-    return [math.nan] * count
+    return [math.nan] * (1 if math.isnan(count) else int(count))
 
 
 @check.arguments
@@ -227,6 +229,7 @@ def over_networks(frame: Frame, columns: Mapping[str, str]) -> tuple[Any, dict[A
     for values, some in frame.groupby(list(columns), sort=False, dropna=False):
         psnr, of_image = psnrs(some), [some[name] for name in image]
         least, greatest = (psnr.groupby(of_image).agg(end) for end in ("min", "max"))
+        values = tuple(None if pandas.isna(each) else each for each in values)
         of_networks = psnr.groupby(some["seed"] // 100).median()
         medians[values if len(columns) > 1 else values[0]] = of_networks
         row = dict(zip(columns.values(), values))

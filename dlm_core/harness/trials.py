@@ -101,7 +101,8 @@ class Protocol:
         check.one_of("name of a protocol", self.name, records.PROTOCOLS)
         record = records.PROTOCOLS[self.name]
         record.check_options("options", self.options)
-        record.check_values(self.options)
+        if registry.is_ours(record):
+            record.check_values(self.options)
         if "attack" in self.options:
             check.one_of("options: attack", self.options["attack"], records.ATTACKS)
 
@@ -154,9 +155,10 @@ class Trial:
     Raises
     ------
     ValueError
-        For an unknown name or option, or a value out of range, when the trial is made. What only
-        the network's function or the data set can refuse (an activation, an index) is refused when
-        it runs.
+        For an unknown name or option, when the trial is made, and for a value that is out of range
+        by what the signatures of ours say. What an attack, a network or a data set refuses by
+        itself (labels of other kinds, an activation, an index), and values that a user's own
+        function does not take, are refused when it runs.
 
     Notes
     -----
@@ -196,7 +198,8 @@ class Trial:
         self._check_attack()
         options = {name: value for name, value in self.model_options.items() if name != "init"}
         records.NETWORKS[self.model].check_options("model_options", options)
-        records.NETWORKS[self.model].check_values(options)
+        if registry.is_ours(records.NETWORKS[self.model]):
+            records.NETWORKS[self.model].check_values(options)
         if self.protocol is not None:
             self._check_protocol(self.protocol.name)
 
@@ -212,7 +215,8 @@ class Trial:
         record.check_options("attack_options", self.attack_options)
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
-        self._check_values(record)
+        if registry.is_ours(record):
+            self._check_values(record)
         record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
         last = self.index + self.num_images
         if self.attack == "learned_prior" and self.dataset == "digits" and last > PUBLIC.start:
@@ -228,10 +232,10 @@ class Trial:
             )
 
     def _check_values(self, record: Record) -> None:
-        """Of the attack's options, and of those that it passes on to a search."""
+        """Of the options of an attack of ours, and of those that it passes on to a search."""
         given = {record.renamed.get(n, n): value for n, value in self.attack_options.items()}
         labels = given.pop("labels", None)
-        if isinstance(labels, str) and registry.is_ours(record):
+        if isinstance(labels, str):
             check.one_of("labels", labels, LABELS)
         given |= {n: OPTION_PARTS[n][given[n]] for n in OPTION_PARTS.keys() & given.keys()}
         record.check_values(given)

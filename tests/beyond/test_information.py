@@ -313,6 +313,13 @@ def test_a_priors_variance_is_that_of_its_root_and_needs_no_matrix():
     assert priors.variance("smooth", (3, 224, 224)).shape == (3, 224, 224)  # of a matrix, 84 GiB
 
 
+def test_the_map_of_a_large_picture_needs_no_matrix_of_the_prior(monkeypatch):
+    found = information.of_update(convolutions(1), IMAGES[:1], LABELS[:1], learning_rate=0.01)
+    expected = found.map()
+    monkeypatch.setattr(priors, "root", None)  # what a matrix of the prior is made with
+    assert torch.equal(found.map(), expected)
+
+
 def test_a_priors_root_and_its_transpose_belong_together():
     for name in priors.PRIORS:
         root, transposed = priors.root(name, (3, 4, 6))

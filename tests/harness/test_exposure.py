@@ -129,6 +129,9 @@ def test_the_observer_of_a_defence_is_named_and_is_the_server_unless_told(tmp_pa
         )
     bounds = {who: each.information.bound_psnr for who, each in found.items()}
     assert bounds[None] == bounds["server"] > bounds["channel"]
+    update = {"name": "clip_and_noise", "clip": 1, "noise_multiplier": 0.1, "observer": "channel"}
+    exposure.bound(*given, defence=update, **told)
+    assert "both snapshots defended" not in capsys.readouterr().out  # W_t is as public as before
 
 
 def test_weights_in_half_precision_are_taken_to_be_sent_in_it(tmp_path, capsys):

@@ -13,6 +13,8 @@ import torch
 from dlm_core.harness import evidence, report, settings, sweeps, tables
 from dlm_core.harness.trials import Trial, repeated
 
+RECORDS = Path(__file__).parents[2] / "figures" / "records"
+
 FRAME = pandas.DataFrame(
     {
         "attack": ["dlm_plus", "dlm_plus", "grey"],
@@ -142,6 +144,19 @@ def test_per_image_reads_what_a_file_of_records_holds():
         tables.per_image(trials.drop(columns="psnrs"))
 
 
+@pytest.mark.parametrize(
+    "notebook", ["01_attacks_compared", "06_batches", "18_privacy_and_utility"]
+)
+def test_committed_records_have_a_row_for_each_image(notebook):
+    """Of single images pandas reads numbers, of several texts; rows of trainings have neither."""
+    records = pandas.read_csv(RECORDS / f"{notebook}.csv.gz", low_memory=False)
+    images = tables.per_image(records)
+    shown = records.psnr.notna()
+    counts = records.num_images.where(shown, records.num_images).fillna(1)
+    assert len(images) == counts.sum()
+    assert images.psnr.notna().sum() == records.num_images[shown].sum()
+
+
 def test_gaps_and_options_are_values_that_rows_may_have():
     options = [{"momentum": 0.9}, {}, {"momentum": 0.9}]
     columns = {"defence": ["noise", None, None], "options": options, "scale": [0.1, math.nan, 1]}
@@ -159,7 +174,8 @@ def test_gaps_and_options_are_values_that_rows_may_have():
         assert tables.where(frame, **wanted).index.tolist() == rows, wanted
     trials = frame.assign(index=[0, 0, 0], seed=0, psnr=[10.0, 30.0, 40.0])
     trials["dataset"] = ["digits", "digits", "lfw"]
-    found, _ = tables.over_networks(trials, {"defence": "defence"})
+    found, medians = tables.over_networks(trials, {"defence": "defence"})
+    assert medians[None].tolist() == [35.0]
     assert found.images.tolist() == [1, 2]  # the undefended too; 0 of two sets is two images
 
 

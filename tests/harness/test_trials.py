@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from dlm_core import results
+from dlm_core import records, results
 from dlm_core.harness import sweeps, trials
 from dlm_core.harness.judge import judge
 from dlm_core.harness.trials import Trial
@@ -328,6 +328,23 @@ def test_record_of_a_defended_batch():
 def test_a_bad_trial_is_refused_when_it_is_made(change, message):
     with pytest.raises(ValueError, match=message):
         replace(FAST, **change)
+
+
+def test_a_user_s_attack_takes_what_it_says_in_words_of_its_own():
+    """Lists are kept as tuples; annotations may be texts that mean nothing to us."""
+
+    @records.attack("mine", title="Mine")
+    def mine(seen, *, layers: list[int] = [0], scale: "how strong" = 1, patience=0.5):  # noqa
+        return None
+
+    try:
+        own = replace(FAST, attack="mine", attack_options={"layers": [0, 2], "scale": "auto"})
+        assert own.attack_options["layers"] == (0, 2)
+        replace(own, attack_options={"patience": 0})
+        with pytest.raises(ValueError, match="'layer' is unknown.*did you mean layers"):
+            replace(own, attack_options={"layer": [0]})
+    finally:
+        records.ATTACKS.pop("mine")
 
 
 def test_an_unwritable_store_is_refused_before_any_work(tmp_path):
