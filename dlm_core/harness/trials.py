@@ -1,5 +1,6 @@
 """A trial is a value, and running it is a pure function of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from dlm_core import check, data, federated, records
 from dlm_core.beyond.learned import PUBLIC
 from dlm_core.check import Count, Positive, Whole
 from dlm_core.defenses import Setting
-from dlm_core.harness import registry, scene  # noqa: F401, the registry fills the tables
+from dlm_core.harness import registry, scene
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, TOLD_LABELS, attack, observe
 from dlm_core.records import Options, Plain, Record, typed, with_options
@@ -101,8 +102,7 @@ class Protocol:
         check.one_of("name of a protocol", self.name, records.PROTOCOLS)
         record = records.PROTOCOLS[self.name]
         record.check_options("options", self.options)
-        if registry.is_ours(record):
-            record.check_values(self.options)
+        _check_values(record, self.options)
         if "attack" in self.options:
             check.one_of("options: attack", self.options["attack"], records.ATTACKS)
 
@@ -197,9 +197,9 @@ class Trial:
             check.fitting("label", self.client.label, Annotated[int, check.Range(0, classes - 1)])
         self._check_attack()
         options = {name: value for name, value in self.model_options.items() if name != "init"}
-        records.NETWORKS[self.model].check_options("model_options", options)
-        if registry.is_ours(records.NETWORKS[self.model]):
-            records.NETWORKS[self.model].check_values(options)
+        network = records.NETWORKS[self.model]
+        network.check_options("model_options", options)
+        _check_values(network, options)
         if self.protocol is not None:
             self._check_protocol(self.protocol.name)
 
@@ -216,7 +216,7 @@ class Trial:
         for name in OPTION_PARTS.keys() & self.attack_options.keys():
             check.one_of(name, self.attack_options[name], OPTION_PARTS[name])
         if registry.is_ours(record):
-            self._check_values(record)
+            self._check_own(record)
         record.check_told([*self.attack_options, *(["defence"] if self.defence else [])])
         last = self.index + self.num_images
         if self.attack == "learned_prior" and self.dataset == "digits" and last > PUBLIC.start:
@@ -231,7 +231,7 @@ class Trial:
                 "reconstructs from one: aware_combined takes several"
             )
 
-    def _check_values(self, record: Record) -> None:
+    def _check_own(self, record: Record) -> None:
         """Of the options of an attack of ours, and of those that it passes on to a search."""
         given = {record.renamed.get(n, n): value for n, value in self.attack_options.items()}
         labels = given.pop("labels", None)
@@ -263,6 +263,12 @@ class Trial:
     def run(self) -> dict[str, Any]:
         """``run_trial`` of it: what a sweep calls."""
         return run_trial(self)
+
+
+def _check_values(record: Record, options: Mapping[str, Any]) -> None:
+    """Of a function of ours. A user's own may say in its annotations what plain data are not."""
+    if registry.is_ours(record):
+        record.check_values(options)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:

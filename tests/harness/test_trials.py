@@ -334,7 +334,13 @@ def test_a_user_s_attack_takes_what_it_says_in_words_of_its_own():
     """Lists are kept as tuples; annotations may be texts that mean nothing to us."""
 
     @records.attack("mine", title="Mine")
-    def mine(seen, *, layers: list[int] = [0], scale: "how strong" = 1, patience=0.5):  # noqa
+    def mine(
+        seen,
+        *,
+        layers: list[int] = [0],  # noqa: B006
+        scale: "how strong" = 1,  # noqa: F722
+        patience=0.5,
+    ):
         return None
 
     try:
