@@ -49,8 +49,8 @@ class Pixels:
 
 
 class ClassIndices:
-    """The rule of ``Labels``: tensors, NumPy arrays and lists [N] of whole numbers of at least 0,
-    which become int64.
+    """The rule of ``Labels``: tensors, NumPy arrays, lists and tuples [N] of whole numbers of at
+    least 0, which become int64.
     """
 
     def convert(self, value: Any) -> Any:
@@ -108,10 +108,10 @@ def for_model(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    """An array or a list of numbers as a tensor; a tensor as it is."""
+    """An array, a list or a tuple of numbers as a tensor; a tensor as it is."""
     if isinstance(value, torch.Tensor):
         return value
-    if isinstance(value, (np.ndarray, list)):
+    if isinstance(value, (np.ndarray, list, tuple)):
         try:
             return torch.tensor(np.array(value))
         except (TypeError, ValueError):  # of objects, or of lists of unlike length

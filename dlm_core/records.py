@@ -250,8 +250,10 @@ class Record:
                 check.one_of(f"{argument} of {self.key}", name, self.options)
 
     def check_values(self, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for an option whose value the function's annotations refuse."""
-        check.named(self.function, {self.renamed.get(n, n): v for n, v in options.items()})
+        """Raise ValueError for an option whose value is refused by the annotations of the function,
+        or of one that it passes the option on to.
+        """
+        _check_values(self.function, {self.renamed.get(n, n): v for n, v in options.items()})
 
     def check_told(self, given: Iterable[str]) -> None:
         """Raise ValueError unless ``given`` has the names of all that it demands."""
@@ -506,6 +508,14 @@ def _passed_on(function: Callable[..., Any]) -> tuple[str, ...]:
     return getattr(function, "passed_on", ())
 
 
+def _check_values(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    check.named(function, given)
+    own = inspect.signature(function).parameters
+    passed = {name: value for name, value in given.items() if name not in own}
+    for taker in getattr(function, "takers", ()):
+        _check_values(taker, passed)
+
+
 def passes_on_to(*functions: Callable[..., Any], fixed: Iterable[str] = ()) -> Callable[[F], F]:
     """Decorator for a function with ``**options``: they are those of ``functions``, and another is
     refused before it begins.
@@ -543,7 +553,7 @@ def passes_on_to(*functions: Callable[..., Any], fixed: Iterable[str] = ()) -> C
             return function(*arguments, **named)
 
         noted: Any = called
-        noted.passed_on, noted.renamed = passed, renamed
+        noted.takers, noted.passed_on, noted.renamed = functions, passed, renamed
         return cast(F, called)
 
     return note

@@ -1,5 +1,4 @@
-"""The one loop behind every attack: descend from a start, remember the best point, decide when to
-stop, start again.
+"""The one loop behind every attack: descend from a start, remember the best point, start again.
 
 Several searches at once, of one architecture, are ``beyond.lanes``: they share the problem, the
 start and the verdict of those here.
@@ -11,7 +10,6 @@ import functools
 import importlib
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -30,53 +28,16 @@ from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
 from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
+from dlm_core.stopping import DESCENT, StopRule, Trace
 from dlm_core.threads import for_network, own_generator
 
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
-DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
 Tensors = Sequence[torch.Tensor]
 LISTS = (list, tuple, range)  # what has an entry for each of several searches
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Whether ``reconstruct`` is to return the search instead of running it.
 _PREPARING: ContextVar[bool] = ContextVar("preparing", default=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopRule:
-    """When a search ends, and with which of its points.
-
-    Attributes
-    ----------
-    max_evaluations
-        Budget of each restart.
-    max_iterations
-        Budget in steps of the optimizer, each of one evaluation or several; None for no other
-        budget than that of evaluations, which ends a search in any case.
-    whole_budget
-        True as in the released code: tolerance and patience are not asked, and the last point is
-        returned instead of the best one.
-    tolerance
-        Relative misfit ‖g - d‖²/‖d‖² at which the search has converged, if it is also a
-        hundred-thousandth of the start's; or the one that rounding of the transmitted weights
-        leaves at best.
-    patience
-        The search has stalled when this many evaluations lower the loss by less than 5 %.
-
-    Raises
-    ------
-    ValueError
-        For a number out of range.
-    """
-
-    max_evaluations: check.Count = 400
-    tolerance: check.NonNegative = 1e-6
-    patience: check.Count = 50
-    max_iterations: check.Count | None = None
-    whole_budget: bool = False
-
-    def __post_init__(self) -> None:
-        check.fields(self)
 
 
 @dataclass(frozen=True)
@@ -231,7 +192,7 @@ def reconstruct(
         Of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     restarts
         Independent starts; the one of lowest loss is returned, the first that converges ends the
-        search. A first start that ends in NaN is returned as it is, and said to have diverged.
+        search. One that ends in NaN is returned only where all do.
     keep_every
         Keep the images of every so many evaluations in ``history``.
     update_of
@@ -241,8 +202,7 @@ def reconstruct(
         given; "images", "logits" and "growth" are the search's own.
     resume
         The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
-        and is no yardstick for convergence. It is not checked: one of other names or shapes ends
-        in an error of PyTorch's.
+        and is no yardstick for convergence.
     **stop
         Fields of ``StopRule``.
 
@@ -355,19 +315,28 @@ class Prepared:
             variables["logits"] = logits.to(like)
         numbers = {**self.unknowns, **self.target.unknowns}
         variables |= {name: torch.full_like(like.sum(), value) for name, value in numbers.items()}
+        self._check_resumed(variables)
         variables |= {name: tensor.clone() for name, tensor in self.resume.items()}
         return variables, to_images
 
-    def trace(self) -> "Trace":
+    def _check_resumed(self, variables: Mapping[str, torch.Tensor]) -> None:
+        """An unknown of the client's may go on as a tensor of any shape."""
+        for name, tensor in self.resume.items():
+            check.one_of("variable in resume", name, variables)
+            expected = list(variables[name].shape)
+            if name in OWN and list(tensor.shape) != expected:
+                raise ValueError(
+                    f"resume has {name!r} of shape {list(tensor.shape)}; it takes {expected}"
+                )
+
+    def trace(self) -> Trace:
         """An empty one."""
         descent = math.inf if self.resume else DESCENT
         return Trace(self.rule, self.seen.rounding_share, descent)
 
-    def result(
-        self, searches: Sequence[tuple["Trace", Callable]], seconds: float
-    ) -> Reconstruction:
+    def result(self, searches: Sequence[tuple[Trace, Callable]], seconds: float) -> Reconstruction:
         """The best of searches that have ended, with the maps from coordinates to images."""
-        trace, to_images = min(searches, key=lambda each: each[0].loss)
+        trace, to_images = min(searches, key=_lowest)
         k = self.target.k_at(trace.best)
         # A factor that has not settled, or collapsed to nothing, is no learning rate.
         settled = trace.status is Status.CONVERGED
@@ -391,6 +360,12 @@ class Prepared:
             client=ClientEstimate(learning_rate=rate),
             seconds=seconds,
         )
+
+
+def _lowest(search: tuple[Trace, Callable]) -> float:
+    """The loss that a search ended at; NaN is above all others."""
+    loss = search[0].loss
+    return math.inf if math.isnan(loss) else loss
 
 
 @dataclass(frozen=True)
@@ -505,85 +480,6 @@ class Problem:
         """(relative misfit, loss) of images whose update is ``g``."""
         misfit, relative = self.target.misfit(g, variables)
         return relative, misfit + self.total_variation * objectives.total_variation(images)
-
-
-class Trace:
-    """What a search has met, its best point, and the verdict on where it stands.
-
-    Parameters
-    ----------
-    rule
-        When it ends.
-    floor
-        The misfit below which nothing is explained any better.
-    descent
-        The part of the start's misfit that it has to fall to.
-
-    Attributes
-    ----------
-    losses, ks, history
-        Of ``SearchEvidence``.
-    loss, best
-        The lowest one, and the variables that have it.
-    status
-        The verdict once it has ended.
-    """
-
-    def __init__(self, rule: StopRule, floor: float, descent: float) -> None:
-        self.rule = rule
-        self.floor, self.descent = floor, descent
-        # misfit at which it has converged, known from the first evaluation on
-        self.enough: float | None = None
-        self.losses: list[float] = []
-        self.lowest: list[float] = []
-        self.history: list[tuple[int, torch.Tensor]] = []
-        self.ks: list[float] = []
-        self.loss = math.inf
-        self.best: dict[str, torch.Tensor] = {}
-        self.status = Status.WHOLE if rule.whole_budget else Status.BUDGET
-
-    def add(self, loss: float, misfit: float, finite: bool, here: Callable[[], dict]) -> bool:
-        """Note an evaluation.
-
-        Parameters
-        ----------
-        loss, misfit
-            What it came to.
-        finite
-            Whether the gradient is.
-        here
-            A copy of the variables.
-
-        Returns
-        -------
-        bool
-            Whether the search has ended; ``status`` says how.
-        """
-        if self.enough is None:
-            self.enough = max(self.floor, min(self.rule.tolerance, self.descent * misfit))
-        finite = finite and math.isfinite(loss)
-        if finite and loss < self.loss:
-            self.loss, self.best = loss, here()
-        self.losses.append(loss)
-        self.lowest.append(self.loss)
-        verdict = self._verdict(finite, misfit)
-        self.status = verdict or self.status
-        return verdict is not None
-
-    def _verdict(self, finite: bool, misfit: float) -> Status | None:
-        """The reason to stop now, or None."""
-        if not finite:
-            return Status.DIVERGED
-        if self.rule.whole_budget:
-            return Status.WHOLE if len(self.losses) >= self.rule.max_evaluations else None
-        assert self.enough is not None  # set before the first verdict
-        if misfit <= self.enough:
-            return Status.CONVERGED
-        patience = self.rule.patience
-        if len(self.losses) > patience and self.lowest[-1] > 0.95 * self.lowest[-1 - patience]:
-            far = statistics.median(self.losses[-patience:]) > 10 * self.loss
-            return Status.DIVERGED if far else Status.STALLED
-        return Status.BUDGET if len(self.losses) >= self.rule.max_evaluations else None
 
 
 class _Finished(Exception):

@@ -182,6 +182,38 @@ def test_restarts_are_chosen_by_attack_loss(seen):
     assert found.losses in [each.losses for each in single]
 
 
+def test_a_restart_is_returned_where_the_first_start_ends_in_nan(seen):
+    tried = []
+
+    def from_nan_once(shape, like, generator):
+        start, to_images = coordinates.pixels(shape, like, generator)
+        tried.append(start)
+        return (start if len(tried) > 1 else start * math.nan), to_images
+
+    found = reconstruct(
+        seen,
+        objectives.normalised_distance,
+        coordinates=from_nan_once,
+        optimizer=optimizers.adam,
+        restarts=2,
+        max_evaluations=5,
+        whole_budget=True,
+    )
+    assert len(tried) == 2 and math.isfinite(found.loss) and found.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "point, message",
+    [
+        ({"image": torch.zeros(1)}, "variable in resume 'image' is unknown.*did you mean images"),
+        ({"images": torch.zeros(2, 3)}, r"resume has 'images' of shape \[2, 3\]; it takes \["),
+    ],
+)
+def test_a_point_of_another_search_is_refused(seen, point, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.dlm_plus(seen, resume=point, max_evaluations=2)
+
+
 def test_the_whole_budget_ends_at_its_last_point_whatever_was_reached(seen):
     options = {"whole_budget": True, "optimizer": optimizers.released_lbfgs, "seed": 1}
     found = attacks.dlm_plus(seen, max_iterations=20, max_evaluations=500, **options)

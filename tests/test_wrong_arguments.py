@@ -132,7 +132,7 @@ VALID: dict[str, Callable] = {
     "photos.picture": lambda s: {"path": s.photo, "channels": 1, "size": 8},
     "federated.average": lambda s: {"snapshots": [s.sent, s.sent], "sizes": [1, 2]},
     "federated.rounds": lambda s: protocol(s, num_rounds=1),
-    "search.StopRule": lambda s: {
+    "stopping.StopRule": lambda s: {
         **{"max_evaluations": 2, "tolerance": 0.1, "patience": 5},
         **{"max_iterations": 1, "whole_budget": True},
     },

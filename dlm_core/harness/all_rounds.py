@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dlm_core import check, data, federated, records
-from dlm_core.defenses import Setting
+from dlm_core.defenses import Setting, noise_seed
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.utility import Federation
@@ -123,7 +123,8 @@ class Watched:
             how: dict[str, Any] = {"learning_rate": rate, "local_steps": self.local_steps}
             try:
                 seen = federated.train_locally(model, images, labels, **how)
-                rounds.append(self.shown.defend(seen, 1000 * (self.index + 1) + turn))
+                seed = noise_seed(self.training.seed, turn, 1 + self.index)
+                rounds.append(self.shown.defend(seen, seed))
             except Unchanged:
                 continue  # nothing came of this round
             except FloatingPointError:

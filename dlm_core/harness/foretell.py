@@ -9,7 +9,7 @@ from dlm_core import records
 from dlm_core.beyond import unrolled
 from dlm_core.harness.watch import OutOfTime, Watch
 from dlm_core.results import Reconstruction
-from dlm_core.search import StopRule
+from dlm_core.stopping import StopRule
 
 # The attacks whose time is foretold. They begin in the coordinates of ``search.reconstruct``.
 SEARCHES = ("interval_dlm", "dlm_plus", "unrolled_dlm")

@@ -110,8 +110,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
     setting: defenses.Setting | None = trial.defence
     if setting is None:
         return seen
-    seed = trial.seed + 101 * turn + 1009 * client
-    return setting.defend(seen, seed)
+    return setting.defend(seen, defenses.noise_seed(trial.seed, turn, client))
 
 
 def take_part(trial: Any, model: nn.Module) -> Any:

@@ -14,7 +14,6 @@ from dlm_core.harness import registry, scene
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.scene import DTYPES, OPTION_PARTS, TOLD_LABELS, attack, observe
 from dlm_core.records import Options, Plain, Record, typed, with_options
-from dlm_core.search import StopRule, reconstruct
 
 __all__ = ["Client", "Protocol", "Trial", "attack", "observe", "repeated", "run_trial"]
 
@@ -150,7 +149,8 @@ class Trial:
     protocol
         A ``Protocol``, or a dict; None for FedAvg, whose server sees one client.
     seed
-        Of the model's weights, the attack's start and the defence's noise.
+        Of the model's weights and the attack's start; the defence's noise follows from it by
+        ``defenses.noise_seed``.
 
     Raises
     ------
@@ -159,11 +159,6 @@ class Trial:
         by what the signatures of ours say. What an attack, a network or a data set refuses by
         itself (labels of other kinds, an activation, an index), and values that a user's own
         function does not take, are refused when it runs.
-
-    Notes
-    -----
-    The attack's start and the defence's noise follow from one seed: an attack that simulated the
-    defence from the ``seed`` it is handed would draw the client's own noise. None of ours does.
     """
 
     attack: str = "dlm_plus"
@@ -232,16 +227,12 @@ class Trial:
             )
 
     def _check_own(self, record: Record) -> None:
-        """Of the options of an attack of ours, and of those that it passes on to a search."""
+        """The values of options of an attack of ours."""
         given = {record.renamed.get(n, n): value for n, value in self.attack_options.items()}
-        labels = given.pop("labels", None)
-        if isinstance(labels, str):
-            check.one_of("labels", labels, LABELS)
+        if isinstance(given.get("labels"), str):
+            check.one_of("labels", given.pop("labels"), LABELS)
         given |= {n: OPTION_PARTS[n][given[n]] for n in OPTION_PARTS.keys() & given.keys()}
         record.check_values(given)
-        passed_on = {n: value for n, value in given.items() if n not in record.parameters}
-        for taker in (reconstruct, StopRule):
-            check.named(taker, passed_on)
 
     @property
     def named(self) -> list[Record]:

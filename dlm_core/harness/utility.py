@@ -230,8 +230,7 @@ class Federation:
         setting = self.defence
         if setting is None:
             return seen
-        seed = (self.seed * self.num_rounds + turn) * self.num_clients + client
-        return setting.defend(seen, seed)
+        return setting.defend(seen, defenses.noise_seed(self.seed, turn, client))
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from combinations import CLIENTS, FILES, NETWORKS, SHAPE, client_of
 
-from dlm_core import data, search
+from dlm_core import data, stopping
 from dlm_core.beyond import unrolled
 from dlm_core.harness.audit import audit
 from dlm_core.results import Explains
@@ -29,13 +29,13 @@ COMBINATIONS = [
 @pytest.fixture
 def short(monkeypatch):
     """Searches of few evaluations."""
-    checked, find_steps = search.StopRule.__post_init__, unrolled.find_steps
+    checked, find_steps = stopping.StopRule.__post_init__, unrolled.find_steps
 
     def cut(rule):
         checked(rule)
         object.__setattr__(rule, "max_evaluations", min(EVALUATIONS, rule.max_evaluations))
 
-    monkeypatch.setattr(search.StopRule, "__post_init__", cut)
+    monkeypatch.setattr(stopping.StopRule, "__post_init__", cut)
     monkeypatch.setattr(unrolled, "find_steps", lambda run, most: find_steps(run, STEPS))
 
 

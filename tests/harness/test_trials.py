@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from dlm_core import records, results
+from dlm_core import defenses, records, results
 from dlm_core.harness import sweeps, trials
 from dlm_core.harness.judge import judge
 from dlm_core.harness.trials import Trial
@@ -259,6 +259,37 @@ def test_a_client_whose_weights_do_not_change_is_a_record(tmp_path):
     assert record["stop_reason"] == "client unchanged"
 
 
+NOISY = {"defence": {"name": "noise", "scale": 1e-3, "observer": "server"}}
+
+
+def test_a_simulation_of_the_client_with_the_attack_s_seed_does_not_draw_its_noise():
+    trial = replace(FAST, **NOISY, seed=3)
+    clear, *_ = trials.observe(replace(trial, defence=None))
+    seen, *_ = trials.observe(trial)
+    sent, simulated = seen.delta[0], trial.defence.defend(clear, trial.seed).delta[0]
+    noise, guessed = (each - clear.delta[0] for each in (sent, simulated))
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), guessed.flatten()]))[0, 1]
+    assert noise.std() > 0 and abs(correlation) < 5 / noise.numel() ** 0.5
+
+
+def test_each_client_of_each_round_has_noise_of_its_own():
+    """Seed 0 in round 101 had the noise of seed 101 in round 0."""
+    numbers = [
+        (seed, turn, client)
+        for seed in (0, 1, 101, 1009)
+        for turn in (0, 1, 101)
+        for client in (0, 1)
+    ]
+    assert len({defenses.noise_seed(*each) for each in numbers}) == len(numbers)
+
+
+def test_labels_may_be_a_list():
+    given = replace(FAST, attack_options={**FAST.attack_options, "labels": "given"})
+    _, _, labels = trials.observe(given)
+    listed = replace(FAST, attack_options={**FAST.attack_options, "labels": labels.tolist()})
+    assert_same([trials.run_trial(listed)], [trials.run_trial(given)])
+
+
 def test_record_of_a_defended_batch():
     trial = replace(
         FAST,
@@ -323,6 +354,12 @@ def test_record_of_a_defended_batch():
             },
             "index is 100 .* trained on digits from 100 on",
         ),
+        (
+            {"attack": "aware_exact", **NOISY, "attack_options": {"max_steps": -1}},
+            "max_steps is -1",
+        ),
+        ({"protocol": {"name": "aggregate", "local_steps": 0}}, "local_steps is 0"),
+        ({"attack_options": {"labels": [-1]}}, "class indices of at least 0, and not -1"),
     ],
 )
 def test_a_bad_trial_is_refused_when_it_is_made(change, message):
