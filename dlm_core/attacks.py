@@ -136,7 +136,7 @@ def _factored(model, loss, images, labels, *, k: torch.Tensor) -> list[torch.Ten
     ),
     client="one step of SGD, with momentum or not",
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["scale"])
 @in_lanes
 @check.arguments
 def inverting_gradients(
@@ -203,7 +203,7 @@ def dlm(
     client="one step of SGD, with momentum or not",
     audited=5,
 )
-@records.passes_on_to(reconstruct)
+@records.passes_on_to(reconstruct, fixed=["scale"])
 @in_lanes
 @check.arguments
 def dlm_plus(
@@ -227,7 +227,8 @@ def dlm_plus(
         check_per_parameter(seen, "trusted", trusted)
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
-    if "labels" not in options:
+    labels = options.get("labels", "inferred")
+    if isinstance(labels, str) and labels == "inferred":
         options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
     return reconstruct(seen, partial(weighted_distance, trusted), **options)
 

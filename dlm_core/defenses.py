@@ -6,7 +6,6 @@ as ``Observation.delta``.
 """
 
 import copy
-import hashlib
 import inspect
 import math
 import warnings
@@ -147,25 +146,6 @@ class Setting:
         if not self.record.leaves_out:
             return None
         return kept(seen, self.record.acts_on == "update")
-
-
-def noise_seed(*numbers: int) -> int:
-    """The seed of a client's noise.
-
-    An attack is handed the first of ``numbers``. The noise follows from their digest, so that an
-    attack that simulates the client with its own seed does not draw what the client drew.
-
-    Parameters
-    ----------
-    *numbers
-        Seed of the trial or of the training, round, client.
-
-    Returns
-    -------
-    int
-        From 0 to 2³² - 1.
-    """
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
 
 
 def kept(seen: Observation, of_update: bool) -> list[torch.Tensor]:

@@ -233,7 +233,7 @@ def resnet18(
 
 
 @records.network("resnet18_bn", title="ResNet-18 with batch norm")
-@records.passes_on_to(resnet18)
+@records.passes_on_to(resnet18, fixed=["norm"])
 def resnet18_bn(image_shape: ImageShape, num_classes: Classes, **options: Any) -> nn.Sequential:
     """The same with batch normalisation after every convolution."""
     return resnet18(image_shape, num_classes, norm=nn.BatchNorm2d, **options)

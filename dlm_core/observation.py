@@ -145,8 +145,9 @@ class Observation:
 
     @cached_property
     def rounding_share(self) -> float:
-        """The part of ‖Δ‖² that is rounding of W_{t+1}: nothing explains Δ better than to this
-        misfit.
+        """The part of ‖Δ‖² that is rounding of W_{t+1} to its own dtype: nothing explains Δ better
+        than to this misfit. Where the weights were sent coarser than they are held, as bfloat16 in
+        float32, the rounding is larger, and this does not know it.
 
         A weight that moved by less than its rounding error adds no more than it moved.
         """
@@ -174,6 +175,9 @@ class Observation:
         _, layer = self._last_layer
         # By identity: a weight that several layers share has the name of the first of them.
         own = [id(p) for p in self.model.parameters()]
+        for each in ("weight", "bias"):
+            if id(getattr(layer, each)) not in own:
+                raise ValueError(f"the last layer's {each} is no parameter, but made of others")
         weight, bias = own.index(id(layer.weight)), own.index(id(layer.bias))
         names = (self.parameter_names[weight], self.parameter_names[bias])
         deltas, variances = self.delta, self.rounding_variance

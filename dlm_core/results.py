@@ -175,7 +175,8 @@ class Reconstruction:
     @property
     def evaluations(self) -> int:
         """The length of the trace: how often a search computed its objective (of an unrolled
-        client, all its searches together), or the steps of a fit.
+        client, all its searches together), or the steps of a fit. Of restarts it counts the one
+        that is returned.
         """
         return len(self.evidence.losses)
 

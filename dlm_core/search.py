@@ -28,7 +28,7 @@ from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
 from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
-from dlm_core.stopping import DESCENT, StopRule, Trace
+from dlm_core.stopping import DESCENT, StopRule, Trace, by_loss
 from dlm_core.threads import for_network, own_generator
 
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
@@ -191,8 +191,8 @@ def reconstruct(
     optimizer
         Of ``dlm_core.optimizers``: (variables, max_evaluations) -> torch optimizer.
     restarts
-        Independent starts; the one of lowest loss is returned, the first that converges ends the
-        search. One that ends in NaN is returned only where all do.
+        Independent starts. The first that converges ends the search and is returned; where none
+        does, the one of lowest loss, NaN counted as the highest.
     keep_every
         Keep the images of every so many evaluations in ``history``.
     update_of
@@ -202,7 +202,8 @@ def reconstruct(
         given; "images", "logits" and "growth" are the search's own.
     resume
         The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
-        and is no yardstick for convergence.
+        and is no yardstick for convergence. ``growth`` in it is k over the k₀ of that search.
+        Restarts from a whole point are one and the same search.
     **stop
         Fields of ``StopRule``.
 
@@ -271,7 +272,7 @@ class Prepared:
         """Search, by itself."""
         began = time.perf_counter()
         device = next(self.seen.model.parameters()).device
-        # what the network draws itself, as dropout does, follows from the seed as well
+        # what the network draws itself on a CPU, as dropout does, follows from the seed as well
         with for_network(self.seen.model), own_generator(self.seed, device):
             problem, searches = self.problem, []
             for restart in range(self.restarts):
@@ -316,7 +317,7 @@ class Prepared:
         numbers = {**self.unknowns, **self.target.unknowns}
         variables |= {name: torch.full_like(like.sum(), value) for name, value in numbers.items()}
         self._check_resumed(variables)
-        variables |= {name: tensor.clone() for name, tensor in self.resume.items()}
+        variables |= {name: each.detach().to(like).clone() for name, each in self.resume.items()}
         return variables, to_images
 
     def _check_resumed(self, variables: Mapping[str, torch.Tensor]) -> None:
@@ -336,7 +337,9 @@ class Prepared:
 
     def result(self, searches: Sequence[tuple[Trace, Callable]], seconds: float) -> Reconstruction:
         """The best of searches that have ended, with the maps from coordinates to images."""
-        trace, to_images = min(searches, key=_lowest)
+        # DLM's losses at different k cannot be compared: what has converged counts first.
+        converged = [each for each in searches if each[0].status is Status.CONVERGED]
+        trace, to_images = min(converged or searches, key=lambda each: by_loss(each[0].loss))
         k = self.target.k_at(trace.best)
         # A factor that has not settled, or collapsed to nothing, is no learning rate.
         settled = trace.status is Status.CONVERGED
@@ -360,12 +363,6 @@ class Prepared:
             client=ClientEstimate(learning_rate=rate),
             seconds=seconds,
         )
-
-
-def _lowest(search: tuple[Trace, Callable]) -> float:
-    """The loss that a search ended at; NaN is above all others."""
-    loss = search[0].loss
-    return math.inf if math.isnan(loss) else loss
 
 
 @dataclass(frozen=True)
@@ -571,4 +568,4 @@ def known_labels(
         raise ValueError(
             f"labels is {labels.tolist()}; the model has classes 0 to {seen.num_classes - 1}"
         )
-    return labels.to(next(seen.model.parameters()).device)
+    return labels.to(next(seen.model.parameters()).device).clone()

@@ -13,6 +13,11 @@ from dlm_core.results import Status
 DESCENT = 1e-5  # of the start's misfit: where any image fits well, fitting well is no answer
 
 
+def by_loss(loss: float) -> tuple[bool, float]:
+    """The key that sorts losses, NaN after all others."""
+    return math.isnan(loss), loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
     """When a search ends, and with which of its points.

@@ -4,6 +4,7 @@ Networks as small as the paper's are slowed down by several threads, tenfold on 
 """
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Iterator
 
@@ -62,3 +63,23 @@ def own_generator(seed: int | None = None, device: torch.device | str = "cpu") -
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         yield
+
+
+def client_seed(*numbers: int) -> int:
+    """The seed of what a client draws by itself, such as a defence's noise or a dropout's mask.
+
+    An attack is handed the first of ``numbers``. What the client draws follows from their digest,
+    so that an attack that simulates the client with its own seed does not draw the same.
+
+    Parameters
+    ----------
+    *numbers
+        Seed of the trial or of the training, and what tells this client's draws from others.
+
+    Returns
+    -------
+    int
+        From 0 to 2³¹ - 1.
+    """
+    written = repr(tuple(map(int, numbers))).encode()
+    return int.from_bytes(hashlib.sha256(written).digest()[:4], "big") >> 1

@@ -202,6 +202,48 @@ def test_a_restart_is_returned_where_the_first_start_ends_in_nan(seen):
     assert len(tried) == 2 and math.isfinite(found.loss) and found.images.isfinite().all()
 
 
+def test_a_start_that_converges_is_returned_whatever_the_others_lost(seen):
+    """DLM's loss at k = 0 is lower than where it has found the image."""
+    found = attacks.dlm(seen, k0=60, labels="optimised", seed=4, restarts=3, max_evaluations=200)
+    alone = [
+        attacks.dlm(seen, k0=60, labels="optimised", seed=4 + 10_007 * i, max_evaluations=200)
+        for i in range(3)
+    ]
+    converged = next(each for each in alone if each.status is Status.CONVERGED)
+    assert min(each.loss for each in alone) < converged.loss
+    assert torch.equal(found.images, converged.images)
+
+
+def test_a_float32_point_goes_on_in_the_precision_asked_for(seen):
+    first = attacks.dlm_plus(seen, dtype=torch.float32, max_evaluations=5)
+    found = attacks.dlm_plus(seen, resume=first.point, max_evaluations=2)
+    assert all(tensor.dtype == torch.float64 for tensor in found.point.values())
+
+
+def test_labels_named_inferred_leave_out_what_is_not_trusted(seen):
+    """The rows of the last layer that a defence spoilt decided the label."""
+    trusted = [torch.ones_like(p, dtype=torch.bool) for p in seen.model.parameters()]
+    label = int(attacks.dlm_plus(seen, max_evaluations=1).labels)
+    trusted[-1][label] = False
+    by_default = attacks.dlm_plus(seen, trusted=trusted, max_evaluations=1)
+    named = attacks.dlm_plus(seen, trusted=trusted, labels="inferred", max_evaluations=1)
+    assert torch.equal(named.labels, by_default.labels)
+    assert torch.equal(named.images, by_default.images)
+
+
+@pytest.mark.parametrize("attack", [attacks.dlm_plus, attacks.inverting_gradients])
+def test_a_distance_without_a_scale_takes_none(seen, attack):
+    with pytest.raises(ValueError, match="'scale' is unknown"):
+        attack(seen, scale=2.0)
+
+
+def test_a_result_does_not_share_the_caller_s_labels(seen):
+    labels = torch.tensor([1])
+    found = attacks.dlm_plus(seen, labels=labels, max_evaluations=1)
+    found.labels[0] = 9
+    assert labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
     "point, message",
     [

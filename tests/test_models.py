@@ -19,6 +19,11 @@ def test_any_input_size_and_class_count(name, shape, classes):
     assert model(torch.rand(2, *shape)).shape == (2, classes)
 
 
+def test_what_a_network_sets_itself_is_no_option():
+    with pytest.raises(ValueError, match="'norm' is unknown"):
+        models.build("resnet18_bn", norm=nn.Identity)
+
+
 def test_lenet_has_the_released_size():
     assert sum(p.numel() for p in models.build("lenet").parameters()) == 85_036
 

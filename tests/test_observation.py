@@ -186,3 +186,12 @@ def test_the_label_is_read_behind_an_image_s_standardisation(client):
     seen = federated.train_locally(model, images, labels, learning_rate=0.1)
     assert seen.has_class_scores
     assert label_inference.infer(seen).tolist() == labels.tolist()
+
+
+def test_a_head_whose_weight_is_made_of_others_is_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    nn.utils.parametrizations.weight_norm(model[1])
+    after = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
+    seen = observe(model, model.state_dict(), after, (3, 2, 2))
+    with pytest.raises(ValueError, match="the last layer's weight is no parameter"):
+        seen.head  # noqa: B018

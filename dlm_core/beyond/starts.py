@@ -16,6 +16,7 @@ import torch
 from dlm_core import attacks, check, metrics
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
+from dlm_core.stopping import by_loss
 
 SEED = 10_007  # between starts, as between the restarts of ``search.reconstruct``
 
@@ -39,7 +40,7 @@ class Ends:
     @cached_property
     def clusters(self) -> list[Reconstruction]:
         """Of each picture, the result of lowest loss that ended there."""
-        return [min(self._of(number), key=_loss) for number in range(int(self.cluster.max()) + 1)]
+        return [min(self._of(number), key=_rank) for number in range(int(self.cluster.max()) + 1)]
 
     @property
     def counts(self) -> list[int]:
@@ -116,7 +117,7 @@ def survey(
     found = attack(seen, seed=[seed + SEED * i for i in range(starts)], **options)
     cluster = torch.zeros(starts, dtype=torch.long)
     pictures: list[torch.Tensor] = []
-    for i in sorted(range(starts), key=lambda i: _loss(found[i])):
+    for i in sorted(range(starts), key=lambda i: _rank(found[i])):
         images = found[i].images
         near = (n for n, each in enumerate(pictures) if _psnr(images, each) >= alike)
         cluster[i] = next(near, len(pictures))
@@ -127,6 +128,10 @@ def survey(
 
 def _loss(found: Reconstruction) -> float:
     return found.evidence.loss
+
+
+def _rank(found: Reconstruction) -> tuple[bool, float]:
+    return by_loss(_loss(found))
 
 
 def _psnr(images: torch.Tensor, others: torch.Tensor) -> float:

@@ -26,6 +26,7 @@ from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
 from dlm_core.search import known_labels, reconstruct
+from dlm_core.stopping import by_loss
 from dlm_core.threads import for_network
 
 FIRST = 2  # E of the first search
@@ -200,7 +201,7 @@ def next_steps(
             f"losses is {check.shown(losses)} and finest {finest}; they take one or more, "
             "and a number of at least 1"
         )
-    best = min(losses, key=lambda steps: losses[steps])
+    best = min(losses, key=lambda steps: by_loss(losses[steps]))
     above = min((steps for steps in losses if steps > best), default=3 * best)
     below = max((steps for steps in losses if steps < best), default=0)
     halfway_up = min((best + above) // 2, max_local_steps)
@@ -261,7 +262,7 @@ def _climb(
 
 def _best(searches: Sequence[Reconstruction]) -> Reconstruction:
     """The first of lowest loss."""
-    return min(searches, key=lambda each: each.loss)
+    return min(searches, key=lambda each: by_loss(each.loss))
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ def _search(
     def update_of(model, loss, images, labels, log_rate):
         return client.update(model, images, labels, log_rate.exp(), steps)
 
-    if best is None:
+    if best is None or not math.isfinite(best.loss):
         rate = _first_rate(seen, client, steps, options)
         resume: dict[str, torch.Tensor] = {}
     else:

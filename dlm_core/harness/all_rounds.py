@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from dlm_core import check, data, federated, records
-from dlm_core.defenses import Setting, noise_seed
+from dlm_core.defenses import Setting
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.harness.keys import result_key
 from dlm_core.harness.utility import Federation
 from dlm_core.observation import Observation, Unchanged
 from dlm_core.records import Options, Plain
 from dlm_core.results import Status
-from dlm_core.threads import one_thread, own_generator
+from dlm_core.threads import client_seed, one_thread, own_generator
 
 RESERVED = 100  # images from the first on: attacked, and trained on by no other client
 
@@ -103,7 +103,8 @@ class Watched:
             everything = data.load(self.training.dataset)
             chosen = slice(self.index, self.index + self.num_images)
             images, labels = everything.images[chosen], everything.labels[chosen]
-            rounds = self._rounds(images, labels)
+            with own_generator(client_seed(self.training.seed, self._number)):
+                rounds = self._rounds(images, labels)
             if not rounds:
                 return {"stop_reason": str(Status.CLIENT_UNCHANGED), "arrays": {}, "rounds": 0}
             try:
@@ -123,13 +124,20 @@ class Watched:
             how: dict[str, Any] = {"learning_rate": rate, "local_steps": self.local_steps}
             try:
                 seen = federated.train_locally(model, images, labels, **how)
-                seed = noise_seed(self.training.seed, turn, 1 + self.index)
-                rounds.append(self.shown.defend(seen, seed))
+                rounds.append(self.shown.defend(seen, self._noise(turn)))
             except Unchanged:
                 continue  # nothing came of this round
             except FloatingPointError:
                 break  # the training has diverged
         return rounds
+
+    @property
+    def _number(self) -> int:
+        """Of the client, after those of the training."""
+        return self.training.num_clients + self.index
+
+    def _noise(self, turn: int) -> int:
+        return client_seed(self.training.seed, turn, self._number)
 
     def _attack(self, rounds: list[Observation], labels: torch.Tensor) -> Any:
         options: dict[str, Any] = dict(self.attack_options)

@@ -16,7 +16,7 @@ from dlm_core.beyond.fisher import Prior
 from dlm_core.harness import scene
 from dlm_core.harness.keys import result_key
 from dlm_core.records import Options
-from dlm_core.threads import one_thread, own_generator
+from dlm_core.threads import client_seed, one_thread, own_generator
 
 # Known by an attribute: its module imports all attacks, on which no bound depends.
 Trial = Annotated[Any, check.Must("a trials.Trial", lambda x: hasattr(x, "attack_options"))]
@@ -58,7 +58,9 @@ class Bound:
         """
         trial, began = self.trial, time.process_time()
         with one_thread(), own_generator(trial.seed):
-            found = fisher.of_update(**_given(trial), **_sent(trial), seed=trial.seed)
+            found = fisher.of_update(
+                **_given(trial), **_sent(trial), seed=client_seed(trial.seed, 0, 0)
+            )
             white, smooth = found.posterior("white"), found.posterior("smooth")
             kept = {"truth": scene.truth_of(trial, trial.num_images)[0], "map": found.map()}
             return {

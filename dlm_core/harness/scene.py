@@ -14,7 +14,7 @@ from dlm_core import coordinates, data, defenses, federated, models, optimizers,
 from dlm_core.harness.judge import arrays, judge
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
-from dlm_core.threads import one_thread, own_generator
+from dlm_core.threads import client_seed, one_thread, own_generator
 
 # Names that stand for functions and dtypes among an attack's options, so that a trial stays plain
 # data.
@@ -41,7 +41,7 @@ def play(trial: Any) -> dict[str, Any]:
     losses, history).
 
     Bit-identical on one machine for any number of workers: it runs on one torch thread, and what
-    takes no generator of its own, such as dropout, draws from the trial's seed. A client or an
+    takes no generator of its own, such as dropout, follows from the trial's seed. A client or an
     attack that diverges numerically is a result, not an error; so is a client whose weights do
     not change. Its ``Status`` says so.
     """
@@ -75,7 +75,7 @@ def observe(trial: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
         The truth, [B, C, H, W], and what the client trained them with, [B].
     """
     images, labels = truth_of(trial, trial.num_images)
-    with own_generator(trial.seed):
+    with own_generator(client_seed(trial.seed)):
         model = received(trial)
         model.train(trial.client.mode == "train")
         model = model.to(DTYPES[trial.client.dtype])
@@ -110,7 +110,7 @@ def defend(trial: Any, seen: Observation, turn: int = 0, client: int = 0) -> Obs
     setting: defenses.Setting | None = trial.defence
     if setting is None:
         return seen
-    return setting.defend(seen, defenses.noise_seed(trial.seed, turn, client))
+    return setting.defend(seen, client_seed(trial.seed, turn, client))
 
 
 def take_part(trial: Any, model: nn.Module) -> Any:

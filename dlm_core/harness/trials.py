@@ -149,8 +149,8 @@ class Trial:
     protocol
         A ``Protocol``, or a dict; None for FedAvg, whose server sees one client.
     seed
-        Of the model's weights and the attack's start; the defence's noise follows from it by
-        ``defenses.noise_seed``.
+        Of the model's weights and the attack's start; what the client draws, such as its defence's
+        noise, follows from it by ``threads.client_seed``.
 
     Raises
     ------

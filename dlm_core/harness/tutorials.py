@@ -24,7 +24,7 @@ from dlm_core.beyond.weighted import weighted
 from dlm_core.harness.keys import result_key
 from dlm_core.observation import Observation
 from dlm_core.records import typed
-from dlm_core.threads import one_thread
+from dlm_core.threads import client_seed, one_thread
 
 NETWORK, SHAPE, CLASSES = "tutorial", (3, 32, 32), 10
 NORMALISE = preprocessing.KNOWN["half"]
@@ -150,7 +150,7 @@ class Watched:
             transmitted=self.change.transmitted(),
             **SGD,
         )
-        return self.change.sent(seen, self.index)
+        return self.change.sent(seen, client_seed(self.index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +247,7 @@ class Trained:
             yield float(right.double().mean())
 
     def _sent(self, seen: Observation, turn: int, client: int) -> Observation:
-        seed = (self.seed * self.num_rounds + turn) * CLIENTS + client
-        return self.change.sent(seen, seed)
+        return self.change.sent(seen, client_seed(self.seed, turn, client))
 
 
 def _key(value: Any, dataset: str) -> str:

@@ -17,7 +17,7 @@ from dlm_core.defenses import Setting
 from dlm_core.harness.keys import result_key
 from dlm_core.observation import Observation, Unchanged
 from dlm_core.records import Options, Plain, typed
-from dlm_core.threads import one_thread, own_generator
+from dlm_core.threads import client_seed, one_thread, own_generator
 
 HELD_OUT = 0.2  # of the images: for the accuracy
 LAST = 5  # rounds over which the final accuracy is averaged
@@ -205,10 +205,12 @@ class Federation:
         """How a client trains; by DP-SGD each training draws noise of its own."""
         if not self.client.private:
             return federated.train_locally
-        draws = itertools.count(self.seed * self.num_rounds * self.num_clients)
+        draws = itertools.count()
 
         def privately(*given: Any, **options: Any) -> Observation:
-            return defenses.train_privately(*given, seed=next(draws), **options)
+            return defenses.train_privately(
+                *given, seed=client_seed(self.seed, next(draws)), **options
+            )
 
         return privately
 
@@ -230,7 +232,7 @@ class Federation:
         setting = self.defence
         if setting is None:
             return seen
-        return setting.defend(seen, defenses.noise_seed(self.seed, turn, client))
+        return setting.defend(seen, client_seed(self.seed, turn, client))
 
 
 @functools.lru_cache(maxsize=16)

@@ -210,6 +210,16 @@ def test_the_next_steps_to_try_follow_from_the_losses(losses, tried):
     assert unrolled.next_steps(losses, max_local_steps=64) == tried
 
 
+def test_a_search_that_ended_in_nan_is_not_the_best():
+    assert unrolled.next_steps({2: math.nan, 4: 1.0}, 64) == unrolled.next_steps(
+        {2: math.inf, 4: 1.0}, 64
+    )
+    found = unrolled.find_steps(
+        lambda steps, best=None, **cut: ended(steps, math.nan if best is None else 1.0), 4
+    )
+    assert min(each.loss for each in found[1:]) == 1.0
+
+
 def test_the_next_steps_keep_to_the_largest_allowed_and_to_the_grain():
     assert unrolled.next_steps({2: 1.0}, max_local_steps=3) == 3
     assert unrolled.next_steps({2: 1.0, 3: 0.5}, max_local_steps=3) is None

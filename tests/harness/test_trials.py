@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from dlm_core import defenses, records, results
+from dlm_core import records, results, threads
 from dlm_core.harness import sweeps, trials
 from dlm_core.harness.judge import judge
 from dlm_core.harness.trials import Trial
@@ -280,7 +280,34 @@ def test_each_client_of_each_round_has_noise_of_its_own():
         for turn in (0, 1, 101)
         for client in (0, 1)
     ]
-    assert len({defenses.noise_seed(*each) for each in numbers}) == len(numbers)
+    assert len({threads.client_seed(*each) for each in numbers}) == len(numbers)
+
+
+def test_an_attack_does_not_draw_the_client_s_dropout_mask(monkeypatch):
+    """Both followed from one seed: the first evaluation had the client's mask."""
+    drawn = []
+
+    class Masked(torch.nn.Module):
+        def forward(self, features):
+            mask = torch.rand_like(features) < 0.5
+            drawn.append(mask.flatten())
+            return features * mask
+
+    @records.network("mine", title="Mine")
+    def mine(image_shape, num_classes):
+        size = torch.Size(image_shape).numel()
+        layers = torch.nn.Flatten(), torch.nn.Linear(size, 16), Masked()
+        return torch.nn.Sequential(*layers, torch.nn.Linear(16, num_classes))
+
+    try:
+        trial = replace(FAST, model="mine", seed=4)
+        seen, _, labels = trials.observe(trial)
+        of_client = [mask for mask in drawn if len(mask) == 16][-1]
+        drawn.clear()
+        trials.attack(trial, seen, labels)
+        assert drawn and not any(torch.equal(mask, of_client) for mask in drawn)
+    finally:
+        records.NETWORKS.pop("mine")
 
 
 def test_labels_may_be_a_list():
