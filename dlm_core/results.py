@@ -182,8 +182,8 @@ class Reconstruction:
 
     @property
     def learning_rate(self) -> float | None:
-        """η of the client, None where the attack does not tell (a search that has not converged
-        tells none).
+        """η of the client, None where the attack does not tell. A search that has not converged
+        tells none, but for ``unrolled_dlm``, which tells the one that it ended at.
         """
         return self.client.learning_rate
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlm_core import attacks, check, objectives, records
+from dlm_core import attacks, check, label_inference, objectives, records
 from dlm_core.arrays import Labels
 from dlm_core.beyond import clients, exact
 from dlm_core.defenses import Setting
@@ -58,7 +58,7 @@ def recover(seen: Observation, *, defence: Told, **options: Any) -> Reconstructi
     variance: Sequence[torch.Tensor | float] = setting.noise_variance(seen)
     if trusted is not None:
         # A zero in both snapshots has not even rounding for a variance: any other will do.
-        variance = [(~kept).double() for kept in trusted]
+        variance = [noise + (~kept).double() for noise, kept in zip(variance, trusted)]
     return exact.recover(seen, trusted=trusted, extra_variance=variance, **options)
 
 
@@ -94,13 +94,19 @@ def dlm_plus(
         Of ``search.reconstruct``.
     """
     setting = Setting.of(defence)
-    variances = setting.noise_variance(seen)
+    variances, trusted = setting.noise_variance(seen), setting.kept(seen)
     if not any(variances):
-        trusted, prior = setting.kept(seen), total_variation or 0.0
+        prior = total_variation or 0.0
         return attacks.dlm_plus(seen, trusted=trusted, total_variation=prior, **options)
-    weights = _weights(variances)
+    by_noise = _weights(variances)
+    weights: Sequence[torch.Tensor | float] = by_noise
     if total_variation is None:
-        total_variation = _prior(seen, weights)
+        total_variation = _prior(seen, by_noise)
+    if trusted is not None:
+        weights = [weight * kept for weight, kept in zip(by_noise, trusted)]
+        labels = options.get("labels", "inferred")
+        if isinstance(labels, str) and labels == "inferred":
+            options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
     distance = partial(attacks.weighted_distance, weights)
     return reconstruct(seen, distance, total_variation=total_variation, **options)
 

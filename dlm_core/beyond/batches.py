@@ -36,7 +36,7 @@ from dlm_core.beyond.rounding import CHI2_RANGE, TWO_CLASSES
 from dlm_core.beyond.sparse_traces import ZERO
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
-from dlm_core.threads import for_network
+from dlm_core.threads import for_network, own_generator
 
 AGREES = 0.8  # share of units, of images that no step confirms; mixtures have about two thirds
 
@@ -200,7 +200,8 @@ def recover_batch(
     """
     began = time.perf_counter()
     network, told = preprocessing.bare(seen)
-    with for_network(seen.model):
+    device = next(seen.model.parameters()).device
+    with for_network(seen.model), own_generator(seed, device):
         outcome = _recover(network, num_images, max_rounds, seed)
         found = outcome.as_reconstruction(network, began)
     return found if told is None else _in_pixels(found, told)
@@ -231,7 +232,7 @@ def _recover(seen: Observation, num_images: int | None, max_rounds: int, seed: i
     x = torch.linalg.lstsq(traces, moved.update).solution
     agreement, silent_units_fit = sparse_traces.patterns(moved, x, traces)
     if certain and silent_units_fit:
-        error = sparse_traces.image_error(x, traces, sigma)
+        error = sparse_traces.image_error(x, traces, sigma, moved.bias_sigma)
         shared = sparse_traces.bias_left(mixture, traces, moved) > ZERO**2
         return _explain(seen, num_images, x, agreement, error, units, shared)
     images = x.reshape(-1, *seen.image_shape)
@@ -352,7 +353,8 @@ class _Outcome:
             images=canvas,
             labels=each("labels", -1, torch.int64),
             status=Status.CONVERGED if number == self.num_images else Status.STALLED,
-            vouched=recovered & (self.reason in VOUCHED_FOR),
+            # with two classes a blend of several may be explained as well
+            vouched=recovered & (self.reason in VOUCHED_FOR) & (seen.num_classes != 2),
             evidence=evidence,
             client=ClientEstimate(learning_rate=self.learning_rate),
             seconds=time.perf_counter() - began,

@@ -210,7 +210,7 @@ def update(
     Parameters
     ----------
     model
-        With the weights W_t.
+        With the weights W_t. Batch norm in training mode moves its running statistics.
     loss
         (logits, labels) -> scalar.
     images

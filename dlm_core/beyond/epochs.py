@@ -13,6 +13,7 @@ from torch import nn
 from dlm_core import check, federated, records
 from dlm_core.federated import Client
 from dlm_core.observation import Observation
+from dlm_core.threads import client_seed
 
 
 @check.arguments
@@ -37,7 +38,8 @@ def orders(
     """
     if seed is None:
         return torch.arange(num_images).expand(num_epochs, -1)
-    generator = torch.Generator().manual_seed(seed)
+    # Another than an attack draws that is handed the same seed.
+    generator = torch.Generator().manual_seed(client_seed(seed))
     return torch.stack([torch.randperm(num_images, generator=generator) for _ in range(num_epochs)])
 
 

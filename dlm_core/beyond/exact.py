@@ -227,7 +227,8 @@ def recover(
         layers = stacks.stack(network.model, seen.image_shape)
         label = label_inference.infer(seen, trusted=trusted)[0]
         noise = NoiseModel(network, layers, label, trusted, extra_variance, transmitted)
-        problem = Problem(layers, label, noise.update, noise.guess(), weight_decay)
+        prior = _prior(seen)
+        problem = Problem(layers, label, noise.update, noise.guess(), weight_decay, *prior)
         try:
             fit, evidence, client = _fit(seen, problem, noise, trusted, max_steps)
         except torch.linalg.LinAlgError:
@@ -285,11 +286,13 @@ def bound(
     network, told = preprocessing.bare(seen)
     with for_network(seen.model):
         layers = stacks.stack(network.model, seen.image_shape)
-        values = images.double() if told is None else told.values(images.double())
+        pixels = arrays.for_model(images, network.model).double()
+        values = pixels if told is None else told.values(pixels)
         x = _with_errors(layers, values.flatten())
         known = NoiseModel(network, layers, labels[0]).at(x, learning_rate)
         curvature = information.curvature(
-            layers, labels[0], known.weights, x, learning_rate, known.error_variance
+            *(layers, labels[0], known.weights, x, learning_rate, known.error_variance),
+            prior_variance=_prior(seen)[1],
         )
         if curvature.variance is None:
             raise ValueError(
@@ -388,7 +391,8 @@ def _walk_down(problem: Problem, features: GaussNewton) -> torch.Tensor:
         layer = problem.layers[depth]
         gradient = problem.update[depth] / point.eta - point.decay * layer.weight
         weights = point.eta**2 * problem.weights[depth]
-        found = recursion.input_of(layer, found, gradient, weights)
+        prior = () if depth else (problem.mean, problem.prior_variance)
+        found = recursion.input_of(layer, found, gradient, weights, *prior)
     return found.x
 
 
@@ -420,7 +424,7 @@ def _judge(
         # what not knowing η and λ adds
         of_scales = ((coupled[:n] @ scale_covariance) * coupled[:n]).sum(1)
         variance = curvature.variance + of_scales
-        undetermined = float(curvature.variance.sum()) / recursion.PRIOR_VARIANCE
+        undetermined = float(curvature.variance.sum()) / fit.problem.prior_variance
         identifiable = min(equations, round(n - undetermined))
     chi2 = point.chi2 / _degrees_of_freedom(point, identifiable)
     # where equations are few the fit is short, and led by a prior
@@ -439,6 +443,18 @@ def _judge(
         two_classes=seen.num_classes == 2,
     )
     return evidence, point.eta * math.sqrt(float(scale_covariance[0, 0]))
+
+
+def _prior(seen: Observation) -> tuple[float | torch.Tensor, float]:
+    """(mean, variance) of what the network sees of a pixel that is uniform on [0, 1]; of channels
+    with unlike normalisations the variance is their mean.
+    """
+    told = preprocessing.told_to(seen.model)
+    if told is None:
+        return recursion.PRIOR_MEAN, recursion.PRIOR_VARIANCE
+    grey = torch.full(tuple(seen.image_shape), recursion.PRIOR_MEAN, dtype=torch.float64)
+    mean = told.values(grey.to(next(seen.model.parameters()).device)).flatten()
+    return mean, recursion.PRIOR_VARIANCE / told.error**2
 
 
 def _of_pixels(variance: torch.Tensor, seen: Observation) -> torch.Tensor:

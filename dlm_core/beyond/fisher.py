@@ -242,7 +242,8 @@ def of_update(
     Raises
     ------
     ValueError
-        For arguments out of range, and for images and labels that do not fit the model.
+        For arguments out of range, for images and labels that do not fit the model, and for a
+        defence that adds noise to a client of another optimizer than SGD.
     FloatingPointError
         Where the client's training diverges.
 
@@ -266,6 +267,8 @@ def of_update(
     64
     """
     setting = None if defence is None else Setting.of(defence)
+    if setting is not None and setting.record.random:
+        _check_follows(client_optimizer)
     model = copy.deepcopy(model)
     if transmitted is not None:
         model.load_state_dict(rounded(model.state_dict(), transmitted))
@@ -319,8 +322,8 @@ def noise_for(
     Raises
     ------
     ValueError
-        As ``of_update`` does, for a psnr that no noise reaches, and for images and networks that
-        are too large for the matrix.
+        As ``of_update`` does, for another optimizer than SGD, for a psnr that no noise reaches, and
+        for images and networks that are too large for the matrix.
     FloatingPointError
         Where the client's training diverges.
 
@@ -328,6 +331,7 @@ def noise_for(
     -----
     Rounding of the weights is left out: where it counts beside the noise, less of that is enough.
     """
+    _check_follows(client_optimizer)
     steps = (learning_rate, local_steps, batch_size)
     jacobian = _jacobian(
         copy.deepcopy(model), images, labels, client_optimizer, optimizer_options, loss, steps
@@ -355,6 +359,16 @@ def noise_for(
         middle = (low + high) / 2
         low, high = (middle, high) if left(math.exp(middle)) < allowed else (low, middle)
     return math.exp(high)
+
+
+def _check_follows(client_optimizer: str) -> None:
+    """Under noise the update must be linear in the gradient over more than rounding. A step of
+    Adam's kin is not: it turns within its eps, where the gradient of a black pixel is.
+    """
+    if clients.step_of("client_optimizer", client_optimizer) is not clients.sgd:
+        raise ValueError(
+            f"client_optimizer is {client_optimizer!r}; under noise the bound takes sgd alone"
+        )
 
 
 def _jacobian(

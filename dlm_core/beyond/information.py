@@ -166,6 +166,7 @@ def curvature(
     x: torch.Tensor,
     eta: float,
     error_variance: float,
+    prior_variance: float = PRIOR_VARIANCE,
 ) -> Curvature:
     """Return the information about an image in an update.
 
@@ -185,9 +186,12 @@ def curvature(
         η > 0.
     error_variance
         σ², the prior variance of e.
+    prior_variance
+        1/r, of the image's entries.
     """
     if not layers[0].convolves:
-        return _low_rank_curvature(layers, label, weights, x, eta, error_variance)
+        variances = (error_variance, prior_variance)
+        return _low_rank_curvature(layers, label, weights, x, eta, *variances)
     (deltas, inputs), push, pull = _linearise(partial(signals, layers, label), x)
 
     def information(v: torch.Tensor) -> torch.Tensor:
@@ -197,25 +201,26 @@ def curvature(
         return eta**2 * pull(([d for d, _ in back], [u for _, u in back]))
 
     if len(x) > LARGEST:
-        return Curvature(partial(_conjugate_gradients, information), None)
+        solve = partial(_conjugate_gradients, information, 1 / prior_variance)
+        return Curvature(solve, None, 1 / prior_variance)
     if max(d.numel() for d in deltas) > LARGEST:
         size = TENSORS * x.element_size() * sum(each.numel() for each in (*deltas, *inputs))
         chunk = at_once(size, x.device, CHUNK)
         matrix = vmap(information, chunk_size=chunk)(torch.eye(len(x)).to(x))
     else:
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
-    factor, ridge = cholesky(matrix)
+    factor, ridge = cholesky(matrix, 1 / prior_variance)
     variance = torch.cholesky_inverse(factor).diagonal()
-    if ridge > 1 / PRIOR_VARIANCE and ridge * float(variance.sum()) > NEGLIGIBLE:
-        variance = _without_the_raise(matrix, ridge)
+    if ridge > 1 / prior_variance and ridge * float(variance.sum()) > NEGLIGIBLE:
+        variance = _without_the_raise(matrix, ridge, 1 / prior_variance)
     return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 
-def _without_the_raise(raised: torch.Tensor, ridge: float) -> torch.Tensor:
+def _without_the_raise(raised: torch.Tensor, ridge: float, precision: float) -> torch.Tensor:
     """(4): variances [n] from a matrix [n, n] whose ridge is larger than the prior's."""
     values, vectors = torch.linalg.eigh(raised)
     told = (values - ridge).where(values >= 2 * ridge, 0)
-    return vectors.square() @ (1 / (told + 1 / PRIOR_VARIANCE))
+    return vectors.square() @ (1 / (told + precision))
 
 
 def _descend(
@@ -333,6 +338,7 @@ def _low_rank_curvature(
     x: torch.Tensor,
     eta: float,
     error_variance: float,
+    prior_variance: float,
 ) -> Curvature:
     """The same for a first linear layer, by (11) to (20)."""
     layer = layers[0]
@@ -343,7 +349,7 @@ def _low_rank_curvature(
     one = torch.eye(len(z)).to(x)
 
     d, A, eta_B = _seen_through_z(layers, label, weights, z, e, eta)
-    D, E, L = _completed_square(w, x, d)
+    D, E, L = _completed_square(w, x, d, 1 / prior_variance)
     if layer.has_bias:
         L = L + torch.diag(weights[0][:, n])
 
@@ -365,7 +371,8 @@ def _low_rank_curvature(
     V_spread = V * spread
     HT = H[:, :n] - (H @ V.T) @ E.T
     squares = (E @ (V_spread @ V.T) * E).sum(1) - 2 * (E * V_spread[:, :n].T).sum(1)
-    return Curvature(solve, 1 / D + squares - HT.square().sum(0))  # (20)
+    variance = 1 / D + squares - HT.square().sum(0)  # (20)
+    return Curvature(solve, variance, 1 / prior_variance)
 
 
 def _seen_through_z(
@@ -395,13 +402,12 @@ def _seen_through_z(
 
 
 def _completed_square(
-    w: torch.Tensor, x: torch.Tensor, d: torch.Tensor
+    w: torch.Tensor, x: torch.Tensor, d: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(D [n], E [n, O], L [O, O]) of (12) and (13), L without the bias's term.
 
-    From w [O, n], x [n] and d [O, 1].
+    From w [O, n], x [n], d [O, 1] and r.
     """
-    ridge = 1 / PRIOR_VARIANCE
     D = (w.T @ d.square())[:, 0] + ridge
     E = (w * d * x).T / D[:, None]
     S = ((w * x.square() / D) @ w.T).fill_diagonal_(0)
@@ -460,14 +466,14 @@ def _weigh_one_patch(
 
 
 def _conjugate_gradients(
-    information: Callable, right: torch.Tensor, steps: int = CG_STEPS
+    information: Callable, precision: float, right: torch.Tensor, steps: int = CG_STEPS
 ) -> torch.Tensor:
     """N⁻¹ ``right`` [n, m] by conjugate gradients: what the data determine best comes first."""
     columns = []
     for b in right.T:
         x, residual, direction = torch.zeros_like(b), b, b
         for _ in range(steps):
-            image = information(direction) + direction / PRIOR_VARIANCE
+            image = information(direction) + precision * direction
             size = residual.square().sum()
             if size <= CG_ENOUGH * b.square().sum():
                 break

@@ -19,6 +19,7 @@ import torch
 from dlm_core import check, metrics, objectives, records
 from dlm_core.arrays import Labels
 from dlm_core.beyond import clients
+from dlm_core.beyond.chance import draws_from_seed
 from dlm_core.beyond.epochs import steps
 from dlm_core.beyond.surrogate import with_penalties
 from dlm_core.federated import loss as training_loss
@@ -82,6 +83,7 @@ def averaged(images: torch.Tensor) -> torch.Tensor:
 )
 @records.passes_on_to(reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale"])
 @check.arguments
+@draws_from_seed
 def order_invariant(
     seen: Observation,
     *,

@@ -86,8 +86,9 @@ class Client:
 
     def __post_init__(self) -> None:
         own = copy.deepcopy(self.model)
-        if own.training:
-            replace_all_batch_norm_modules_(own)
+        for module in own.modules():
+            if module.training and not list(module.children()):  # a layer may be frozen by eval()
+                replace_all_batch_norm_modules_(module)
         object.__setattr__(self, "model", own)
 
     @property

@@ -92,7 +92,9 @@ class Problem:
     decays
         Whether λ is fitted.
     mean
-        The prior's, of each pixel or of all: what the image shows where no data do.
+        The prior's, of each entry of the image or of all: what it shows where no data do.
+    prior_variance
+        The prior's, of each entry of the image.
     """
 
     layers: Sequence[Layer]
@@ -101,6 +103,7 @@ class Problem:
     weighting: Weighting
     decays: bool
     mean: float | torch.Tensor = PRIOR_MEAN
+    prior_variance: float = PRIOR_VARIANCE
 
     @property
     def weights(self) -> Tensors:
@@ -116,8 +119,9 @@ class Problem:
     def above(self, first: int) -> "Problem":
         """The same for the layers from ``first`` on, whose input takes the place of the image."""
         weighting = replace(self.weighting, weights=self.weights[first:])
+        above = replace(self, mean=PRIOR_MEAN, prior_variance=PRIOR_VARIANCE) if first else self
         return replace(
-            self, layers=self.layers[first:], update=self.update[first:], weighting=weighting
+            above, layers=self.layers[first:], update=self.update[first:], weighting=weighting
         )
 
     def at(self, x: torch.Tensor, eta: float, decay: float) -> Point:
@@ -169,6 +173,7 @@ class Problem:
             point.x,
             point.eta,
             self.weighting.error_variance,
+            self.prior_variance,
         )
 
     def scales(self, x: torch.Tensor) -> tuple[float, float]:
@@ -191,7 +196,7 @@ class Problem:
         n = self.layers[0].size
         mean = torch.zeros_like(x)
         mean[:n] = self.mean
-        precision = torch.full_like(x, 1 / PRIOR_VARIANCE)
+        precision = torch.full_like(x, 1 / self.prior_variance)
         precision[n:] = 1 / self.weighting.error_variance
         return mean, precision
 
@@ -259,6 +264,7 @@ class GaussNewton:
 
     def run(self, max_steps: int) -> "GaussNewton":
         """Take up to ``max_steps`` steps; return the fit, which then has a curvature and a loss."""
+        self.status = Status.BUDGET
         for _ in range(max_steps):
             if self.curvature is None:
                 self.refresh()
@@ -268,7 +274,7 @@ class GaussNewton:
                 break
         if self.curvature is None:
             self.curvature = self.problem.curvature(self.point)
-        if not self.losses:
+        if self.status is Status.BUDGET:  # its last step led to a point that is not noted yet
             self.losses.append(self.point.loss)
         return self
 

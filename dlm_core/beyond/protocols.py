@@ -28,7 +28,7 @@ from dlm_core.arrays import for_model
 from dlm_core.federated import Client
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction
-from dlm_core.weights import StateDict, held_as
+from dlm_core.weights import StateDict, held_as, rounded
 
 Tensors = Sequence[torch.Tensor]
 Defend = Callable[[Observation, int, int], Observation]
@@ -110,13 +110,16 @@ def aggregate(
     check.at_least("number of clients", len(clients), 2 if curious else 1)
     ((after, seen),) = federated.rounds(model, clients, num_rounds=1, defend=defend, **training)
     shape = seen[0].image_shape
-    everyone = federated.observe(model, model.state_dict(), after.state_dict(), shape)
+    # what they received, whatever of it an observer is left by a defence
+    received = rounded(model.state_dict(), training.get("transmitted"))
+    everyone = federated.observe(model, received, after.state_dict(), shape)
     if not curious:
         return everyone
     sizes = [len(labels) for _, labels in clients]
     # by what it received itself, whatever others see of that
-    own = federated.observe(model, model.state_dict(), seen[-1].weights_after, shape)
-    return _moved(model, others(everyone.delta, own.delta, sum(sizes) / sizes[-1]), shape)
+    own = federated.observe(model, received, seen[-1].weights_after, shape)
+    update = others(everyone.delta, own.delta, sum(sizes) / sizes[-1])
+    return _moved(everyone.model, update, shape)
 
 
 @check.arguments

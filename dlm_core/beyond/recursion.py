@@ -123,7 +123,12 @@ class Recovered(NamedTuple):
 
 
 def input_of(
-    layer: Layer, above: Recovered, gradient: torch.Tensor, weights: torch.Tensor
+    layer: Layer,
+    above: Recovered,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+    mean: float | torch.Tensor = PRIOR_MEAN,
+    variance: float = PRIOR_VARIANCE,
 ) -> Recovered:
     """Return the input of a convolution ``layer`` from its activated output.
 
@@ -137,6 +142,8 @@ def input_of(
         [O, I] or [O, I + 1], of the layer's weight.
     weights
         Inverse variance of each entry of ``gradient``.
+    mean, variance
+        The prior's, of the input's entries.
 
     Notes
     -----
@@ -155,8 +162,8 @@ def input_of(
     right = layer.spread(of_output + of_gradient).flatten()
     matrix = layer.back(layer.back(torch.diag(z_weights.flatten())).T)
     add_by_channel(matrix, layer, layer.placed(delta), weights)
-    factor, ridge = cholesky(matrix)
-    x = torch.cholesky_solve((right + ridge * PRIOR_MEAN)[:, None], factor)[:, 0]
+    factor, ridge = cholesky(matrix, 1 / variance)
+    x = torch.cholesky_solve((right + ridge * mean)[:, None], factor)[:, 0]
     return Recovered(x, _sampled_variance(factor), layer.spread(layer.kernel.T @ delta))
 
 
@@ -208,12 +215,12 @@ def add_by_channel(
     of_equal_channels.add_(blocks.permute(1, 2, 0))
 
 
-def cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
+def cholesky(matrix: torch.Tensor, precision: float) -> tuple[torch.Tensor, float]:
     """(factor, ridge) of a normal matrix plus a ridge on its diagonal, which is added in place.
 
-    The ridge is the prior's precision, or more where rounding demands it.
+    The ridge is the prior's ``precision``, or more where rounding demands it.
     """
-    ridge = max(1 / PRIOR_VARIANCE, RIDGE * float(matrix.trace()))
+    ridge = max(precision, RIDGE * float(matrix.trace()))
     matrix.diagonal().add_(ridge)
     for _ in range(10):
         factor, failed = torch.linalg.cholesky_ex(matrix)

@@ -84,8 +84,16 @@ def sign_dlm(
         Weight of that prior.
     **options
         Of ``search.reconstruct``.
+
+    Raises
+    ------
+    ValueError
+        Where no layer below the last one moved.
     """
-    below = [name not in seen.head.names for name in seen.parameter_names]
+    named = zip(seen.parameter_names, seen.delta)
+    below = [name not in seen.head.names and bool(layer.any()) for name, layer in named]
+    if not any(below):
+        raise ValueError("no layer below the last one moved, so that there are no signs to match")
     distance = partial(_signs_of, below)
     return reconstruct(seen, distance, total_variation=total_variation, **options)
 

@@ -428,15 +428,18 @@ def patterns(moved: MovedUnits, x: torch.Tensor, traces: torch.Tensor) -> tuple[
     return agreement, bool((3 * silent <= always_on.sum(1)).all())
 
 
-def image_error(x: torch.Tensor, traces: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def image_error(
+    x: torch.Tensor, traces: torch.Tensor, sigma: torch.Tensor, bias_sigma: torch.Tensor
+) -> torch.Tensor:
     """[r] standard error of a pixel: that of Δ_W, and that of the lengths by Δ_b.
 
     Parameters
     ----------
     x, traces
         The images [r, n], and their traces [m, r].
-    sigma
-        [m] standard error of the entries of each row of Δ_W.
+    sigma, bias_sigma
+        [m] standard errors of the entries of each row of Δ_W, and of Δ_b.
     """
     information = torch.linalg.inv(traces.T @ traces).diagonal()
-    return (sigma.square().mean() * information * (1 + x.square().mean(1))).sqrt()
+    of_lengths = bias_sigma.square().mean() * x.square().mean(1)
+    return (information * (sigma.square().mean() + of_lengths)).sqrt()

@@ -20,6 +20,7 @@ import torch
 
 from dlm_core import check, objectives, records
 from dlm_core.arrays import Labels
+from dlm_core.beyond.chance import draws_from_seed
 from dlm_core.beyond.clients import Decay, sgd
 from dlm_core.beyond.surrogate import MANY_STEPS, gradient_at, on_segment, surrogate_dlm
 from dlm_core.federated import loss as training_loss
@@ -93,6 +94,7 @@ def simulate(
     reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale", "restarts"]
 )
 @check.arguments
+@draws_from_seed
 def shuffled_dlm(
     seen: Observation,
     *,

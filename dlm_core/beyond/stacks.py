@@ -316,6 +316,8 @@ def _layer(name: str, module: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) -> 
             raise _unsupported(name, module, "has groups or a padding that is not supported")
         options = ("kernel_size", "stride", "padding", "dilation")
         window = {option: getattr(module, option) for option in options}
+    elif module.in_features != math.prod(shape):
+        raise _unsupported(name, module, "is applied to a part of its input at a time")
     else:
         shape = (module.in_features,)
     weight = module.weight.detach().double().flatten(1)

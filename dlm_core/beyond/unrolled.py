@@ -22,6 +22,7 @@ from torch import nn
 from dlm_core import check, label_inference, objectives, records
 from dlm_core.arrays import Labels
 from dlm_core.beyond import clients
+from dlm_core.beyond.chance import draws_from_seed
 from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
@@ -62,6 +63,7 @@ Search = Callable[..., Reconstruction]
 )
 @records.passes_on_to(reconstruct, fixed=["distance", "update_of", "unknowns", "resume", "scale"])
 @check.arguments
+@draws_from_seed
 def unrolled_dlm(
     seen: Observation,
     *,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlm_core import defenses, federated, models, records
+from dlm_core import attacks, data, defenses, federated, metrics, models, records
 from dlm_core.beyond import adaptive
 
 AWARE = ["aware_exact", "aware_dlm_plus", "aware_unrolled_dlm", "aware_combined"]
@@ -140,3 +140,32 @@ def test_what_an_aware_attack_fills_in_itself_is_refused(seen, key, option):
     told = {name: told[name] for name in record.demands}
     with pytest.raises(ValueError, match=f"'{option}' is unknown"):
         record.function([seen] if key == "aware_combined" else seen, **told, **{option: None})
+
+
+def test_a_defence_that_adds_noise_and_leaves_out_is_met_in_both():
+    @records.defence(
+        "mine",
+        title="Mine",
+        acts_on="update",
+        leaves_out=True,
+        variance=lambda seen, told: [told.strength["std"] ** 2] * len(seen.delta),
+        example={"std": 1e-4},
+    )
+    def half_of_it(update, *, std: float, seed: int = 0):
+        draws = torch.Generator().manual_seed(seed)
+        noise = [std * torch.randn(u.shape, generator=draws, dtype=u.dtype) for u in update]
+        return [(u + n) * (u.abs() > u.abs().median()) for u, n in zip(update, noise)]
+
+    try:
+        images, labels, *_ = data.load("digits", n=1)
+        model = models.build("mlp", (1, 8, 8), 10, seed=0)
+        seen = federated.train_locally(model, images, labels, learning_rate=0.01)
+        told = {"name": "mine", "std": 1e-4}
+        sent = defenses.defend(seen, "mine", std=1e-4, seed=5)
+        assert 0.5 < adaptive.recover(sent, defence=told).chi2 < 2
+        found = adaptive.dlm_plus(sent, defence=told, total_variation=0.0)
+        by_noise_alone = attacks.dlm_plus(sent, labels=found.labels)
+        gained = [metrics.psnr(f.images, images, data_range=1.0) for f in (found, by_noise_alone)]
+        assert gained[0] > gained[1] + 1
+    finally:
+        records.DEFENCES.pop("mine")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlm_core import metrics, models, records
+from dlm_core import data, metrics, models, records
 from dlm_core.beyond import batches, sparse_traces
 from dlm_core.federated import train_locally
 from dlm_core.harness.trials import Trial, observe, run_trial
@@ -453,3 +453,43 @@ def test_a_frozen_layer_behind_the_first_is_no_obstacle():
     found = batches.recover_batch(frozen, num_images=2)
     order = metrics.match(found.images, images.double())
     assert metrics.psnr(found.images[order], images.double(), data_range=1.0) > 60
+
+
+@pytest.mark.parametrize("larger, images", [(24, 1), (8, 2)])
+def test_large_biases_make_no_client_another(larger, images):
+    """The rounding of Δ_b was left out: a client of one step was "not one SGD step"."""
+    torch.manual_seed(0)
+    pixels, labels, *_ = data.load("digits", indices=range(3, 3 + images))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    with torch.no_grad():
+        model[1].bias.mul_(larger)
+    found = batches.recover_batch(train_locally(model, pixels, labels, learning_rate=0.01))
+    assert found.vouched.all() and found.learning_rate == pytest.approx(0.01, rel=1e-3)
+    order = metrics.match(found.images, pixels.double())
+    actual = (found.images[order] - pixels).square().mean((1, 2, 3)).sqrt()
+    assert (found.evidence.image_error[order] > actual / 3).all()
+
+
+def test_of_two_classes_no_blend_is_vouched_for():
+    torch.manual_seed(0)
+    pixels, *_ = data.load("digits", indices=[3, 8])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)).double()
+    with torch.no_grad():
+        model[1].bias.fill_(3.0)  # all units are on, and the two leave one direction
+    labels = torch.zeros(2, dtype=torch.long)
+    found = batches.recover_batch(train_locally(model, pixels.double(), labels, learning_rate=0.01))
+    assert not found.vouched.any()
+
+
+def test_a_network_with_dropout_leaves_the_caller_s_generator_alone():
+    torch.manual_seed(0)
+    pixels, labels, *_ = data.load("digits", n=2)
+    layers = nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10)
+    seen = train_locally(nn.Sequential(nn.Flatten(), *layers), pixels, labels, learning_rate=0.05)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(batches.recover_batch(seen, num_images=2, max_rounds=2))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0].loss == found[1].loss or math.isnan(found[0].loss)

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from dlm_core import data, federated, models
-from dlm_core.beyond import exact, information, likelihood, recursion, rounding, stacks
+from dlm_core.beyond import (
+    exact,
+    information,
+    likelihood,
+    preprocessing,
+    recursion,
+    rounding,
+    stacks,
+)
 from dlm_core.federated import train_locally
 from dlm_core.harness import trials
 from dlm_core.harness.trials import Trial
@@ -739,3 +747,34 @@ def test_a_frozen_layer_is_named(small, digit):
         exact.recover(seen)
     with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\) is frozen"):
         exact.bound(seen, *digit, learning_rate=0.05)
+
+
+def test_a_linear_layer_on_a_part_of_its_input_is_named():
+    layers = nn.Linear(8, 16), nn.Tanh(), nn.Flatten(), nn.Linear(48, 10)
+    seen = train_locally(
+        nn.Sequential(*layers), torch.rand(1, 3, 1, 8), torch.tensor([1]), learning_rate=0.01
+    )
+    with pytest.raises(ValueError, match="is applied to a part of its input at a time"):
+        exact.recover(seen)
+
+
+def test_the_loss_of_a_fit_that_is_cut_short_is_that_of_its_image():
+    images, labels, *_ = data.load("digits", n=1)
+    model = models.build("lenet", (1, 8, 8), 10, seed=0)
+    seen = train_locally(model, images, labels, learning_rate=0.01)
+    cut = exact.recover(seen, max_steps=1)
+    assert len(cut.losses) == 2 and cut.loss == cut.losses[-1] < cut.losses[0]
+
+
+@pytest.mark.parametrize("told", ["half", "bytes", ([0.485], [0.229])])
+def test_the_prior_is_of_pixels_whatever_the_network_sees_of_them(told):
+    """A network that divides by 255 made a picture of 9 dB one of 60, by its bound."""
+    images, labels, *_ = data.load("digits", n=1)
+    torch.manual_seed(0)
+    # 14 equations for 64 pixels
+    layers = nn.Conv2d(1, 1, 3, stride=4), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 10)
+    model = preprocessing.normalised(nn.Sequential(*layers), told)
+    seen = train_locally(model, images, labels, learning_rate=0.01)
+    assert exact.bound(seen, images, labels, learning_rate=0.01) < 14
+    found = exact.recover(seen)
+    assert 0.2 < float(found.pixel_error.median()) < 0.3

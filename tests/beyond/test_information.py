@@ -396,3 +396,30 @@ def test_what_does_not_fit_is_refused_in_a_sentence(change, words):
     with pytest.raises(ValueError, match=words) as error:
         information.of_update(**{**given, "learning_rate": 0.01, **change})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_under_noise_the_bound_is_of_sgd_alone(optimizer):
+    """Of Adam it called 29 directions fixed under noise of ten times the whole update."""
+    model = models.build("mlp", (1, 8, 8), CLASSES, seed=0)
+    client = {"learning_rate": 1e-3, "client_optimizer": optimizer}
+    noise = {"name": "clip_and_noise", "clip": 1.0, "noise_multiplier": 1.0}
+    with pytest.raises(ValueError, match=f"client_optimizer is '{optimizer}'; under noise"):
+        information.of_update(model, IMAGES[:1], LABELS[:1], defence=noise, **client)
+    with pytest.raises(ValueError, match=f"client_optimizer is '{optimizer}'; under noise"):
+        information.noise_for(model, IMAGES[:1], LABELS[:1], **client)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batch_norm_that_is_frozen_in_training_stays_frozen(frozen):
+    """``model.train(); bn.eval()``, as in fine-tuning, was computed as if it used the batch's."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(2)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.Flatten(), nn.Linear(72, CLASSES))
+    model(IMAGES * 3)  # running statistics unlike the batch's
+    norm.train(not frozen)
+    client = fisher.Client(model, LABELS, federated.loss, OPTIMIZERS["sgd"], {}, 0.01, 1, None)
+    simulated = client.update(IMAGES.double())
+    seen = federated.train_locally(model, IMAGES, LABELS, learning_rate=0.01)
+    for name, delta in seen.delta_by_name.items():
+        assert torch.allclose(simulated[name], delta, rtol=1e-3, atol=1e-7)

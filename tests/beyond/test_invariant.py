@@ -92,3 +92,10 @@ def test_searched_labels_are_refused(client):
             num_images=N,
             labels="optimised",
         )
+
+
+def test_the_attack_does_not_draw_the_client_s_order():
+    """Labels stood where the client's first epoch had its images, where the seeds were alike."""
+    for seed in range(3):
+        drawn = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        assert drawn.tolist() != epochs.orders(8, 1, seed)[0].tolist()

@@ -360,3 +360,16 @@ def test_a_curious_client_subtracts_what_it_sent_itself(model, clients, name):
     own = federated.observe(model, model.state_dict(), other.weights_after, other.image_shape)
     for a, b in zip(found.delta, own.delta):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("curious", [False, True])
+def test_an_aggregate_of_half_precision_is_that_of_what_the_clients_received(
+    model, clients, curious
+):
+    """Δ held the rounding of W_t as well, which no client had taken part in."""
+    sent = {"learning_rate": 0.01, "transmitted": torch.bfloat16}
+    several = clients[: 1 + curious]
+    seen = protocols.aggregate(model, several, curious=curious, **sent)
+    alone = federated.train_locally(model, *several[0], **sent)
+    for ours, theirs in zip(seen.delta, alone.delta):
+        assert torch.allclose(ours, theirs, atol=1e-7 if curious else 0)

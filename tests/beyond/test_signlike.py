@@ -172,3 +172,18 @@ def test_what_they_are_told_is_declared():
 def test_the_attack_on_bounds_takes_one_image(images):
     with pytest.raises(ValueError, match="num_images is 2; interval_dlm takes one"):
         records.ATTACKS["interval_dlm"](client(images, 0, "adam", {}, 1e-3), num_images=2)
+
+
+def test_signs_of_layers_that_did_not_move_are_left_out():
+    """They gave NaN at the first evaluation, which read as if signs told nothing."""
+    images, labels, *_ = data.load("digits", n=1)
+    client = {"learning_rate": 1e-3, "client_optimizer": "adam"}
+    layers = torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16)
+    model = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(16, 10))
+    model[1].requires_grad_(False)
+    seen = federated.train_locally(model, images, labels, **client)
+    assert math.isfinite(signlike.sign_dlm(seen, max_evaluations=3).loss)
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    seen = federated.train_locally(one, images, labels, **client)
+    with pytest.raises(ValueError, match="no layer below the last one moved"):
+        signlike.sign_dlm(seen)

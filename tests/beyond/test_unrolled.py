@@ -426,3 +426,26 @@ def test_a_simulation_of_nothing_sensible_is_refused(small, change, message):
     labels = told.pop("labels").to(device)
     with pytest.raises(ValueError, match=message):
         clients.update(small, federated.loss, images, labels, **told)
+
+
+@pytest.mark.parametrize(
+    "attack, options",
+    [
+        ("unrolled_dlm", {"max_local_steps": 4}),
+        ("shuffled_dlm", {"local_steps": 2}),
+        ("order_invariant", {"learning_rate": 0.05, "num_epochs": 2, "batch_size": 1}),
+    ],
+)
+def test_a_network_with_dropout_is_attacked_from_the_seed_alone(attack, options):
+    torch.manual_seed(0)
+    images, labels, *_ = data.load("digits", n=1)
+    layers = torch.nn.Linear(64, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 10)
+    model = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+    seen = federated.train_locally(model, images, labels, learning_rate=0.05, local_steps=2)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(records.ATTACKS[attack](seen, max_evaluations=3, **options))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0].images, found[1].images) and found[0].loss == found[1].loss
