@@ -182,8 +182,8 @@ class Reconstruction:
 
     @property
     def learning_rate(self) -> float | None:
-        """η of the client, None where the attack does not tell. A search that has not converged
-        tells none, but for ``unrolled_dlm``, which tells the one that it ended at.
+        """η of the client, None where the attack does not tell. ``search.reconstruct`` tells none
+        where it has not converged; an attack that simulates a client tells the η that it took.
         """
         return self.client.learning_rate
 

@@ -202,8 +202,9 @@ def reconstruct(
         given; "images", "logits" and "growth" are the search's own.
     resume
         The ``point`` of an earlier search to go on from, or a part of it; it replaces the start,
-        and is no yardstick for convergence. ``growth`` in it is k over the k₀ of that search.
-        Restarts from a whole point are one and the same search.
+        and is no yardstick for convergence. ``growth`` in it is k over the k₀ of that search, or k
+        itself where the scale is not ``relative``. Restarts from a whole point differ in what the
+        network draws by itself, and in nothing else.
     **stop
         Fields of ``StopRule``.
 

@@ -32,11 +32,12 @@ import torch
 
 from dlm_core import check, records
 from dlm_core.beyond import one_step, preprocessing, sparse_traces
+from dlm_core.beyond.chance import draws_from_seed
 from dlm_core.beyond.rounding import CHI2_RANGE, TWO_CLASSES
 from dlm_core.beyond.sparse_traces import ZERO
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Evidence, Explains, Reconstruction, Status
-from dlm_core.threads import for_network, own_generator
+from dlm_core.threads import for_network
 
 AGREES = 0.8  # share of units, of images that no step confirms; mixtures have about two thirds
 
@@ -161,6 +162,7 @@ class Traces(Evidence):
     scene={"network": "mlp"},
 )
 @check.arguments
+@draws_from_seed
 def recover_batch(
     seen: Observation,
     *,
@@ -200,8 +202,7 @@ def recover_batch(
     """
     began = time.perf_counter()
     network, told = preprocessing.bare(seen)
-    device = next(seen.model.parameters()).device
-    with for_network(seen.model), own_generator(seed, device):
+    with for_network(seen.model):
         outcome = _recover(network, num_images, max_rounds, seed)
         found = outcome.as_reconstruction(network, began)
     return found if told is None else _in_pixels(found, told)

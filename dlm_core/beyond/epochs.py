@@ -13,7 +13,6 @@ from torch import nn
 from dlm_core import check, federated, records
 from dlm_core.federated import Client
 from dlm_core.observation import Observation
-from dlm_core.threads import client_seed
 
 
 @check.arguments
@@ -38,8 +37,7 @@ def orders(
     """
     if seed is None:
         return torch.arange(num_images).expand(num_epochs, -1)
-    # Another than an attack draws that is handed the same seed.
-    generator = torch.Generator().manual_seed(client_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(num_images, generator=generator) for _ in range(num_epochs)])
 
 

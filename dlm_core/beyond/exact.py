@@ -446,8 +446,10 @@ def _judge(
 
 
 def _prior(seen: Observation) -> tuple[float | torch.Tensor, float]:
-    """(mean, variance) of what the network sees of a pixel that is uniform on [0, 1]; of channels
-    with unlike normalisations the variance is their mean.
+    """(mean, variance) of what the network sees of a pixel that is uniform on [0, 1].
+
+    Where channels are normalised unlike, one variance is taken for all, with which the mean over
+    pixels is right.
     """
     told = preprocessing.told_to(seen.model)
     if told is None:

@@ -267,14 +267,14 @@ def of_update(
     64
     """
     setting = None if defence is None else Setting.of(defence)
-    if setting is not None and setting.record.random:
-        _check_follows(client_optimizer)
     model = copy.deepcopy(model)
     if transmitted is not None:
         model.load_state_dict(rounded(model.state_dict(), transmitted))
     steps = (learning_rate, local_steps, batch_size)
     jacobian = _jacobian(model, images, labels, client_optimizer, optimizer_options, loss, steps)
     seen = _defended(model, jacobian, setting, seed)
+    if seen is not None and any(seen[0].noise_variance(seen[1])):
+        _check_follows(client_optimizer)
     client, x = jacobian.client, jacobian.images
     known = precision(model, client, x, jacobian.update, transmitted, seen)
     entries = sum(int((each > 0).sum()) for each in known.of_entries.values())

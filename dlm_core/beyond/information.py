@@ -189,9 +189,9 @@ def curvature(
     prior_variance
         1/r, of the image's entries.
     """
+    precision = 1 / prior_variance
     if not layers[0].convolves:
-        variances = (error_variance, prior_variance)
-        return _low_rank_curvature(layers, label, weights, x, eta, *variances)
+        return _low_rank_curvature(layers, label, weights, x, eta, error_variance, precision)
     (deltas, inputs), push, pull = _linearise(partial(signals, layers, label), x)
 
     def information(v: torch.Tensor) -> torch.Tensor:
@@ -201,18 +201,18 @@ def curvature(
         return eta**2 * pull(([d for d, _ in back], [u for _, u in back]))
 
     if len(x) > LARGEST:
-        solve = partial(_conjugate_gradients, information, 1 / prior_variance)
-        return Curvature(solve, None, 1 / prior_variance)
+        solve = partial(_conjugate_gradients, information, precision)
+        return Curvature(solve, None, precision)
     if max(d.numel() for d in deltas) > LARGEST:
         size = TENSORS * x.element_size() * sum(each.numel() for each in (*deltas, *inputs))
         chunk = at_once(size, x.device, CHUNK)
         matrix = vmap(information, chunk_size=chunk)(torch.eye(len(x)).to(x))
     else:
         matrix = _descend(layers, label, [eta**2 * w for w in weights], deltas, inputs)
-    factor, ridge = cholesky(matrix, 1 / prior_variance)
+    factor, ridge = cholesky(matrix, precision)
     variance = torch.cholesky_inverse(factor).diagonal()
-    if ridge > 1 / prior_variance and ridge * float(variance.sum()) > NEGLIGIBLE:
-        variance = _without_the_raise(matrix, ridge, 1 / prior_variance)
+    if ridge > precision and ridge * float(variance.sum()) > NEGLIGIBLE:
+        variance = _without_the_raise(matrix, ridge, precision)
     return Curvature(lambda b: torch.cholesky_solve(b, factor), variance, ridge)
 
 
@@ -338,9 +338,9 @@ def _low_rank_curvature(
     x: torch.Tensor,
     eta: float,
     error_variance: float,
-    prior_variance: float,
+    precision: float,
 ) -> Curvature:
-    """The same for a first linear layer, by (11) to (20)."""
+    """The same for a first linear layer, by (11) to (20); ``precision`` is the prior's."""
     layer = layers[0]
     n = layer.size
     x, e = x[:n], x[n:]
@@ -349,7 +349,7 @@ def _low_rank_curvature(
     one = torch.eye(len(z)).to(x)
 
     d, A, eta_B = _seen_through_z(layers, label, weights, z, e, eta)
-    D, E, L = _completed_square(w, x, d, 1 / prior_variance)
+    D, E, L = _completed_square(w, x, d, precision)
     if layer.has_bias:
         L = L + torch.diag(weights[0][:, n])
 
@@ -372,7 +372,7 @@ def _low_rank_curvature(
     HT = H[:, :n] - (H @ V.T) @ E.T
     squares = (E @ (V_spread @ V.T) * E).sum(1) - 2 * (E * V_spread[:, :n].T).sum(1)
     variance = 1 / D + squares - HT.square().sum(0)  # (20)
-    return Curvature(solve, variance, 1 / prior_variance)
+    return Curvature(solve, variance, precision)
 
 
 def _seen_through_z(

@@ -26,6 +26,7 @@ from dlm_core.federated import loss as training_loss
 from dlm_core.observation import Observation
 from dlm_core.results import ClientEstimate, Reconstruction
 from dlm_core.search import known_labels, reconstruct
+from dlm_core.threads import client_seed
 
 Tensors = Sequence[torch.Tensor]
 Over = Literal["mean", "max"]
@@ -134,7 +135,9 @@ def order_invariant(
     many = num_epochs * num_images
     if known is None:
         raise ValueError("labels is 'optimised'; epochs have labels in common: infer or give them")
-    places = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    # not by the seed itself, from which a client's order may follow as well
+    draws = torch.Generator().manual_seed(client_seed(seed))
+    places = torch.randperm(num_images, generator=draws)
     placed = known[places.to(known.device)]
 
     def simulate(model, loss, images, labels):

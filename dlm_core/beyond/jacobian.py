@@ -87,7 +87,8 @@ class Client:
     def __post_init__(self) -> None:
         own = copy.deepcopy(self.model)
         for module in own.modules():
-            if module.training and not list(module.children()):  # a layer may be frozen by eval()
+            # a layer may be frozen, by eval(), in a network that trains
+            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 replace_all_batch_norm_modules_(module)
         object.__setattr__(self, "model", own)
 

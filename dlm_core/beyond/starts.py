@@ -30,8 +30,9 @@ class Ends:
     found
         Each start's result, in the order of the starts.
     cluster
-        [n], the number of the picture that each ended at; 0 is that of the lowest loss, 1 that of
-        the lowest loss among the rest, and so on.
+        [n], the number of the picture that each ended at; 0 is the best one, 1 the best among the
+        rest, and so on. A result that has converged is better than one that has not, and then the
+        one of lower loss.
     """
 
     found: list[Reconstruction] = field(repr=False)
@@ -39,7 +40,7 @@ class Ends:
 
     @cached_property
     def clusters(self) -> list[Reconstruction]:
-        """Of each picture, the result of lowest loss that ended there."""
+        """Of each picture, the best result that ended there."""
         return [min(self._of(number), key=_rank) for number in range(int(self.cluster.max()) + 1)]
 
     @property
@@ -49,7 +50,7 @@ class Ends:
 
     @cached_property
     def best(self) -> Reconstruction:
-        """The result of lowest loss."""
+        """The best result."""
         return self.clusters[0]
 
     @property
@@ -130,8 +131,9 @@ def _loss(found: Reconstruction) -> float:
     return found.evidence.loss
 
 
-def _rank(found: Reconstruction) -> tuple[bool, float]:
-    return by_loss(_loss(found))
+def _rank(found: Reconstruction) -> tuple[bool, bool, float]:
+    """What has converged comes first: losses of DLM at different k cannot be compared."""
+    return (found.status is not Status.CONVERGED, *by_loss(_loss(found)))
 
 
 def _psnr(images: torch.Tensor, others: torch.Tensor) -> float:

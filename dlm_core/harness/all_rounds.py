@@ -56,7 +56,8 @@ class Watched:
     Raises
     ------
     ValueError
-        For an unknown name or option, or a value out of range, when the value is made.
+        For an unknown name or option, or a value of its own out of range, when the value is made;
+        values of options are refused when it runs.
     """
 
     training: Federation

@@ -423,3 +423,25 @@ def test_batch_norm_that_is_frozen_in_training_stays_frozen(frozen):
     seen = federated.train_locally(model, IMAGES, LABELS, learning_rate=0.01)
     for name, delta in seen.delta_by_name.items():
         assert torch.allclose(simulated[name], delta, rtol=1e-3, atol=1e-7)
+
+
+def test_a_clip_alone_is_no_noise():
+    model = models.build("mlp", (1, 8, 8), CLASSES, seed=0)
+    clip = {"name": "clip_and_noise", "clip": 1.0}
+    told = {"learning_rate": 1e-3, "client_optimizer": "adam"}
+    assert information.of_update(model, IMAGES[:1], LABELS[:1], defence=clip, **told).directions()
+
+
+def test_batch_norm_with_layers_of_its_own_is_a_batch_norm():
+    class Activated(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3), Activated(2), nn.Flatten(), nn.Linear(72, CLASSES)
+    found = information.of_update(nn.Sequential(*layers), IMAGES, LABELS, learning_rate=0.01)
+    assert found.directions() > 0

@@ -373,3 +373,5 @@ def test_an_aggregate_of_half_precision_is_that_of_what_the_clients_received(
     alone = federated.train_locally(model, *several[0], **sent)
     for ours, theirs in zip(seen.delta, alone.delta):
         assert torch.allclose(ours, theirs, atol=1e-7 if curious else 0)
+    received = alone.model.state_dict()
+    assert all(torch.equal(w, received[name]) for name, w in seen.model.state_dict().items())

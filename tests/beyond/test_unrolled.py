@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlm_core import attacks, data, federated, metrics, models, objectives, records
+from dlm_core import attacks, coordinates, data, federated, metrics, models, objectives, records
 from dlm_core.beyond import clients, unrolled
 from dlm_core.harness.trials import Trial, run_trial
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
@@ -210,14 +210,20 @@ def test_the_next_steps_to_try_follow_from_the_losses(losses, tried):
     assert unrolled.next_steps(losses, max_local_steps=64) == tried
 
 
-def test_a_search_that_ended_in_nan_is_not_the_best():
+def test_a_search_that_ended_in_nan_is_not_the_best(seen):
     assert unrolled.next_steps({2: math.nan, 4: 1.0}, 64) == unrolled.next_steps(
         {2: math.inf, 4: 1.0}, 64
     )
-    found = unrolled.find_steps(
-        lambda steps, best=None, **cut: ended(steps, math.nan if best is None else 1.0), 4
-    )
-    assert min(each.loss for each in found[1:]) == 1.0
+    tried = []
+
+    def from_nan_once(shape, like, generator):
+        start, to_images = coordinates.pixels(shape, like, generator)
+        tried.append(start)
+        return (start if len(tried) > 1 else start * math.nan), to_images
+
+    budget = {"max_local_steps": 2, "max_evaluations": 3, "whole_budget": True}
+    found = unrolled.unrolled_dlm(seen, coordinates=from_nan_once, **budget)
+    assert math.isnan(found.tried[0][1]) and math.isfinite(found.loss)
 
 
 def test_the_next_steps_keep_to_the_largest_allowed_and_to_the_grain():

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 
-from dlm_core import records, results, threads
-from dlm_core.harness import sweeps, trials
+from dlm_core import records, results
+from dlm_core.harness import scene, sweeps, trials
 from dlm_core.harness.judge import judge
 from dlm_core.harness.trials import Trial
 
@@ -273,14 +273,14 @@ def test_a_simulation_of_the_client_with_the_attack_s_seed_does_not_draw_its_noi
 
 
 def test_each_client_of_each_round_has_noise_of_its_own():
-    """Seed 0 in round 101 had the noise of seed 101 in round 0."""
-    numbers = [
-        (seed, turn, client)
-        for seed in (0, 1, 101, 1009)
-        for turn in (0, 1, 101)
-        for client in (0, 1)
+    """Seed 0 in round 101 had the noise of seed 10201 in round 0."""
+    trial = replace(FAST, **NOISY, seed=0)
+    clear, *_ = trials.observe(replace(trial, defence=None))
+    sent = [
+        scene.defend(replace(trial, seed=seed), clear, turn, client).delta[0]
+        for seed, turn, client in [(0, 101, 0), (10201, 0, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0)]
     ]
-    assert len({threads.client_seed(*each) for each in numbers}) == len(numbers)
+    assert len({tuple(each.flatten().tolist()) for each in sent}) == len(sent)
 
 
 def test_an_attack_does_not_draw_the_client_s_dropout_mask(monkeypatch):
