@@ -28,7 +28,7 @@ from dlm_core.observation import Observation
 from dlm_core.optimizers import lbfgs
 from dlm_core.records import passes_on_to
 from dlm_core.results import ClientEstimate, Reconstruction, SearchEvidence, Status
-from dlm_core.stopping import DESCENT, StopRule, Trace, by_loss
+from dlm_core.stopping import DESCENT, StopRule, Trace, rank
 from dlm_core.threads import for_network, own_generator
 
 OWN = ("images", "logits", "growth")  # names of the variables that are not the client's
@@ -338,9 +338,7 @@ class Prepared:
 
     def result(self, searches: Sequence[tuple[Trace, Callable]], seconds: float) -> Reconstruction:
         """The best of searches that have ended, with the maps from coordinates to images."""
-        # DLM's losses at different k cannot be compared: what has converged counts first.
-        converged = [each for each in searches if each[0].status is Status.CONVERGED]
-        trace, to_images = min(converged or searches, key=lambda each: by_loss(each[0].loss))
+        trace, to_images = min(searches, key=lambda each: rank(each[0].status, each[0].loss))
         k = self.target.k_at(trace.best)
         # A factor that has not settled, or collapsed to nothing, is no learning rate.
         settled = trace.status is Status.CONVERGED

@@ -18,6 +18,13 @@ def by_loss(loss: float) -> tuple[bool, float]:
     return math.isnan(loss), loss
 
 
+def rank(status: Status, loss: float) -> tuple[bool, bool, float]:
+    """The key that sorts ends of a search: what has converged comes first, since losses of DLM at
+    different k cannot be compared; then by loss.
+    """
+    return (status is not Status.CONVERGED, *by_loss(loss))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
     """When a search ends, and with which of its points.

@@ -16,7 +16,7 @@ import torch
 from dlm_core import attacks, check, metrics
 from dlm_core.observation import Observation
 from dlm_core.results import Reconstruction, Status
-from dlm_core.stopping import by_loss
+from dlm_core.stopping import rank
 
 SEED = 10_007  # between starts, as between the restarts of ``search.reconstruct``
 
@@ -132,8 +132,7 @@ def _loss(found: Reconstruction) -> float:
 
 
 def _rank(found: Reconstruction) -> tuple[bool, bool, float]:
-    """What has converged comes first: losses of DLM at different k cannot be compared."""
-    return (found.status is not Status.CONVERGED, *by_loss(_loss(found)))
+    return rank(found.status, _loss(found))
 
 
 def _psnr(images: torch.Tensor, others: torch.Tensor) -> float:

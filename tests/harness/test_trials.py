@@ -283,7 +283,7 @@ def test_each_client_of_each_round_has_noise_of_its_own():
     assert len({tuple(each.flatten().tolist()) for each in sent}) == len(sent)
 
 
-def test_an_attack_does_not_draw_the_client_s_dropout_mask(monkeypatch):
+def test_an_attack_does_not_draw_the_client_s_dropout_mask():
     """Both followed from one seed: the first evaluation had the client's mask."""
     drawn = []
 
