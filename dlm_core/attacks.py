@@ -7,7 +7,7 @@ their own. Given a list of Observations, or of seeds, they search for all at onc
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -227,10 +227,27 @@ def dlm_plus(
         check_per_parameter(seen, "trusted", trusted)
     if trusted is None:
         return reconstruct(seen, objectives.normalised_distance, **options)
+    options = with_labels(seen, trusted, options)
+    return reconstruct(seen, partial(weighted_distance, trusted), **options)
+
+
+def with_labels(
+    seen: Observation, trusted: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a search, whose labels, where they are to be inferred, are inferred from the
+    trusted coordinates of Δ alone.
+
+    Parameters
+    ----------
+    seen, trusted
+        As in ``dlm_plus``.
+    options
+        Of ``search.reconstruct``.
+    """
     labels = options.get("labels", "inferred")
     if isinstance(labels, str) and labels == "inferred":
-        options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
-    return reconstruct(seen, partial(weighted_distance, trusted), **options)
+        labels = label_inference.infer(seen, options.get("num_images", 1), trusted)
+    return {**options, "labels": labels}
 
 
 def weighted_distance(

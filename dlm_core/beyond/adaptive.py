@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlm_core import attacks, check, label_inference, objectives, records
+from dlm_core import attacks, check, objectives, records
 from dlm_core.arrays import Labels
 from dlm_core.beyond import clients, exact
 from dlm_core.defenses import Setting
@@ -104,9 +104,7 @@ def dlm_plus(
         total_variation = _prior(seen, by_noise)
     if trusted is not None:
         weights = [weight * kept for weight, kept in zip(by_noise, trusted)]
-        labels = options.get("labels", "inferred")
-        if isinstance(labels, str) and labels == "inferred":
-            options["labels"] = label_inference.infer(seen, options.get("num_images", 1), trusted)
+        options = attacks.with_labels(seen, trusted, options)
     distance = partial(attacks.weighted_distance, weights)
     return reconstruct(seen, distance, total_variation=total_variation, **options)
 
